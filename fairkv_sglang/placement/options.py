@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs that every policy shares: checked loads and the options of a plan."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+FloatArray = NDArray[np.float64]
+
+
+class PlanOptions(BaseModel):
+    """Limits and targets of a plan; all are optional.
+
+    ``tolerance`` is the balance aimed at when a copy costs nothing: sum over layers of the fullest
+    rank over sum of the mean rank. Copies count lanes beyond one per head; with fewer heads than
+    ranks the unavoidable ones (ranks - heads per layer) count as well. ``spare_copies`` are copies
+    per layer beyond what the expected loads ask for: they give the router room to even out
+    requests that differ from the expectation.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tolerance: float = Field(default=1.02, ge=1.0)
+    max_copies_per_layer: int | None = Field(default=None, ge=0)
+    max_copies_per_rank: int | None = Field(default=None, ge=0)
+    max_extra_bytes: float | None = Field(default=None, ge=0.0)
+    spare_copies: int = Field(default=0, ge=0)
+    time_limit: float = Field(default=5.0, gt=0.0)
+    gap: float = Field(default=1e-4, ge=0.0)
+
+
+def check_loads(loads: ArrayLike, tp_size: int) -> FloatArray:
+    """Return ``loads`` as float64 ``[L, H]`` or raise ValueError with one line."""
+    if tp_size < 1:
+        raise ValueError(f"tp_size must be at least 1, got {tp_size}")
+    try:
+        array = np.array(loads, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError("loads must be numbers in the shape [layers, heads]") from None
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(
+            f"loads must have the shape [layers, heads] with at least one of each, "
+            f"got {array.shape}"
+        )
+    bad = ~np.isfinite(array)
+    if bad.any():
+        layer, head = np.argwhere(bad)[0]
+        raise ValueError(
+            f"load of layer {layer}, head {head} is {array[layer, head]}; loads must be finite"
+        )
+    if (array < 0).any():
+        layer, head = np.argwhere(array < 0)[0]
+        raise ValueError(
+            f"load of layer {layer}, head {head} is {array[layer, head]}; loads must be >= 0"
+        )
+    return array

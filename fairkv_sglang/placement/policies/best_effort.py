@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``best_effort``: whole heads by load, uneven counts allowed, no copies."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fairkv_sglang.placement.curves import layer_curves
+from fairkv_sglang.placement.options import FloatArray, PlanOptions
+from fairkv_sglang.placement.problem import Problem
+
+
+def best_effort(problem: Problem, options: PlanOptions) -> FloatArray:
+    """Shares ``[L, R, H]`` with the fewest possible copies: none unless heads < ranks.
+
+    Optimal for up to 9 heads; largest-first with moves and swaps above. With fewer heads than
+    ranks each head is split evenly over the ranks that it gets.
+    """
+    curves = layer_curves(problem)
+    copies = max(problem.ranks - problem.heads, 0)
+    return np.stack([curves.build(layer, copies) for layer in range(problem.layers)])

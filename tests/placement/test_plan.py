@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fairkv_sglang.placement import POLICIES, HeadShare, Plan, make_plan
+
+
+def _plan(layers: list[list[list[tuple[int, float]]]], heads: int = 2) -> Plan:
+    return Plan(
+        policy="test",
+        tp_size=len(layers[0]),
+        num_layers=len(layers),
+        num_kv_heads=heads,
+        layers=tuple(
+            tuple(tuple(HeadShare(head=h, share=s) for h, s in row) for row in layer)
+            for layer in layers
+        ),
+    )
+
+
+GOOD = [[[(0, 1.0), (1, 0.25)], [(1, 0.75)]], [[(1, 1.0)], [(0, 1.0)]]]
+
+
+def test_reading() -> None:
+    plan = _plan(GOOD)
+    assert plan.heads(0, 0) == (0, 1)
+    assert plan.lane_start(0).tolist() == [0, 2, 3]
+    assert plan.lane_start(1).tolist() == [0, 1, 2]
+    assert plan.copies() == [[(0,), (0, 1)], [(1,), (0,)]]
+    assert plan.primary().tolist() == [[0, 0], [1, 0]]
+    assert plan.copy_counts().tolist() == [1, 0]
+    np.testing.assert_array_equal(plan.shares()[0], [[1.0, 0.25], [0.0, 0.75]])
+
+
+def test_lanes_keep_any_order() -> None:
+    plan = _plan([[[(1, 1.0), (0, 1.0)], [(2, 1.0)]]], heads=3)
+    assert Plan.from_json(plan.to_json()).heads(0, 0) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "message"),
+    [
+        ([[[(0, 1.0)], [(0, 1.0)]]], 1, "summing to 2"),
+        ([[[(0, 1.0)], [(1, 0.5)]]], 2, "summing to 0.5"),
+        ([[[(0, 1.0)], [(1, 1.0)]]], 3, "head 2 is served by no rank"),
+        ([[[(0, 0.5), (0, 0.5)], [(1, 1.0)]]], 2, "serves head 0 twice"),
+        ([[[(0, 1.0), (1, 1.0)], []]], 2, "rank 1 serves no head"),
+        ([[[(0, 1.0)], [(1, 1.0), (5, 1.0)]]], 2, "head 5 does not exist"),
+    ],
+)
+def test_invalid_plans(
+    layers: list[list[list[tuple[int, float]]]], heads: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        _plan(layers, heads)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "invalid JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"layers": [3]}', "lists of"),
+        ('{"layers": []}', "policy"),
+    ],
+)
+def test_broken_files_give_one_line(text: str, message: str, tmp_path: object) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        Plan.from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_newer_version_is_refused() -> None:
+    text = _plan(GOOD).to_json().replace('"version": 1', '"version": 9')
+    with pytest.raises(ValueError, match="version 9 is not supported"):
+        Plan.from_json(text)
+
+
+@given(
+    loads=hnp.arrays(
+        np.float64,
+        st.tuples(st.integers(1, 3), st.integers(1, 6)),
+        elements=st.floats(0, 1e6, allow_subnormal=False),
+    ),
+    ranks=st.integers(1, 5),
+    policy=st.sampled_from(sorted(set(POLICIES) - {"exact"})),
+)
+def test_round_trip_is_lossless(loads: np.ndarray, ranks: int, policy: str) -> None:
+    plan = make_plan(policy, loads, ranks, model="some/model")
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    np.testing.assert_array_equal(again.shares(), plan.shares())
