@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a process needs before SGLang runs on a plain CPU: thread settings, and a torchvision that can be imported."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import MutableMapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+
+
+def has_accelerator() -> bool:
+    """True if torch sees a device that SGLang serves by itself (imports torch)."""
+    import torch
+
+    return bool(torch.cuda.is_available() or torch.xpu.is_available() or hasattr(torch, "npu"))
+
+
+def prepare_threads(tp_size: int, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set the thread variables that SGLang's CPU ranks need; what the user has set stays.
+
+    The ranks are new processes, so this works until the moment they are started:
+
+    - ``OMP_NUM_THREADS=1``: several ranks on few cores otherwise spend their time in spinning worker threads
+      (TP 2 on 2 cores: 15 against 59 tokens/s).
+    - ``TORCHDYNAMO_DISABLE=1``: the mask of the vocabulary-parallel embedding is a compiled function; compiling needs a
+      C++ compiler and seconds on the first batch.
+    - ``SGLANG_CPU_OMP_THREADS_BIND``: SGLang binds a rank to a NUMA node and stops when there are more ranks
+      than nodes, unless every rank is given its cores. Ranks take turns when there are more ranks than cores.
+
+    Args:
+        tp_size: Number of ranks.
+        environment: Where to set the variables.
+    """
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if tp_size > 1:
+        environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", thread_binding(tp_size))
+
+
+def thread_binding(tp_size: int, cores: Sequence[int] | None = None) -> str:
+    """Cores of each rank in SGLang's notation, e.g. ``"0,1|2,3"``.
+
+    Args:
+        tp_size: Number of ranks.
+        cores: Core numbers to deal out; those this process may use if None.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if cores is None else cores
+    if len(cores) < tp_size:
+        groups: list[Sequence[int]] = [[cores[rank % len(cores)]] for rank in range(tp_size)]
+    else:
+        each = len(cores) // tp_size
+        groups = [cores[rank * each : (rank + 1) * each] for rank in range(tp_size)]
+    return "|".join(",".join(str(core) for core in group) for group in groups)
+
+
+class TorchvisionFinder:
+    """Makes a CUDA build of torchvision importable beside a CPU build of torch.
+
+    SGLang imports torchvision through an image processor even for text models. Torchvision's default wheel is a
+    CUDA build: its operator library cannot be loaded without CUDA, and the package then registers fake
+    implementations for two operators that nobody has declared, which is an error. This finder declares both at
+    the first look-up of ``torchvision`` and leaves the import itself to the finders after it. The operators
+    then exist but cannot be called; transforms work.
+    """
+
+    def __init__(self) -> None:
+        self._library: object | None = None  # torch drops the declarations with the last reference
+
+    def find_spec(
+        self, name: str, path: object = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Declare the operators if ``name`` is ``torchvision``; always None, "not found here"."""
+        if name == "torchvision" and self._library is None:
+            sys.meta_path.remove(self)  # the look-up below must not come back here
+            try:
+                spec = importlib.util.find_spec(name)
+            finally:
+                sys.meta_path.insert(0, self)
+            if spec is not None and spec.origin is not None:
+                self._declare(Path(spec.origin).with_name("_C.so"))
+        return None
+
+    def _declare(self, operators: Path) -> None:
+        import torch
+
+        if torch.version.cuda is not None:
+            return
+        try:  # a CPU build of torchvision brings the operators with it
+            torch.ops.load_library(operators)
+            return
+        except OSError:
+            pass
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            library.define(operator + _SCHEMA)
+        self._library = library
+
+
+def make_torchvision_importable() -> None:
+    """Install :class:`TorchvisionFinder` once in this process."""
+    if "torchvision" in sys.modules:
+        return
+    if not any(isinstance(finder, TorchvisionFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, TorchvisionFinder())  # type: ignore[arg-type]
