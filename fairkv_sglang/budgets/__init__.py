@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens of a prompt each head keeps: scorer (how important) x scope (how many)."""
+
+from __future__ import annotations
+
+from fairkv_sglang.budgets.scopes import SCOPES, BudgetScope, BudgetSpec, make_scope
+from fairkv_sglang.budgets.scorers import SCORERS, Scorer, make_scorer
+from fairkv_sglang.budgets.selection import Kept, pick
+
+__all__ = [
+    "SCOPES",
+    "SCORERS",
+    "BudgetScope",
+    "BudgetSpec",
+    "Kept",
+    "Scorer",
+    "make_scope",
+    "make_scorer",
+    "pick",
+]

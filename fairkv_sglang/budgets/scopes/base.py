@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a budget scope is, and the arithmetic that all share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, ParamSpec
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairkv_sglang.budgets.registry import Registry
+from fairkv_sglang.budgets.selection import Kept, pick
+from fairkv_sglang.budgets.waterfill import IntArray
+from fairkv_sglang.profiles import HeadProfile
+
+P = ParamSpec("P")
+CACHED_LENGTHS = 4096
+Heads = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class BudgetSpec:
+    """How much of the cache to keep.
+
+    Attributes:
+        tokens: Mean kept tokens per head, window included; or
+        ratio: the same as a share of the prompt, in (0, 1]. Exactly one of the two.
+        floor_alpha: Share of the budget beyond the window that every head keeps for itself.
+        round_to: Scope ``head`` rounds caps to multiples of this (16 = whole head pages).
+    """
+
+    tokens: int | None = None
+    ratio: float | None = None
+    floor_alpha: float = 0.2
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.tokens is None) == (self.ratio is None):
+            raise ValueError("give the budget either in tokens or as a ratio of the prompt")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"the budget must be at least 1 token, not {self.tokens}")
+        if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
+            raise ValueError(f"the budget ratio must be above 0 and at most 1, not {self.ratio}")
+        if not 0.0 <= self.floor_alpha <= 1.0:
+            raise ValueError(f"floor_alpha must lie between 0 and 1, not {self.floor_alpha}")
+        if self.round_to < 1:
+            raise ValueError(f"round_to must be at least 1, not {self.round_to}")
+
+
+def _read_only(function: Callable[P, IntArray]) -> Callable[P, IntArray]:
+    """Results that are cached and handed to many callers must not be written to."""
+
+    def compute(*args: P.args, **kwargs: P.kwargs) -> IntArray:
+        result = function(*args, **kwargs)
+        result.flags.writeable = False
+        return result
+
+    return compute
+
+
+class BudgetScope(ABC):
+    """Turns scores into kept tokens and says beforehand how many there can be.
+
+    A prompt of N tokens has a mean budget B(N) = ``spec.tokens`` or ceil(ratio * N), at least
+    window + max(sink, 1) and at most N. Every head keeps the window, the last min(window, N)
+    tokens; B(N) = N keeps everything. All results depend on their arguments alone, so every rank
+    gets the same.
+
+    Args:
+        spec: The budget.
+        num_layers, num_heads: Layers and KV heads of the whole model.
+        window: Last tokens that every head keeps (the scorer's).
+        profile: Expected shares; required by scope ``head``.
+        sink: First tokens for which each budget must have room (the scorer's).
+
+    Raises:
+        ValueError: Budget below window + sink; profile missing or of another model.
+    """
+
+    name: ClassVar[str]
+    input_dependent: ClassVar[bool]
+    """Whether kept counts depend on the scores; False: known from the prompt length alone."""
+    spans_ranks: ClassVar[bool]
+    """Whether ``counts`` and ``select`` need the scores of all heads of the layer."""
+
+    def __init__(
+        self,
+        spec: BudgetSpec,
+        num_layers: int,
+        num_heads: int,
+        window: int,
+        profile: HeadProfile | None = None,
+        sink: int = 0,
+    ) -> None:
+        self.spec, self.window, self.profile = spec, window, profile
+        self.num_layers, self.num_heads = num_layers, num_heads
+        self.least = window + max(sink, 1)
+        if profile is not None:
+            profile.require_shape(num_layers, num_heads)
+        if spec.tokens is not None and spec.tokens < self.least:
+            raise ValueError(
+                f"a budget of {spec.tokens} tokens is below window {window} + sink {max(sink, 1)}: "
+                f"use at least {self.least}, or a smaller window"
+            )
+        # Per instance, so that a scope that is dropped takes its caches along.
+        self._expected_cached = lru_cache(CACHED_LENGTHS)(_read_only(self._expected))
+        self._per_head_cached = lru_cache(CACHED_LENGTHS)(_read_only(self._per_head_bound))
+        self._bound_cached = lru_cache(CACHED_LENGTHS)(_read_only(self._bound))
+
+    def budget(self, prompt_len: int) -> int:
+        """B(N): mean kept tokens per head, window included."""
+        if self.spec.ratio is None:
+            wanted = self.spec.tokens or self.least
+        else:
+            # Less a hair, so that 0.07 * 100 = 7.000000000000001 does not become 8.
+            wanted = max(math.ceil(self.spec.ratio * prompt_len - 1e-9), self.least)
+        return min(wanted, prompt_len)
+
+    def floor(self, prompt_len: int) -> int:
+        """Tokens beyond the window that each head keeps for itself: int((B - window) * alpha)."""
+        beyond = max(self.budget(prompt_len) - self.window, 0)
+        return math.floor(beyond * self.spec.floor_alpha + 1e-9)
+
+    def expected(self, prompt_len: int) -> IntArray:
+        """[L, H] kept tokens: exact for static scopes, else what the profile lets expect.
+
+        Read-only and cached by prompt length.
+        """
+        return self._expected_cached(prompt_len)
+
+    def per_head_bound(self, prompt_len: int) -> IntArray:
+        """[L, H] most tokens that each head may keep, whatever the input. Read-only, cached."""
+        return self._per_head_cached(prompt_len)
+
+    def bound(self, prompt_len: int, heads: Sequence[Sequence[int]]) -> IntArray:
+        """[L] most tokens that the given heads of each layer may keep together.
+
+        Args:
+            prompt_len: N.
+            heads: For each layer the heads, e.g. those of a rank. Scope ``rank``: the same groups
+                as are given to ``select``.
+        """
+        groups = tuple(map(tuple, heads))
+        if len(groups) != self.num_layers:
+            raise ValueError(f"heads of {len(groups)} layers, expected {self.num_layers}")
+        return self._bound_cached(prompt_len, groups)
+
+    def select(self, layer: int, heads: Sequence[int], scores: Tensor, prompt_len: int) -> Kept:
+        """The tokens that the given heads of a layer keep.
+
+        Args:
+            layer: Layer index.
+            heads: Head index of each row; all heads of the layer if ``spans_ranks``. In any order.
+            scores: float32 [n, max(N - window, 0)].
+            prompt_len: N.
+        """
+        counts = self.counts(layer, heads, scores, prompt_len)
+        return pick(scores, counts, prompt_len, self._width(layer, heads, prompt_len))
+
+    def counts(self, layer: int, heads: Sequence[int], scores: Tensor, prompt_len: int) -> Tensor:
+        """int64 [n] kept tokens per head, window included; arguments as in ``select``.
+
+        With ``pick`` a rank can thus ask for the counts of all heads and select for its own only.
+        """
+        rows = len(heads)
+        shape = (rows, max(prompt_len - self.window, 0))
+        if tuple(scores.shape) != shape:
+            raise ValueError(f"scores have shape {list(scores.shape)}, expected {list(shape)}")
+        if len(set(heads)) != rows or any(not 0 <= head < self.num_heads for head in heads):
+            raise ValueError(f"heads {list(heads)} are not distinct heads of {self.num_heads}")
+        if self.spans_ranks and rows != self.num_heads:
+            raise ValueError(
+                f"scope {self.name!r} needs all {self.num_heads} heads of a layer, got {rows}"
+            )
+        if self.budget(prompt_len) >= prompt_len:
+            return torch.full((rows,), prompt_len, dtype=torch.int64, device=scores.device)
+        return self._counts(layer, heads, scores, prompt_len)
+
+    def _width(self, layer: int, heads: Sequence[int], prompt_len: int) -> int | None:
+        """max of ``counts`` if the prompt length alone tells, else None."""
+        if self.budget(prompt_len) >= prompt_len:
+            return prompt_len if len(heads) else 0
+        if self.input_dependent:
+            return None
+        return int(self.expected(prompt_len)[layer, list(heads)].max(initial=0))
+
+    @abstractmethod
+    def _expected(self, prompt_len: int) -> IntArray:
+        """See ``expected``."""
+
+    def _per_head_bound(self, prompt_len: int) -> IntArray:
+        return self.expected(prompt_len).copy()
+
+    def _bound(self, prompt_len: int, heads: Heads) -> IntArray:
+        expected = self.expected(prompt_len)
+        sums = [int(row[list(group)].sum()) for row, group in zip(expected, heads, strict=True)]
+        return np.array(sums, dtype=np.int64)
+
+    def _counts(self, layer: int, heads: Sequence[int], scores: Tensor, prompt_len: int) -> Tensor:
+        """``counts`` where not everything is kept. Static scopes look the counts up."""
+        counts = self.expected(prompt_len)[layer, list(heads)]
+        return torch.from_numpy(counts).to(scores.device)
+
+
+SCOPES: Registry[BudgetScope] = Registry("budget scope")

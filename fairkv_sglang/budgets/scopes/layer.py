@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scope ``layer``: Ada-KV over all heads of a layer of the model."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from fairkv_sglang.budgets.scopes.base import SCOPES, Heads
+from fairkv_sglang.budgets.scopes.pooled import Pooled
+from fairkv_sglang.budgets.waterfill import IntArray, water_fill
+
+
+@SCOPES.register
+class Layer(Pooled):
+    """Each layer keeps exactly H * B(N) tokens; its heads compete, whichever ranks they are on.
+
+    Expected counts share out the same total by the profile's shares within each layer (equally
+    without a profile); how a profile divides budget between layers is not used.
+    """
+
+    name: ClassVar[str] = "layer"
+    input_dependent: ClassVar[bool] = True
+    spans_ranks: ClassVar[bool] = True
+
+    def _expected(self, prompt_len: int) -> IntArray:
+        shape = (self.num_layers, self.num_heads)
+        budget = self.budget(prompt_len)
+        if self.profile is None or budget >= prompt_len:
+            return np.full(shape, budget, dtype=np.int64)
+        low = self.window + self.floor(prompt_len)
+        rows = [
+            water_fill(row, budget * self.num_heads, low, prompt_len) for row in self.profile.shares
+        ]
+        return np.stack(rows)
+
+    def _per_head_bound(self, prompt_len: int) -> IntArray:
+        shape = (self.num_layers, self.num_heads)
+        return np.full(shape, self._most(prompt_len, 1, self.num_heads), dtype=np.int64)
+
+    def _bound(self, prompt_len: int, heads: Heads) -> IntArray:
+        most = [self._most(prompt_len, len(group), self.num_heads) for group in heads]
+        return np.array(most, dtype=np.int64)

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scope ``uniform``: the same budget for every head."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from fairkv_sglang.budgets.scopes.base import SCOPES, BudgetScope
+from fairkv_sglang.budgets.waterfill import IntArray
+
+
+@SCOPES.register
+class Uniform(BudgetScope):
+    """Every head keeps its own best B(N) tokens, as plain SnapKV does. The profile is not used."""
+
+    name: ClassVar[str] = "uniform"
+    input_dependent: ClassVar[bool] = False
+    spans_ranks: ClassVar[bool] = False
+
+    def _expected(self, prompt_len: int) -> IntArray:
+        shape = (self.num_layers, self.num_heads)
+        return np.full(shape, self.budget(prompt_len), dtype=np.int64)
