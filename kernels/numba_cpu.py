@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations of `ops` on CPU tensors: argument checks around the compiled numba kernels."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import numba_decode, numba_pages, simd
+from .pages import ERROR_ROW_NOT_EMPTY, PADDING_ROW, PAGE_TOKENS, HeadPages, describe_error
+
+logger = logging.getLogger(__name__)
+
+CODES = {torch.float32: simd.F32, torch.bfloat16: simd.BF16, torch.float16: simd.F16}
+MIN_TOKENS_PER_THREAD = 512
+"""Below this many tokens per thread, handing work to another thread costs more than it saves."""
+
+
+def _state(pages: HeadPages) -> tuple[Any, ...]:
+    """Bookkeeping tensors as numpy arrays over the same memory, made once."""
+    if pages._host is None:
+        names = ("page_table", "lens", "owned", "free_pages", "free_count")
+        pages._host = tuple(getattr(pages, name).numpy() for name in names)
+    return pages._host  # type: ignore[no-any-return]
+
+
+def _check(code: int) -> None:
+    if code:
+        raise RuntimeError(f"head pages: {describe_error(code)}")
+
+
+def _bytes(x: torch.Tensor, what: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[int]:
+    """Address and byte strides of the first two dimensions of a 3-d tensor."""
+    if x.shape != shape or x.dtype != dtype:
+        raise ValueError(
+            f"{what} must be {dtype} {list(shape)}, got {x.dtype} {list(x.shape)}"
+        )
+    row, column, inner = x.stride()
+    if inner != 1 and shape[2] != 1:
+        raise ValueError(f"{what} must be contiguous in its last dimension")
+    size = x.element_size()
+    return [x.data_ptr(), row * size, column * size]
+
+
+def set_owned(pages: HeadPages, row: int, owned: torch.Tensor) -> None:
+    if row == PADDING_ROW:
+        raise ValueError(f"row {PADDING_ROW} pads batches and owns no lane; use a row from 1 on")
+    if bool(pages.lens[row].any()):
+        _check(ERROR_ROW_NOT_EMPTY)
+    pages.owned[row].copy_(owned)
+
+
+def grow(pages: HeadPages, rows: torch.Tensor, slots: torch.Tensor) -> None:
+    if slots.shape != (rows.shape[0], pages.lanes):
+        raise ValueError(
+            f"slots must be [{rows.shape[0]}, {pages.lanes}] (rows x lanes), got {list(slots.shape)}"
+        )
+    _check(numba_pages.grow(*_state(pages), rows.numpy(), slots.numpy()))
+
+
+def release(pages: HeadPages, rows: torch.Tensor) -> None:
+    _check(numba_pages.release(*_state(pages), rows.numpy()))
+
+
+def store_kept(
+    pages: HeadPages,
+    row: int,
+    lane_lo: int,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    token_slots: torch.Tensor,
+    kept_idx: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    shape = (k_pool.shape[0], counts.shape[0], pages.head_dim)
+    k = _bytes(k_pool, "k_pool", shape, pages.dtype)
+    v = _bytes(v_pool, "v_pool", shape, pages.dtype)
+    row_bytes = pages.head_dim * pages.k_pages.element_size()
+    arena = (pages.k_pages.data_ptr(), pages.v_pages.data_ptr(), row_bytes)
+    _check(
+        numba_pages.store_kept(
+            *_state(pages), row, lane_lo, *arena, *k, *v, k_pool.shape[0],
+            token_slots.numpy(), kept_idx.numpy(), counts.numpy(),
+        )
+    )  # fmt: skip
+
+
+def append(pages: HeadPages, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    shape = (*slots.shape, pages.head_dim)
+    of_k = _bytes(k, "k", shape, pages.dtype)
+    of_v = _bytes(v, "v", shape, pages.dtype)
+    row_bytes = pages.head_dim * pages.k_pages.element_size()
+    to = (pages.k_pages.data_ptr(), pages.v_pages.data_ptr(), row_bytes)
+    numba_pages.append(slots.numpy(), *to, *of_k, *of_v)
+
+
+@functools.cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="fairkv-decode")
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, group: int, dim: int) -> Callable[..., None]:
+    if dtype not in CODES:
+        known = ", ".join(str(d) for d in CODES)
+        raise ValueError(f"CPU decode supports {known}, got {dtype}")
+    if dim % 8:
+        raise ValueError(f"CPU decode needs a head dimension that is a multiple of 8, got {dim}")
+    return numba_decode.kernel(CODES[dtype], group, dim)
+
+
+def _parts(pages: HeadPages, rows: torch.Tensor, lane_lo: int, n: int) -> Iterable[tuple[int, int]]:
+    """Ranges of (request, head) items with about equal tokens, one for each thread."""
+    items, threads = rows.shape[0] * n, torch.get_num_threads()
+    if threads == 1 or items < 2:
+        return [(0, items)]
+    ends = np.cumsum(_state(pages)[1][rows.numpy(), lane_lo : lane_lo + n].ravel() + PAGE_TOKENS)
+    threads = min(threads, max(1, int(ends[-1]) // MIN_TOKENS_PER_THREAD), items)
+    cuts = np.searchsorted(ends, ends[-1] * np.arange(1, threads) / threads).tolist()
+    return zip([0, *cuts], [*cuts, items], strict=True)
+
+
+def decode(
+    pages: HeadPages,
+    q: torch.Tensor,
+    rows: torch.Tensor,
+    lane_lo: int,
+    n: int,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    if n < 1 or q.shape[1] % n or not 0 <= lane_lo <= pages.lanes - n:
+        raise ValueError(
+            f"decode: {q.shape[1]} query heads over lanes {lane_lo}..{lane_lo + n - 1} of {pages.lanes}"
+        )
+    group = q.shape[1] // n
+    shape = (rows.shape[0], n * group, pages.head_dim)
+    of_q = _bytes(q, "q", shape, pages.dtype)
+    to, to_row, to_head = _bytes(out, "out", shape, pages.dtype)
+    if to_head != pages.head_dim * out.element_size():
+        raise ValueError("out must be contiguous in its last two dimensions")
+    run = _kernel(pages.dtype, group, pages.head_dim)
+    head = (*_state(pages)[:3], rows.numpy(), lane_lo, n)
+    tail = (pages.k_pages.data_ptr(), pages.v_pages.data_ptr(), *of_q, to, to_row)
+    scale = scale * numba_decode.LOG2_E
+    first, *others = _parts(pages, rows, lane_lo, n)
+    if not others:
+        run(*head, *first, *tail, scale)
+        return
+    pool = _pool(len(others))
+    waiting = [pool.submit(run, *head, *part, *tail, scale) for part in others]
+    run(*head, *first, *tail, scale)
+    for job in waiting:
+        job.result()
+
+
+def warm_up(dtype: torch.dtype, head_dim: int, group: int = 1) -> float:
+    """Compile (or load from numba's cache) everything that serving needs; returns the seconds."""
+    start = time.perf_counter()
+    pages = HeadPages.create(2, 2, 1, 1, head_dim, dtype)
+    row, slot = torch.tensor([1]), torch.empty((1, 1), dtype=torch.int64)
+    q = torch.ones((1, group, head_dim), dtype=dtype)
+    set_owned(pages, 1, torch.ones(1, dtype=torch.uint8))
+    zero = torch.zeros(1, dtype=torch.int64)
+    store_kept(pages, 1, 0, q[:, :1], q[:, :1], zero, zero[None], zero + 1)
+    grow(pages, row, slot)
+    append(pages, slot, q[:, :1], q[:, :1])
+    decode(pages, q, row, 0, 1, 1.0, torch.empty_like(q))
+    release(pages, row)
+    seconds = time.perf_counter() - start
+    logger.info(
+        "FairKV CPU kernels ready in %.1f s (%s, head dimension %d, group %d)",
+        seconds, dtype, head_dim, group,
+    )  # fmt: skip
+    return seconds

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations on head pages: one interface, implemented per device.
+
+CPU tensors go to numba (`numba_cpu`), CUDA tensors to Triton (`triton_ops`); `reference` is the
+torch oracle of both. Words: `bs` requests of a batch, `row` a request's row in the tables, a `lane`
+is one (layer, head) that this rank serves, `n` heads of one layer, `g` query heads per KV head.
+
+On the CPU an arena or table that would overflow raises RuntimeError and nothing is changed. Device
+kernels cannot raise: they leave the affected lane as it was, give slot -1 and set a bit in
+`HeadPages.error`, which `HeadPages.check_integrity` reports.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .pages import HeadPages
+
+
+def backend(device: torch.device | str) -> Any:
+    """Module that implements the operations for tensors on this device."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        from . import numba_cpu
+
+        return numba_cpu
+    if kind == "cuda":
+        from . import triton_ops
+
+        return triton_ops
+    raise ValueError(f"FairKV kernels run on cpu and cuda, not on {kind}")
+
+
+def set_owned(pages: HeadPages, row: int, owned: torch.Tensor) -> None:
+    """At admission: which lanes this rank serves for the request in `row`.
+
+    owned: uint8 or bool [lanes]. The row must hold no pages and must not be the padding row 0.
+    """
+    backend(pages.device).set_owned(pages, row, owned)
+
+
+def grow(pages: HeadPages, rows: torch.Tensor, slots: torch.Tensor) -> None:
+    """Make room for one token in every owned lane of every row; all layers at once.
+
+    rows: int64 [bs], no row twice but the padding row. slots: int64 [bs, lanes], overwritten with
+    the arena slot (page * 16 + offset) of the new token, -1 where the lane is not owned. Lengths
+    are advanced here.
+    """
+    backend(pages.device).grow(pages, rows, slots)
+
+
+def release(pages: HeadPages, rows: torch.Tensor) -> None:
+    """Give back all pages of the rows (int64 [m]); length and ownership become 0. Idempotent."""
+    backend(pages.device).release(pages, rows)
+
+
+def store_kept(
+    pages: HeadPages,
+    row: int,
+    lane_lo: int,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    token_slots: torch.Tensor,
+    kept_idx: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    """After the last chunk of a prompt, for one layer: copy the kept rows into new pages.
+
+    k_pool, v_pool: [slots, n, D] the layer's prefill pool. token_slots: int64 [N], pool slot of
+    each prompt position. kept_idx: int64 [n, most], ascending positions, -1 after the first
+    counts[h]. counts: int64 [n]. Head h goes to lane lane_lo + h if `row` owns it, else nothing
+    happens for it.
+    """
+    backend(pages.device).store_kept(
+        pages, row, lane_lo, k_pool, v_pool, token_slots, kept_idx, counts
+    )
+
+
+def append(pages: HeadPages, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Write the new token's K and V, [bs, n, D] each, to `slots` int64 [bs, n]; -1 is skipped."""
+    backend(pages.device).append(pages, slots, k, v)
+
+
+def decode(
+    pages: HeadPages,
+    q: torch.Tensor,
+    rows: torch.Tensor,
+    lane_lo: int,
+    n: int,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Attention of one layer's new tokens over lens[row, lane] cached tokens, the new one included.
+
+    q, out: [bs, n * g, D], query heads g*h .. g*h + g - 1 belong to head h. Accumulates in
+    float32. Exact zeros where the lane is not owned or empty. A (row, head) result does not depend
+    on the rest of the batch on CPU.
+    """
+    backend(pages.device).decode(pages, q, rows, lane_lo, n, scale, out)
+
+
+def warm_up(
+    dtype: torch.dtype, head_dim: int, group: int = 1, device: torch.device | str = "cpu"
+) -> float:
+    """Compile what serving needs before the first request; returns and logs the seconds it took."""
+    return float(backend(device).warm_up(dtype, head_dim, group))

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device state of one rank's compressed KV cache: head pages, page tables and the free stack.
+
+A *head page* holds PAGE_TOKENS tokens of K (and of V) of one (request, lane); a *lane* is one
+(layer, head) that this rank serves. One arena serves all layers and heads, so uneven budgets waste
+at most a page per lane. Everything an operation changes lives in tensors of fixed shape on one
+device, so that a decode step needs no host synchronisation and can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+PAGE_TOKENS = 16
+"""Tokens per head page. Page ids are int32 and a page belongs to exactly one (row, lane)."""
+
+PADDING_ROW = 0
+"""The engine pads batches with this row: it owns no lane and never holds a page."""
+
+# Bits of HeadPages.error, which device kernels set instead of raising.
+ERROR_NO_FREE_PAGE = 1
+ERROR_ROW_FULL = 2
+ERROR_ROW_NOT_EMPTY = 4
+ERROR_INDEX = 8
+
+ERROR_TEXT = {
+    ERROR_NO_FREE_PAGE: "no free head page (admission let in more than the arena holds)",
+    ERROR_ROW_FULL: "a row needs more pages than its page table has columns",
+    ERROR_ROW_NOT_EMPTY: "a row that still holds pages was given to a new request",
+    ERROR_INDEX: "a row, token position, slot or count is out of range",
+}
+
+
+def describe_error(bits: int) -> str:
+    """One line for the error bits of ``HeadPages.error``."""
+    return "; ".join(text for bit, text in ERROR_TEXT.items() if bits & bit) or "no error"
+
+
+@dataclass
+class HeadPages:
+    """Arena, page tables and free stack of one rank; see the module text.
+
+    Invariants: ``lens[row, lane]`` tokens occupy the first ``ceil(lens / 16)`` entries of
+    ``page_table[row, lane]``; every page is either among ``free_pages[:free_count]`` or in exactly
+    one of those entries; table entries past them are meaningless.
+    """
+
+    k_pages: torch.Tensor  # [num_pages, 16, D] model dtype
+    v_pages: torch.Tensor  # [num_pages, 16, D]
+    page_table: torch.Tensor  # int32 [rows, lanes, max_pages]
+    lens: torch.Tensor  # int32 [rows, lanes], tokens held
+    owned: torch.Tensor  # uint8 [rows, lanes], 1 where this rank serves the lane for the row
+    free_pages: torch.Tensor  # int32 [num_pages], a stack
+    free_count: torch.Tensor  # int64 [1], top of the stack
+    error: torch.Tensor  # int32 [1], bits set by device kernels
+    _host: Any = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def create(
+        cls,
+        num_pages: int,
+        rows: int,
+        lanes: int,
+        max_pages: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> HeadPages:
+        """Zeroed state with every page free. ``max_pages`` bounds the pages of one (row, lane)."""
+        for name, value in (
+            ("num_pages", num_pages),
+            ("rows", rows),
+            ("lanes", lanes),
+            ("max_pages", max_pages),
+            ("head_dim", head_dim),
+        ):
+            if value < 1:
+                raise ValueError(f"head pages: {name} must be at least 1, got {value}")
+        if num_pages >= 2**31:
+            raise ValueError(f"head pages: at most 2^31 - 1 pages (int32 ids), got {num_pages}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"head pages: dtype must be a floating-point type, got {dtype}")
+
+        def zeros(shape: tuple[int, ...], of: torch.dtype) -> torch.Tensor:
+            return torch.zeros(shape, dtype=of, device=device)
+
+        # Page 0 is on top of the stack, so that a fresh arena is filled from the front.
+        free = torch.arange(num_pages - 1, -1, -1, dtype=torch.int32, device=device)
+        return cls(
+            k_pages=zeros((num_pages, PAGE_TOKENS, head_dim), dtype),
+            v_pages=zeros((num_pages, PAGE_TOKENS, head_dim), dtype),
+            page_table=zeros((rows, lanes, max_pages), torch.int32),
+            lens=zeros((rows, lanes), torch.int32),
+            owned=zeros((rows, lanes), torch.uint8),
+            free_pages=free,
+            free_count=torch.full((1,), num_pages, dtype=torch.int64, device=device),
+            error=zeros((1,), torch.int32),
+        )
+
+    @property
+    def num_pages(self) -> int:
+        return int(self.k_pages.shape[0])
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.k_pages.shape[2])
+
+    @property
+    def rows(self) -> int:
+        return int(self.lens.shape[0])
+
+    @property
+    def lanes(self) -> int:
+        return int(self.lens.shape[1])
+
+    @property
+    def max_pages(self) -> int:
+        return int(self.page_table.shape[2])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k_pages.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.k_pages.device
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one head page, K and V together."""
+        return 2 * PAGE_TOKENS * self.head_dim * self.k_pages.element_size()
+
+    @property
+    def num_free(self) -> int:
+        """Free pages. Synchronises with the device; for idle checks and tests."""
+        return int(self.free_count.item())
+
+    @property
+    def num_used(self) -> int:
+        """Pages in use. Synchronises with the device; for idle checks and tests."""
+        return self.num_pages - self.num_free
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless every page is free or in exactly one table entry.
+
+        Synchronises with the device: for idle time, start-up and tests.
+        """
+        bits = int(self.error.item())
+        if bits:
+            raise RuntimeError(f"head pages: a device kernel reported: {describe_error(bits)}")
+        if bool((self.lens < 0).any()):
+            raise RuntimeError("head pages: a length is negative")
+        if bool((self.lens[self.owned == 0] != 0).any()):
+            raise RuntimeError("head pages: a (row, lane) that this rank does not own holds tokens")
+        if bool(self.owned[PADDING_ROW].any()):
+            raise RuntimeError(f"head pages: padding row {PADDING_ROW} owns a lane")
+        free = int(self.free_count.item())
+        if not 0 <= free <= self.num_pages:
+            raise RuntimeError(f"head pages: free count {free} is outside 0..{self.num_pages}")
+        held = (self.lens + (PAGE_TOKENS - 1)) // PAGE_TOKENS
+        if int(held.max()) > self.max_pages:
+            raise RuntimeError(f"head pages: a row holds more than {self.max_pages} pages")
+        column = torch.arange(self.max_pages, device=self.device)
+        used = self.page_table[column < held[..., None]]
+        ids = torch.cat([self.free_pages[:free], used]).long()
+        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < self.num_pages):
+            raise RuntimeError(f"head pages: a page id is outside 0..{self.num_pages - 1}")
+        times = torch.bincount(ids, minlength=self.num_pages)
+        for wrong, text in ((times == 0, "is lost"), (times > 1, "has more than one holder")):
+            if bool(wrong.any()):
+                first = int(wrong.nonzero()[0])
+                raise RuntimeError(
+                    f"head pages: page {first} {text} ({int(wrong.sum())} such of "
+                    f"{self.num_pages}; {free} free, {used.numel()} in tables)"
+                )

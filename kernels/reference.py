@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain torch reference of every operation on head pages: slow, obvious, on any device.
+
+It is the oracle of the tests. Shapes and meaning are those of `ops`; here each operation is
+written in as few lines as possible, with Python loops and host synchronisation. Where an arena or
+a page table would overflow it raises RuntimeError and changes nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .pages import (
+    ERROR_NO_FREE_PAGE,
+    ERROR_ROW_FULL,
+    ERROR_ROW_NOT_EMPTY,
+    PAGE_TOKENS,
+    HeadPages,
+    describe_error,
+)
+
+
+def _held(pages: HeadPages, row: int, lane: int) -> int:
+    return -(-int(pages.lens[row, lane]) // PAGE_TOKENS)
+
+
+def _pop(pages: HeadPages) -> torch.Tensor:
+    pages.free_count -= 1
+    return pages.free_pages[int(pages.free_count)]
+
+
+def _require(ok: bool, bit: int) -> None:
+    if not ok:
+        raise RuntimeError(f"head pages: {describe_error(bit)}")
+
+
+def set_owned(pages: HeadPages, row: int, owned: torch.Tensor) -> None:
+    _require(not bool(pages.lens[row].any()), ERROR_ROW_NOT_EMPTY)
+    pages.owned[row] = owned.to(torch.uint8)
+
+
+def grow(pages: HeadPages, rows: torch.Tensor, slots: torch.Tensor) -> None:
+    slots.fill_(-1)
+    todo = [(i, r, j) for i, r in enumerate(rows.tolist()) for j in range(pages.lanes)]
+    todo = [(i, r, j) for i, r, j in todo if pages.owned[r, j]]
+    new = [(r, j) for _, r, j in todo if pages.lens[r, j] % PAGE_TOKENS == 0]
+    _require(len(new) <= int(pages.free_count), ERROR_NO_FREE_PAGE)
+    _require(all(_held(pages, r, j) < pages.max_pages for r, j in new), ERROR_ROW_FULL)
+    for i, r, j in todo:
+        n = int(pages.lens[r, j])
+        if n % PAGE_TOKENS == 0:
+            pages.page_table[r, j, n // PAGE_TOKENS] = _pop(pages)
+        slots[i, j] = pages.page_table[r, j, n // PAGE_TOKENS] * PAGE_TOKENS + n % PAGE_TOKENS
+        pages.lens[r, j] = n + 1
+
+
+def release(pages: HeadPages, rows: torch.Tensor) -> None:
+    for r in rows.tolist():
+        for j in range(pages.lanes):
+            n, top = _held(pages, r, j), int(pages.free_count)
+            pages.free_pages[top : top + n] = pages.page_table[r, j, :n]
+            pages.free_count += n
+        pages.lens[r] = 0
+        pages.owned[r] = 0
+
+
+def store_kept(
+    pages: HeadPages,
+    row: int,
+    lane_lo: int,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    token_slots: torch.Tensor,
+    kept_idx: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    lanes = [(h, lane_lo + h) for h in range(len(counts)) if pages.owned[row, lane_lo + h]]
+    need = [-(-int(counts[h]) // PAGE_TOKENS) for h, _ in lanes]
+    _require(not any(pages.lens[row, j] for _, j in lanes), ERROR_ROW_NOT_EMPTY)
+    _require(sum(need) <= int(pages.free_count), ERROR_NO_FREE_PAGE)
+    _require(max(need, default=0) <= pages.max_pages, ERROR_ROW_FULL)
+    for h, j in lanes:
+        n = int(counts[h])
+        slot = token_slots[kept_idx[h, :n].long()]
+        for first in range(0, n, PAGE_TOKENS):
+            page, part = _pop(pages), slot[first : first + PAGE_TOKENS]
+            pages.page_table[row, j, first // PAGE_TOKENS] = page
+            pages.k_pages[page.long(), : len(part)] = k_pool[part, h]
+            pages.v_pages[page.long(), : len(part)] = v_pool[part, h]
+        pages.lens[row, j] = n
+
+
+def append(pages: HeadPages, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    live = slots >= 0
+    pages.k_pages.view(-1, pages.head_dim)[slots[live]] = k[live]
+    pages.v_pages.view(-1, pages.head_dim)[slots[live]] = v[live]
+
+
+def gather(pages: HeadPages, row: int, lane: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V rows ``[len, D]`` that (row, lane) holds, in order, copied out of the pages."""
+    n = int(pages.lens[row, lane])
+    ids = pages.page_table[row, lane, : _held(pages, row, lane)].long()
+    k, v = pages.k_pages[ids], pages.v_pages[ids]
+    return k.reshape(-1, pages.head_dim)[:n], v.reshape(-1, pages.head_dim)[:n]
+
+
+def decode(
+    pages: HeadPages,
+    q: torch.Tensor,
+    rows: torch.Tensor,
+    lane_lo: int,
+    n: int,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    g = q.shape[1] // n
+    out.zero_()
+    for i, r in enumerate(rows.tolist()):
+        for h in range(n):
+            k, v = (t.double() for t in gather(pages, r, lane_lo + h))
+            if pages.owned[r, lane_lo + h] and len(k):
+                qh = q[i, h * g : (h + 1) * g].double()
+                out[i, h * g : (h + 1) * g] = ((qh @ k.T * scale).softmax(-1) @ v).to(out.dtype)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vector building blocks of the CPU decode kernel, written as LLVM IR through numba intrinsics.
+
+numba's loops leave the accumulators of a small matrix product in memory, because LLVM cannot prove
+that they do not overlap the keys and values. Here each tile keeps its 16 accumulators in registers.
+Addresses are integers; `heads`, `dim` and `code` are compile-time constants. Vectors are 16 floats
+wide (8 where the head dimension is not a multiple of 16); LLVM splits them where the CPU has
+narrower registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+F32, BF16, F16 = 0, 1, 2
+ITEM_BYTES = {F32: 4, BF16: 2, F16: 2}
+TILE = 16
+"""Scores per tile: `heads` query heads times 16 / heads tokens."""
+
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_FLOAT, _HALF = ir.FloatType(), ir.HalfType()
+_FUSED = ("contract",)
+
+
+def _width(dim: int) -> int:
+    return 16 if dim % 16 == 0 else 8
+
+
+def _vector(kind: ir.Type, width: int) -> ir.VectorType:
+    return ir.VectorType(kind, width)
+
+
+def _const(kind: ir.Type, width: int, value: int) -> ir.Constant:
+    return ir.Constant(_vector(kind, width), [value] * width)
+
+
+def _at(b: ir.IRBuilder, address: ir.Value, offset: int, kind: ir.Type) -> ir.Value:
+    where = b.add(address, _I64(offset)) if offset else address
+    return b.inttoptr(where, kind.as_pointer())
+
+
+def _load(b: ir.IRBuilder, address: ir.Value, offset: int, width: int, code: int) -> ir.Value:
+    """`width` numbers of dtype `code` at address + offset bytes, as float32."""
+    if code == F32:
+        return b.load(_at(b, address, offset, _vector(_FLOAT, width)), align=4)
+    if code == F16:
+        half = b.load(_at(b, address, offset, _vector(_HALF, width)), align=2)
+        return b.fpext(half, _vector(_FLOAT, width))
+    bits = b.load(_at(b, address, offset, _vector(_I16, width)), align=2)
+    wide = b.shl(b.zext(bits, _vector(_I32, width)), _const(_I32, width, 16))
+    return b.bitcast(wide, _vector(_FLOAT, width))
+
+
+def _store(b: ir.IRBuilder, x: ir.Value, address: ir.Value, offset: int, code: int) -> None:
+    """Store float32 numbers as dtype `code`, rounded to nearest even."""
+    width = x.type.count
+    if code == F16:
+        x = b.fptrunc(x, _vector(_HALF, width))
+    elif code == BF16:
+        bits = b.bitcast(x, _vector(_I32, width))
+        odd = b.and_(b.lshr(bits, _const(_I32, width, 16)), _const(_I32, width, 1))
+        rounded = b.add(b.add(bits, _const(_I32, width, 0x7FFF)), odd)
+        rounded = b.select(b.fcmp_unordered("uno", x, x), _const(_I32, width, 0x7FC00000), rounded)
+        x = b.trunc(b.lshr(rounded, _const(_I32, width, 16)), _vector(_I16, width))
+    b.store(x, _at(b, address, offset, x.type), align=ITEM_BYTES[code])
+
+
+def _splat(b: ir.IRBuilder, x: ir.Value, width: int) -> ir.Value:
+    vector = b.insert_element(ir.Constant(_vector(_FLOAT, width), ir.Undefined), x, _I32(0))
+    return b.shuffle_vector(vector, vector, _const(_I32, width, 0))
+
+
+def _multiply_add(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    return b.fadd(b.fmul(x, y, flags=_FUSED), z, flags=_FUSED)
+
+
+def _row_sums(b: ir.IRBuilder, rows: list[ir.Value]) -> ir.Value:
+    """Vector of the sums of `width` vectors of that width: a transpose folded into a reduction.
+
+    Pairs are added by shuffles that stay in 128-bit chunks (twice), then by whole chunks.
+    """
+    width = rows[0].type.count
+    source = [c * 4 + i for c in range(width // 4) for i in range(4)]
+    level = 0
+    while len(rows) > 1:
+        if level < 2:
+            lanes = [[c + i + o for o in (0, width) for i in (0, 2)] for c in source[::4]]
+            even = [i for chunk in lanes for i in chunk]
+            step = 1
+        else:
+            even = [c + i for c in range(0, 2 * width, 8) for i in range(4)]
+            step = 4
+        masks = [
+            ir.Constant(_vector(_I32, width), [i + shift for i in even]) for shift in (0, step)
+        ]
+        rows = [
+            b.fadd(*(b.shuffle_vector(x, y, mask) for mask in masks))
+            for x, y in zip(rows[::2], rows[1::2], strict=True)
+        ]
+        level += 1
+    return rows[0]
+
+
+def _tile_intrinsic(emit: Callable[..., None], values: tuple[Any, ...]) -> Callable[..., Any]:
+    """Typing function of an intrinsic with run-time `values` and then integer literals."""
+
+    def typing(*literals: Any) -> Any:
+        if not all(isinstance(x, types.IntegerLiteral) for x in literals):
+            return None
+        constants = [x.literal_value for x in literals]
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            emit(builder, *args[: len(values)], *constants)
+            return context.get_dummy_value()
+
+        return types.void(*values, *literals), codegen
+
+    return typing
+
+
+_A, _F = types.int64, types.float32
+
+
+def _emit_load_row(
+    b: Any, dst: Any, src: Any, factor: Any, dim: int, code: int
+) -> None:
+    width = _width(dim)
+    scale = _splat(b, factor, width)
+    for j in range(0, dim, width):
+        x = b.fmul(_load(b, src, j * ITEM_BYTES[code], width, code), scale)
+        _store(b, x, dst, j * 4, F32)
+
+
+def _emit_store_row(
+    b: Any, dst: Any, src: Any, factor: Any, dim: int, code: int
+) -> None:
+    width = _width(dim)
+    scale = _splat(b, factor, width)
+    for j in range(0, dim, width):
+        x = b.fmul(_load(b, src, j * 4, width, F32), scale)
+        _store(b, x, dst, j * ITEM_BYTES[code], code)
+
+
+def _emit_scores(
+    b: Any, q: Any, k: Any, s: Any, s_stride: Any, heads: int, dim: int, code: int
+) -> None:
+    width, tokens = _width(dim), TILE // heads
+    zero = ir.Constant(_vector(_FLOAT, width), [0.0] * width)
+    acc = [[zero] * tokens for _ in range(heads)]
+    for j in range(0, dim, width):
+        queries = [_load(b, q, (h * dim + j) * 4, width, F32) for h in range(heads)]
+        for t in range(tokens):
+            key = _load(b, k, (t * dim + j) * ITEM_BYTES[code], width, code)
+            for h in range(heads):
+                acc[h][t] = _multiply_add(b, queries[h], key, acc[h][t])
+    flat = [x for row in acc for x in row]
+    sums = [_row_sums(b, flat[i : i + width]) for i in range(0, TILE, width)]
+    for h in range(heads):
+        address = b.add(s, b.mul(s_stride, _I64(4 * h)))
+        first = h * tokens
+        for i in range(first, first + tokens, min(tokens, width)):
+            count = min(tokens, width)
+            lanes = ir.Constant(_vector(_I32, count), [(i + c) % width for c in range(count)])
+            part = b.shuffle_vector(sums[i // width], sums[i // width], lanes)
+            _store(b, part, address, (i - first) * 4, F32)
+
+
+def _emit_accumulate(
+    b: Any, acc: Any, p: Any, p_stride: Any, v: Any, tokens: Any, heads: int, dim: int, code: int
+) -> None:
+    width = _width(dim)
+    most = min(8, TILE // heads)
+    for first in range(0, dim // width, most):
+        block = [j * width for j in range(first, min(first + most, dim // width))]
+        sums = {(h, j): cgutils.alloca_once(b, _vector(_FLOAT, width)) for h in range(heads) for j in block}
+        for (h, j), variable in sums.items():
+            b.store(_load(b, acc, (h * dim + j) * 4, width, F32), variable)
+        with cgutils.for_range(b, tokens) as loop:
+            row = b.add(v, b.mul(loop.index, _I64(dim * ITEM_BYTES[code])))
+            values = [_load(b, row, j * ITEM_BYTES[code], width, code) for j in block]
+            for h in range(heads):
+                where = b.add(p, b.mul(b.add(b.mul(p_stride, _I64(h)), loop.index), _I64(4)))
+                weight = _splat(b, b.load(_at(b, where, 0, _FLOAT)), width)
+                for j, value in zip(block, values, strict=True):
+                    total = _multiply_add(b, weight, value, b.load(sums[h, j]))
+                    b.store(total, sums[h, j])
+        for (h, j), variable in sums.items():
+            _store(b, b.load(variable), acc, (h * dim + j) * 4, F32)
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def load_row(typingctx: Any, dst: Any, src: Any, factor: Any, dim: Any, code: Any) -> Any:
+    """float32 dst[dim] = src[dim] of dtype `code`, times `factor`."""
+    return _tile_intrinsic(_emit_load_row, (_A, _A, _F))(dim, code)
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def store_row(typingctx: Any, dst: Any, src: Any, factor: Any, dim: Any, code: Any) -> Any:
+    """dst[dim] of dtype `code` = float32 src[dim] times `factor`."""
+    return _tile_intrinsic(_emit_store_row, (_A, _A, _F))(dim, code)
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def scores(
+    typingctx: Any, q: Any, k: Any, s: Any, s_stride: Any, heads: Any, dim: Any, code: Any
+) -> Any:
+    """s[h, t] = q[h] . k[t] for `heads` (1, 2, 4, 8 or 16) heads and 16 / heads key rows.
+
+    q is float32 [heads, dim], k is [16 / heads, dim] of dtype `code`, both contiguous; s is float32
+    with `s_stride` numbers between heads.
+    """
+    return _tile_intrinsic(_emit_scores, (_A, _A, _A, _A))(heads, dim, code)
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def accumulate(
+    typingctx: Any, acc: Any, p: Any, p_stride: Any, v: Any, tokens: Any,
+    heads: Any, dim: Any, code: Any,
+) -> Any:  # fmt: skip
+    """acc[h] += sum over `tokens` value rows of p[h, t] * v[t], for `heads` (1, 2 or 4) heads."""
+    return _tile_intrinsic(_emit_accumulate, (_A, _A, _A, _A, _A))(heads, dim, code)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at an address; any address is allowed."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        pointer = builder.inttoptr(args[0], byte)
+        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
