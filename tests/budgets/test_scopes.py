@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kept sets against the papers' formulae, and the properties that admission rests on."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from budgets_reference import ada_kv_kept, static_kept
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairkv_sglang.budgets import SCOPES, BudgetSpec, make_scope, make_scorer
+from fairkv_sglang.profiles import HeadProfile, uniform_profile
+
+LAYERS = 2
+
+
+@st.composite
+def cases(draw, names=("uniform", "head", "layer", "rank")):
+    """A scope, a prompt length and scores, which are mostly tied."""
+    heads = draw(st.integers(1, 6))
+    window = draw(st.integers(0, 6))
+    total = draw(st.integers(1, 60))
+    alpha = draw(st.sampled_from([0.0, 0.05, 0.2, 0.29, 0.5, 1.0]))
+    if draw(st.booleans()):
+        size = {"tokens": draw(st.integers(window + 1, 70))}
+    else:
+        size = {"ratio": draw(st.sampled_from([0.01, 0.25, 0.5, 0.7, 1.0]))}
+    spec = BudgetSpec(**size, floor_alpha=alpha, round_to=draw(st.sampled_from([1, 1, 16])))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    profile = HeadProfile(None, rng.random((LAYERS, heads)) ** 4 + 1e-6)
+    scope = SCOPES[draw(st.sampled_from(names))](spec, LAYERS, heads, window, profile)
+    m = max(total - window, 0)
+    if draw(st.booleans()):
+        scores = rng.integers(0, 4, (heads, m)).astype(np.float32)
+    else:
+        scores = (rng.random((heads, m)) * rng.random((heads, 1)) ** 3).astype(np.float32)
+    return scope, total, torch.from_numpy(scores)
+
+
+def _rows(kept):
+    return [
+        row[:count] for row, count in zip(kept.indices.tolist(), kept.counts.tolist(), strict=True)
+    ]
+
+
+def _reference(scope, layer, heads, scores, total):
+    budget = scope.budget(total)
+    if scope.input_dependent:
+        alpha = scope.spec.floor_alpha
+        return ada_kv_kept(scores.tolist(), heads, budget, scope.window, alpha, total)
+    counts = scope.expected(total)[layer, heads].tolist()
+    return static_kept(scores.tolist(), counts, total)
+
+
+@settings(max_examples=300, deadline=None)
+@given(case=cases(), layer=st.integers(0, LAYERS - 1))
+def test_kept_sets_equal_the_formulae(case, layer):
+    scope, total, scores = case
+    heads = list(range(scope.num_heads))
+    kept = scope.select(layer, heads, scores, total)
+    assert _rows(kept) == _reference(scope, layer, heads, scores, total)
+
+
+@settings(max_examples=300, deadline=None)
+@given(case=cases(), layer=st.integers(0, LAYERS - 1))
+def test_kept_sets_are_well_formed(case, layer):
+    scope, total, scores = case
+    kept = scope.select(layer, range(scope.num_heads), scores, total)
+    assert kept.counts.dtype == kept.indices.dtype == torch.int64
+    assert kept.indices.shape == (scope.num_heads, int(kept.counts.max()))
+    window = range(max(total - scope.window, 0), total)
+    floor = min(total, scope.window + scope.floor(total))
+    for row, padded in zip(_rows(kept), kept.indices.tolist(), strict=True):
+        assert row == sorted(set(row)) and set(row) <= set(range(total))
+        assert set(padded[len(row) :]) <= {-1}
+        assert set(window) <= set(row)
+        assert floor <= len(row) <= total
+    counts = scope.counts(layer, range(scope.num_heads), scores, total)
+    assert counts.tolist() == kept.counts.tolist()
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=cases())
+def test_totals_are_kept(case):
+    scope, total, scores = case
+    heads, budget = scope.num_heads, scope.budget(total)
+    layers = [scope.select(i, range(heads), scores, total).counts.sum() for i in range(LAYERS)]
+    whole, expected = LAYERS * heads * budget, scope.expected(total)
+    if scope.name == "head":
+        step = scope.spec.round_to
+        assert whole - step < sum(layers) <= whole
+    else:
+        assert [int(count) for count in layers] == [heads * budget] * LAYERS
+        assert expected.sum(axis=1).tolist() == [heads * budget] * LAYERS
+    assert expected.max() <= total and expected.min() >= min(scope.window, total)
+
+
+@settings(max_examples=300, deadline=None)
+@given(case=cases(), data=st.data())
+def test_bounds_hold_whatever_the_scores(case, data):
+    scope, total, scores = case
+    everyone = range(scope.num_heads)
+    group = sorted(data.draw(st.sets(st.sampled_from(everyone))))
+    rows = everyone if scope.name != "rank" else group
+    kept = scope.select(0, rows, scores[list(rows)], total)
+    counts = dict(zip(rows, kept.counts.tolist(), strict=True))
+    actual = sum(counts[head] for head in group)
+    bound = scope.bound(total, [group] * LAYERS)
+    assert bound.shape == (LAYERS,) and bound.dtype == np.int64
+    assert actual <= bound[0] <= len(group) * total
+    assert all(counts[head] <= scope.per_head_bound(total)[0, head] for head in group)
+    exact = not scope.input_dependent or scope.name == "rank" or len(group) == scope.num_heads
+    assert actual == bound[0] or not exact
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases(names=("layer",)), data=st.data())
+def test_layer_bound_is_reached(case, data):
+    """Scores that give the group everything come to within a token per head of the bound."""
+    scope, total, scores = case
+    everyone = range(scope.num_heads)
+    group = sorted(data.draw(st.sets(st.sampled_from(everyone), min_size=1)))
+    scores = torch.zeros_like(scores)
+    scores[group] = 1.0
+    counts = scope.select(0, everyone, scores, total).counts[group]
+    bound = int(scope.bound(total, [group] * LAYERS)[0])
+    assert bound - len(group) <= int(counts.sum()) <= bound
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=cases(), data=st.data())
+def test_order_of_rows_does_not_matter(case, data):
+    """A plan lists the heads of a rank in any order; ties still go by head index."""
+    scope, total, scores = case
+    heads = list(range(scope.num_heads))
+    order = data.draw(st.permutations(heads))
+    plain = _rows(scope.select(1, heads, scores, total))
+    permuted = _rows(scope.select(1, order, scores[order], total))
+    assert permuted == [plain[head] for head in order]
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases(names=("uniform", "head")), data=st.data())
+def test_static_scopes_do_not_care_which_heads_are_together(case, data):
+    scope, total, scores = case
+    heads = list(range(scope.num_heads))
+    part = data.draw(st.lists(st.sampled_from(heads), unique=True))
+    together = _rows(scope.select(1, heads, scores, total))
+    assert _rows(scope.select(1, part, scores[part], total)) == [together[h] for h in part]
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases(names=("layer",)))
+def test_rank_at_tp_1_equals_layer(case):
+    scope, total, scores = case
+    heads = range(scope.num_heads)
+    rank = SCOPES["rank"](scope.spec, LAYERS, scope.num_heads, scope.window, scope.profile)
+    assert _rows(rank.select(0, heads, scores, total)) == (
+        _rows(scope.select(0, heads, scores, total))
+    )
+
+
+@pytest.mark.parametrize("name", ["layer", "rank"])
+def test_dispersed_head_gains(name):
+    """Ada-KV's sign: the head that spreads its attention needs more tokens, not fewer."""
+    scores = torch.full((2, 100), 1e-6)
+    scores[0, :3] = torch.tensor([0.5, 0.3, 0.19])  # concentrated
+    scores[1, :60] = 1 / 60  # dispersed
+    scope = SCOPES[name](BudgetSpec(tokens=24), 1, 2, 4, None)
+    counts = scope.select(0, [0, 1], scores, 104).counts.tolist()
+    # 20 * 2 = 40 tokens in the pool: 3 + 37, then 0.8 of it plus a floor of 4.
+    assert counts == [4 + 4 + 2, 4 + 4 + 30]
+
+
+def test_ada_kv_rounding_is_the_papers_to_within_a_token():
+    """round(count (1 - alpha) + int((B - w) alpha)), where (B - w) alpha is a whole number."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scores = torch.from_numpy(rng.random((4, 200)) ** rng.integers(1, 9, (4, 1)))
+        scope = SCOPES["layer"](BudgetSpec(tokens=32 + 50, floor_alpha=0.2), 1, 4, 32, None)
+        counts = scope.select(0, range(4), scores, 232).counts.numpy() - 32
+        top = torch.topk(scores.flatten(), 200).indices // 200
+        pooled = torch.bincount(top, minlength=4).numpy()
+        assert counts.sum() == 4 * 50
+        assert np.abs(counts - np.round(pooled * 0.8 + 10)).max() <= 1
+
+
+@pytest.mark.parametrize("scorer", ["snapkv", "streaming"])
+@pytest.mark.parametrize("scope", ["uniform", "layer", "rank", "head"])
+def test_equal_scores_give_equal_budgets(scorer, scope):
+    """With the same scores in every head there is nothing to balance."""
+    method = make_scorer(scorer)
+    k = torch.randn(300, 1, 8, generator=torch.Generator().manual_seed(0)).expand(-1, 4, -1)
+    q = torch.randn(32, 1, 2, 8, generator=torch.Generator().manual_seed(1)).expand(-1, 4, -1, -1)
+    scores = method.score(q, k, scale=0.3)
+    budgets = make_scope(scope, BudgetSpec(tokens=64), 2, 4, method, uniform_profile(2, 4))
+    counts = budgets.select(0, range(4), scores, 300).counts.tolist()
+    if scorer == "streaming" or not budgets.input_dependent:
+        assert counts == [64] * 4
+    else:  # max pooling makes ties inside a head, and those go by head index
+        assert sum(counts) == 256 and max(counts) - min(counts) <= 7
+
+
+def test_streaming_keeps_sinks_and_recent_tokens():
+    method = make_scorer("streaming", sink=4, recent=8)
+    scope = make_scope("uniform", BudgetSpec(tokens=20), 1, 2, method)
+    scores = method.score(None, torch.zeros(50, 2, 4), scale=1.0)
+    wanted = [*range(4), *range(34, 50)]
+    assert scope.select(0, [0, 1], scores, 50).indices.tolist() == [wanted, wanted]
+
+
+@pytest.mark.parametrize("name", list(SCOPES))
+@pytest.mark.parametrize("total", [1, 31, 32, 33, 40])
+def test_prompt_within_the_budget_keeps_everything(name, total):
+    scorer = make_scorer("snapkv")
+    scope = make_scope(name, BudgetSpec(tokens=40), 3, 2, scorer, uniform_profile(3, 2))
+    scores = torch.rand(2, max(total - 32, 0))
+    kept = scope.select(1, [0, 1], scores, total)
+    assert kept.counts.tolist() == [total, total]
+    assert kept.indices.tolist() == [list(range(total))] * 2
+    assert (scope.expected(total) == total).all()
+    assert (scope.per_head_bound(total) == total).all()
+    assert scope.bound(total, [[0], [0, 1], []]).tolist() == [total, 2 * total, 0]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "total", "budget"),
+    [(0.25, 1000, 250), (0.07, 100, 33), (0.07, 1000, 70), (0.5, 65, 33), (1.0, 77, 77)],
+)
+def test_budget_by_ratio(ratio, total, budget):
+    """ceil(ratio * N), at least window + 1, at most N; no rounding noise."""
+    scope = make_scope("uniform", BudgetSpec(ratio=ratio), 1, 1, make_scorer("snapkv"))
+    assert scope.budget(total) == budget
+    assert scope.budget(20) == 20
+
+
+def test_head_caps_follow_the_profile():
+    profile = HeadProfile("tiny", np.array([[1.0, 3.0], [4.0, 0.0]]))
+    scope = SCOPES["head"](BudgetSpec(tokens=132), 2, 2, 32, profile)
+    # floor 32 + 20; the rest, 528 - 52, in proportion 1 : 3 : 4.
+    assert scope.expected(10_000).tolist() == [[60, 178], [238, 52]]
+    # Heads that are full pass on what they can't use.
+    assert scope.expected(150).tolist() == [[150, 150], [150, 78]]
+    assert scope.expected(132).tolist() == [[132, 132], [132, 132]]
+    # Whole pages, except for heads at the floor or at the prompt's length.
+    paged = SCOPES["head"](BudgetSpec(tokens=132, round_to=16), 2, 2, 32, profile)
+    assert paged.expected(10_000).tolist() == [[52, 176], [240, 52]]
+
+
+def test_layer_expectation_follows_the_profile_inside_each_layer():
+    profile = HeadProfile("tiny", np.array([[1.0, 3.0], [40.0, 40.0]]))
+    scope = SCOPES["layer"](BudgetSpec(tokens=132), 2, 2, 32, profile)
+    assert scope.expected(10_000).tolist() == [[66, 198], [132, 132]]
+    without = SCOPES["layer"](BudgetSpec(tokens=132), 2, 2, 32, None)
+    assert (without.expected(10_000) == 132).all()
+
+
+def test_a_single_head_may_take_what_the_others_floors_leave():
+    scope = SCOPES["layer"](BudgetSpec(tokens=132), 1, 4, 32, None)
+    assert (scope.per_head_bound(10_000) == 32 + 400 - 3 * 20).all()
+    assert (scope.per_head_bound(200) == math.ceil(32 + 20 + 168 * 0.8)).all()
+
+
+def test_rank_with_no_heads_of_a_request():
+    """All copies of a request's heads may have their owners elsewhere."""
+    for name in ("uniform", "rank"):
+        scope = SCOPES[name](BudgetSpec(tokens=40), 1, 4, 32, None)
+        kept = scope.select(0, [], torch.zeros(0, 68), 100)
+        assert kept.counts.shape == (0,) and kept.indices.shape == (0, 0)
+        assert scope.bound(100, [[]]).tolist() == [0]
+
+
+def test_cached_tables_can_not_be_written_to():
+    scope = SCOPES["layer"](BudgetSpec(tokens=40), 1, 4, 32, None)
+    for table in (scope.expected(99), scope.per_head_bound(99), scope.bound(99, [[0]])):
+        with pytest.raises(ValueError, match="read-only"):
+            table[0] = 0
+    assert scope.expected(99) is scope.expected(99)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either in tokens or as a ratio"),
+        ({"tokens": 5, "ratio": 0.5}, "either in tokens or as a ratio"),
+        ({"tokens": 0}, "at least 1 token"),
+        ({"ratio": 0.0}, "above 0 and at most 1"),
+        ({"ratio": float("nan")}, "above 0 and at most 1"),
+        ({"ratio": 25}, "above 0 and at most 1"),
+        ({"tokens": 64, "floor_alpha": 2}, "floor_alpha must lie between 0 and 1"),
+        ({"tokens": 64, "round_to": 0}, "round_to must be at least 1"),
+    ],
+)
+def test_bad_budget_is_one_clear_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        BudgetSpec(**options)
+
+
+def test_bad_scope_is_one_clear_line():
+    scorer, spec = make_scorer("streaming"), BudgetSpec(tokens=36)
+    make_scope("uniform", spec, 2, 4, scorer)
+    for name, budget, profile, message in [
+        ("heads", spec, None, "unknown budget scope 'heads'; known: head, layer, rank, uniform"),
+        ("head", spec, None, "takes its caps from a head profile"),
+        ("layer", spec, uniform_profile(2, 8), "2 layers x 8 KV heads, but the model has 2 x 4"),
+        ("uniform", BudgetSpec(tokens=35), None, "below window 32 + sink 4: use at least 36"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            make_scope(name, budget, 2, 4, scorer, profile)
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_select_refuses_what_does_not_fit():
+    scope = SCOPES["layer"](BudgetSpec(tokens=40), 1, 4, 32, None)
+    for heads, shape, message in [
+        ([0, 1, 2, 3], (4, 67), r"scores have shape \[4, 67\], expected \[4, 68\]"),
+        ([0, 1, 2], (3, 68), "needs all 4 heads"),
+        ([0, 1, 2, 2], (4, 68), "not distinct heads"),
+        ([0, 1, 2, 4], (4, 68), "not distinct heads of 4"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            scope.select(0, heads, torch.zeros(shape), 100)
+    with pytest.raises(ValueError, match="heads of 2 layers, expected 1"):
+        scope.bound(100, [[0], [1]])
