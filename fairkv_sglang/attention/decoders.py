@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention over head pages: one interface, one implementation per device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from fairkv_sglang.kernels import ops, reference
+from fairkv_sglang.kernels.pages import HeadPages
+
+if TYPE_CHECKING:
+    from fairkv_sglang.runtime import FairKVRuntime
+
+
+class Decoder(Protocol):
+    """Attends one new token per request to the head pages of its lanes."""
+
+    def reserve(self, pages: HeadPages, max_batch: int) -> None:
+        """Allocate for the largest batch of a CUDA graph."""
+
+    def plan(self, pages: HeadPages, rows: torch.Tensor) -> None:
+        """Once per step, for all layers, after the step's tokens got their slots.
+
+        Args:
+            pages: Device state.
+            rows: ``int64 [bs]`` request-table rows.
+        """
+
+    def decode(
+        self,
+        pages: HeadPages,
+        q: torch.Tensor,
+        rows: torch.Tensor,
+        layer: int,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Write ``out [bs, n*g, D]`` for ``q`` of the same shape; zeros for lanes not served."""
+
+
+class PageTableDecoder:
+    """Kernels that read the page tables themselves and need no plan: numba on CPU."""
+
+    def __init__(self, lane_start: tuple[int, ...]) -> None:
+        self.lane_start = lane_start
+
+    def reserve(self, pages: HeadPages, max_batch: int) -> None:
+        """Nothing to allocate."""
+
+    def plan(self, pages: HeadPages, rows: torch.Tensor) -> None:
+        """Nothing to plan."""
+
+    def decode(
+        self,
+        pages: HeadPages,
+        q: torch.Tensor,
+        rows: torch.Tensor,
+        layer: int,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """See :class:`Decoder`."""
+        low, high = self.lane_start[layer], self.lane_start[layer + 1]
+        ops.decode(pages, q, rows, low, high - low, scale, out)
+
+
+class TorchDecoder(PageTableDecoder):
+    """The plain torch reference, for tests and for comparison."""
+
+    def decode(
+        self,
+        pages: HeadPages,
+        q: torch.Tensor,
+        rows: torch.Tensor,
+        layer: int,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """See :class:`Decoder`."""
+        low, high = self.lane_start[layer], self.lane_start[layer + 1]
+        reference.decode(pages, q, rows, low, high - low, scale, out)
+
+
+def make_decoder(runtime: FairKVRuntime, device: str) -> Decoder:
+    """The implementation that ``--fairkv-decode-backend`` names, or the device's own.
+
+    Raises:
+        ValueError: if the named implementation does not run on the device, with those that do.
+    """
+    wanted = runtime.config.decode_backend
+    on_cuda = device.startswith("cuda")
+    choices = ("flashinfer", "triton", "torch") if on_cuda else ("numba", "torch")
+    name = choices[0] if wanted == "auto" else wanted
+    if name not in choices:
+        raise ValueError(
+            f"--fairkv-decode-backend {wanted} does not run on {device}: use auto or one of "
+            + ", ".join(choices)
+        )
+    lane_start = runtime.heads.lane_start
+    if name == "flashinfer":
+        from fairkv_sglang.attention.flashinfer import FlashInferDecoder
+
+        return FlashInferDecoder(runtime, device)
+    if name == "torch":
+        return TorchDecoder(lane_start)
+    return PageTableDecoder(lane_start)

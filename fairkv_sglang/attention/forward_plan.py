@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one forward pass does with each request's prompt: known to the scheduler only.
+
+SGLang's model code gets a ``ForwardBatch`` (and drops attributes put on it). Which prompts end in
+this pass is known on the ``ScheduleBatch``, so the plan is built from that, right before the pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class PromptSpan:
+    """The tokens of one prompt in this pass.
+
+    Attributes:
+        row: Request-table row.
+        start: Offset of the span in the pass's tokens.
+        length: Tokens of the span.
+        end: Prompt position after the span.
+        prompt_len: Tokens of the whole prompt.
+    """
+
+    row: int
+    start: int
+    length: int
+    end: int
+    prompt_len: int
+
+    @property
+    def is_last(self) -> bool:
+        """The prompt ends with this span."""
+        return self.end == self.prompt_len
+
+
+@dataclass
+class ForwardPlan:
+    """Prompts of one pass, in the order of the batch; empty for decode."""
+
+    spans: tuple[PromptSpan, ...] = ()
+    shared_mask: torch.Tensor | None = None  # [tokens, lanes] 1 where this rank serves the lane
+
+    @property
+    def last(self) -> list[PromptSpan]:
+        """Spans whose prompt ends in this pass."""
+        return [span for span in self.spans if span.is_last]
+
+
+def plan_forward(batch: Any) -> ForwardPlan:
+    """Read the plan off a ``ScheduleBatch``.
+
+    Args:
+        batch: With ``forward_mode``, ``reqs``, ``extend_lens``; requests know their prompt.
+    """
+    if not batch.forward_mode.is_extend():
+        return ForwardPlan()
+    spans = []
+    start = 0
+    for req, length in zip(batch.reqs, batch.extend_lens, strict=True):
+        spans.append(
+            PromptSpan(
+                row=req.kv.req_pool_idx,
+                start=start,
+                length=length,
+                end=req.extend_range.end,
+                prompt_len=len(req.full_untruncated_fill_ids),
+            )
+        )
+        start += length
+    return ForwardPlan(tuple(spans))

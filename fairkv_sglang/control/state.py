@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server says of itself: the ``fairkv`` part of the info endpoint, and metrics.
+
+The info request reaches every rank's scheduler over SGLang's ZMQ channel in the same order, so a
+collective inside the handler is safe; only the first rank's answer goes back to the caller.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+import fairkv_sglang
+from fairkv_sglang.memory.ledger import PAGE_TOKENS
+from fairkv_sglang.runtime import FairKVRuntime, budget_text, get_runtime
+
+
+def collect_state(scheduler: Any) -> dict[str, Any]:
+    """State of all ranks, in plain JSON types.
+
+    Args:
+        scheduler: SGLang's scheduler of this rank.
+    """
+    runtime = get_runtime()
+    mine = rank_state(runtime)
+    ranks: list[Any] = [mine]
+    if runtime.tp_size > 1:
+        ranks = [None] * runtime.tp_size
+        dist.all_gather_object(ranks, mine, group=scheduler.tp_cpu_group)
+    config = runtime.config
+    loads = runtime.router.loads()
+    return {
+        "version": fairkv_sglang.__version__,
+        "enabled": True,
+        "scorer": config.scorer,
+        "scope": config.scope,
+        "budget": budget_text(config),
+        "placement": runtime.plan.policy,
+        "copies": int(runtime.plan.copy_counts().sum()),
+        "planned": _plain(runtime.plan.info),
+        "balancedness": balancedness(loads),
+        "resident_tokens": [int(x) for x in loads.sum(axis=0)],
+        "ranks": ranks,
+        "decisions_agree": len({rank["decisions"]["digest"] for rank in ranks}) == 1,
+    }
+
+
+def rank_state(runtime: FairKVRuntime) -> dict[str, Any]:
+    """State of one rank, in plain JSON types; sizes in bytes, pages and tokens as named."""
+    book, division = runtime.book, runtime.division
+    rank = runtime.heads.rank
+    pages = book.pages
+    ledger = book.ledger
+    return {
+        "rank": rank,
+        "lanes": runtime.heads.num_lanes,
+        "pool_tokens": division.pool_tokens if division else 0,
+        "pool_bytes": int(division.pool_bytes[rank]) if division else 0,
+        "total_bytes": division.total_bytes if division else 0,
+        "page_bytes": pages.page_bytes,
+        "pages": pages.num_pages,
+        "pages_used": pages.num_used,
+        "pages_charged": int(ledger.held[rank]),
+        "peak_pages_charged": int(book.peak_pages[rank]),
+        "requests": book.live_requests,
+        "peak_requests": book.peak_requests,
+        "max_requests": division.max_requests if division else 0,
+        "handed_over_tokens": book.handed_over_tokens,
+        "prefill_seconds": runtime.prefill_seconds,
+        "compress_seconds": runtime.compress_seconds,
+        "hooks": len(runtime.verify_hooks()),
+        "decisions": {"count": book.log.count, "digest": book.log.digest},
+    }
+
+
+def balancedness(loads: np.ndarray[Any, Any]) -> float:
+    """Sum over layers of mean load over sum of max load (``loads [L, R]``); 1.0 is perfect."""
+    highest = float(loads.max(axis=1).sum())
+    return float(loads.mean(axis=1).sum()) / highest if highest > 0 else 1.0
+
+
+def _plain(value: Any) -> Any:
+    """Only types that SGLang's message format carries."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+class _Gauges:
+    """Gauges of this rank; created after SGLang has set up Prometheus for its processes."""
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        from prometheus_client import Gauge
+
+        def gauge(name: str, text: str) -> Any:
+            made = Gauge(
+                f"fairkv:{name}", text, labelnames=list(labels), multiprocess_mode="mostrecent"
+            )
+            return made.labels(**labels)
+
+        self.used = gauge("head_pages_used", "Head pages charged to requests on this rank.")
+        self.total = gauge("head_pages_total", "Head pages of this rank's arena.")
+        self.tokens = gauge("resident_tokens", "Kept tokens that this rank reads per decode step.")
+        self.balance = gauge("balancedness", "Mean over max load of the ranks, layer by layer.")
+        self.requests = gauge("running_requests", "Requests that hold head pages.")
+        self.page_tokens = gauge("head_page_tokens", "Tokens of one head page.")
+
+    def update(self, runtime: FairKVRuntime) -> None:
+        book, rank = runtime.book, runtime.heads.rank
+        loads = runtime.router.loads()
+        self.used.set(int(book.ledger.held[rank]))
+        self.total.set(int(book.ledger.capacity[rank]))
+        self.tokens.set(int(loads[:, rank].sum()))
+        self.balance.set(balancedness(loads))
+        self.requests.set(book.live_requests)
+        self.page_tokens.set(PAGE_TOKENS)
+
+
+_gauges: _Gauges | None = None
+
+
+def start_reporting(scheduler: Any) -> None:
+    """Create the gauges if the server has metrics on (``--enable-metrics``)."""
+    global _gauges
+    collector = getattr(scheduler.metrics_reporter, "metrics_collector", None)
+    labels = getattr(collector, "labels", None)
+    if labels:
+        _gauges = _Gauges({key: str(value) for key, value in labels.items()})
+        update_metrics()
+
+
+def update_metrics() -> None:
+    """Set the gauges to the present state; nothing if metrics are off."""
+    if _gauges is not None:
+        _gauges.update(get_runtime())

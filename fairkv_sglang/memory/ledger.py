@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page ledger: head pages held by every request on *every* rank.
+
+Each tensor-parallel rank runs SGLang's scheduler for itself and must take the same decisions as
+the others (DESIGN, decision 3). So each rank keeps this book for all ranks, from numbers that all
+of them know: bounds fixed at admission, then exact kept counts that are equal on all ranks. The
+device allocator of a rank never takes more pages than its column of this book says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+PAGE_TOKENS = 16
+Pages = NDArray[np.int64]
+
+
+@dataclass
+class _Row:
+    owners: NDArray[np.int16]  # [L, H]
+    held: Pages  # [R] pages charged
+    residues: Pages | None  # [16, R] lanes by (kept tokens mod 16); None until counts are known
+    decoded: int = 0  # tokens appended since the prompt
+
+
+class PageLedger:
+    """Pages by request-table row and rank.
+
+    Args:
+        capacity: ``[R]`` head pages of each rank's arena.
+    """
+
+    def __init__(self, capacity: Pages) -> None:
+        self.capacity = np.asarray(capacity, dtype=np.int64)
+        self.held = np.zeros_like(self.capacity)
+        self._rows: dict[int, _Row] = {}
+
+    def __contains__(self, row: int) -> bool:
+        return row in self._rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def free(self) -> Pages:
+        """``[R]`` pages not charged to any request."""
+        return self.capacity - self.held
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows that hold or reserve pages, in admission order."""
+        return list(self._rows)
+
+    def owners(self, row: int) -> NDArray[np.int16]:
+        """``[L, H]`` rank that serves each head for this row."""
+        return self._rows[row].owners
+
+    def is_settled(self, row: int) -> bool:
+        """True once the row's exact kept counts are known."""
+        return self._rows[row].residues is not None
+
+    def admit(self, row: int, owners: NDArray[np.int16], bound: Pages) -> None:
+        """Charge the upper bound of a prompt's pages, plus a page per lane.
+
+        The spare page lets a request decode up to 16 tokens before its counts are known (under
+        overlap scheduling the next step is chosen before the prompt's result is processed).
+
+        Args:
+            row: Request-table row.
+            owners: ``[L, H]`` owner of each head.
+            bound: ``[R]`` pages that the prompt's kept tokens cannot exceed on each rank.
+
+        Raises:
+            RuntimeError: if the row is in the book already.
+        """
+        if row in self._rows:
+            raise RuntimeError(f"FairKV: row {row} was admitted twice")
+        ranks = len(self.capacity)
+        spare = np.bincount(owners.ravel(), minlength=ranks)
+        held = np.asarray(bound, dtype=np.int64) + spare
+        self._rows[row] = _Row(owners=owners, held=held, residues=None)
+        self.held += held
+
+    def settle(self, row: int, kept: NDArray[np.integer]) -> None:
+        """Replace the bound by the exact pages of ``kept [L, H]`` tokens and of what was decoded."""
+        entry = self._rows[row]
+        ranks = len(self.capacity)
+        flat_owner = entry.owners.ravel().astype(np.int64)
+        flat_kept = np.asarray(kept, dtype=np.int64).ravel()
+        pages = -(-(flat_kept + entry.decoded) // PAGE_TOKENS)
+        exact = np.bincount(flat_owner, weights=pages, minlength=ranks).astype(np.int64)
+        residues = np.bincount(
+            (flat_kept % PAGE_TOKENS) * ranks + flat_owner, minlength=PAGE_TOKENS * ranks
+        ).reshape(PAGE_TOKENS, ranks)
+        self.held += exact - entry.held
+        entry.held = exact
+        entry.residues = residues
+
+    def growth(self, rows: list[int]) -> Pages:
+        """``[R]`` new pages that one more token of each row takes."""
+        need = np.zeros_like(self.capacity)
+        for row in rows:
+            entry = self._rows.get(row)
+            if entry is not None and entry.residues is not None:
+                need += entry.residues[-entry.decoded % PAGE_TOKENS]
+        return need
+
+    def grow(self, rows: list[int]) -> None:
+        """Charge one more token of each row.
+
+        Raises:
+            RuntimeError: if a rank would run out of pages, or a row outran its spare page; both
+                mean that admission was wrong, and going on would corrupt the arena.
+        """
+        need = self.growth(rows)
+        if np.any(need > self.free):
+            raise RuntimeError(
+                f"FairKV: head pages exhausted in decode, need {need.tolist()} "
+                f"of free {self.free.tolist()} pages by rank"
+            )
+        for row in rows:
+            entry = self._rows[row]
+            if entry.residues is not None:
+                more = entry.residues[-entry.decoded % PAGE_TOKENS]
+                entry.held = entry.held + more
+                self.held += more
+            elif entry.decoded >= PAGE_TOKENS:
+                raise RuntimeError(f"FairKV: row {row} decoded {entry.decoded} tokens unsettled")
+            entry.decoded += 1
+
+    def release(self, row: int) -> None:
+        """Give all pages of ``row`` back; a row that holds none is ignored."""
+        entry = self._rows.pop(row, None)
+        if entry is not None:
+            self.held -= entry.held
+
+    def clear(self) -> None:
+        """Forget every row."""
+        self._rows.clear()
+        self.held[:] = 0

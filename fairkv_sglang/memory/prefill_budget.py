@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Admission of prompts: slots of the prefill pool, and head pages of every rank.
+
+SGLang asks a budget object how many tokens fit. Under FairKV a prompt needs two things: slots of
+the prefill pool for the time of its prefill, and head pages from then on. Both are checked here;
+the second against all ranks, so that the fullest one decides and all ranks decide alike.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from sglang.srt.mem_cache.prefill_budget import PrefillBudget
+
+from fairkv_sglang.memory.ledger import PAGE_TOKENS, Pages
+from fairkv_sglang.memory.rows import RowBook
+
+
+class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
+    """Budget of one prefill pass.
+
+    ``current_offset`` counts pool slots promised in this pass. ``total_offset`` is written by
+    SGLang's ``PrefillAdder``: the tokens that running requests are expected to decode; here they
+    are tokens of head-page growth.
+    """
+
+    def __init__(
+        self, allocator: object, tree_cache: object, book: RowBook, num_mixed_decode_tokens: int = 0
+    ) -> None:
+        # Rows that decode inside a mixed batch take no slot of the pool.
+        super().__init__(allocator, tree_cache, num_mixed_decode_tokens=0)
+        self.book = book
+        self.promised: Pages = np.zeros_like(book.ledger.capacity)
+        self._candidate: Pages | None = None
+
+    def _free_pages(self) -> Pages:
+        demand = self.book.demand
+        growth = np.ceil(demand.expected_lanes * (self.total_offset / PAGE_TOKENS))
+        pages: Pages = self.book.ledger.free - self.promised - growth.astype(np.int64)
+        return pages
+
+    @property
+    def remaining_total(self) -> int:
+        """Tokens of full KV that still fit: the smaller of pool and fullest rank."""
+        pool = self._available_and_evictable() - self.current_offset
+        lanes = np.maximum(self.book.demand.lanes, 1)
+        return int(min(pool, int((self._free_pages() * PAGE_TOKENS // lanes).min())))
+
+    def has_capacity(self) -> bool:
+        """Whether it is worth asking about the next request."""
+        return self.remaining_current > 0 and bool(np.all(self._free_pages() > 0))
+
+    def check_prefill(
+        self,
+        *,
+        extend_input_len: int,
+        total_tokens: int,
+        max_new_tokens: int,
+        input_tokens: int,
+        swa_host_hit_length: int,
+        chunk_limit: int | None,
+    ) -> tuple[bool, int | None]:
+        """Whether a prompt of ``input_tokens`` fits; a prefix hit still needs all its head pages."""
+        self._candidate = None
+        slots = self.ceil_paged_tokens(extend_input_len) + self.page_size
+        if slots > self.remaining_current:
+            return False, None
+        demand = self.book.demand
+        need = demand.lone_request(input_tokens)
+        growth = demand.lanes * -(-max_new_tokens // PAGE_TOKENS)
+        if np.any(need + growth > self._free_pages()):
+            return False, None
+        self._candidate = need + growth
+        return True, chunk_limit
+
+    def available_chunk_tokens(self, chunk_limit: int) -> int | None:
+        """Tokens for the next chunk of a prompt that already has its head pages reserved."""
+        available = min(chunk_limit, int(self.remaining_current))
+        return available if available > 0 else chunk_limit
+
+    def reserve(
+        self,
+        extend_input_len: int,
+        max_new_tokens: int,
+        *,
+        extra_tokens: int = 0,
+        chunk_limit: int | None = None,
+        is_chunked_continuation: bool = False,
+    ) -> None:
+        """Promise slots and pages to an admitted request."""
+        self.current_offset += (
+            self.ceil_paged_tokens(extend_input_len) + self.page_size + extra_tokens
+        )
+        if not is_chunked_continuation and self._candidate is not None:
+            self.promised = self.promised + self._candidate
+            self._candidate = None

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang's prefix caches with the hand-over: a prompt's slots go back when its prefill is done.
+
+SGLang's bookkeeping says that a request owns the row positions ``[cache_protected_len,
+kv_allocated_len)``. Once the kept tokens are in head pages we let the request own nothing:
+``cache_protected_len`` follows ``kv_allocated_len`` upwards, so every release path frees nothing
+and every leak check of SGLang still adds up.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.mem_cache.chunk_cache import ChunkCache
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from fairkv_sglang.runtime import get_runtime
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+BACKEND_NAME = "fairkv"
+# Fields that FairKV keeps on a request (``ReqKvInfo`` has slots, ``Req`` has not).
+SLOTS = "fairkv_pool_slots"  # real slots of the prefill pool behind the row, [0, n)
+HANDED_OVER = "fairkv_handed_over"  # the slots went back, only head pages remain
+
+
+def ceil_page(length: int, page_size: int) -> int:
+    """Smallest multiple of ``page_size`` that is not below ``length``."""
+    return -(-length // page_size) * page_size
+
+
+def owns_nothing(req: Req, page_size: int) -> None:
+    """Keep the request's own range empty after its lengths changed."""
+    req.kv.cache_protected_len = ceil_page(req.kv.kv_allocated_len, page_size)
+
+
+class _HandOver:
+    """Mixin over SGLang's caches; see the module's docstring for the idea."""
+
+    def cache_unfinished_req(self, req: Req, chunked: bool = False, **kwargs: Any) -> None:
+        """Cache a prompt, and when its last chunk has run give its slots back."""
+        super().cache_unfinished_req(req, chunked=chunked, **kwargs)  # type: ignore[misc]
+        if not chunked:
+            self._hand_over(req)
+
+    def _hand_over(self: Any, req: Req) -> None:
+        row, slots = req.kv.req_pool_idx, getattr(req, SLOTS)
+        get_runtime().book.hand_over(row, slots)
+        # Only real slots, never past them: under overlap a decode step was added already.
+        self.free_kv_row(req.kv, [(req.kv.cache_protected_len, slots)])
+        self.unpin(req)
+        req.last_node = None
+        req.prefix_indices = torch.empty((0,), dtype=torch.int64)
+        # The whole row: positions past the prompt still show slots of the row's former owner.
+        self.req_to_token_pool.req_to_token[row] = 0
+        owns_nothing(req, self.page_size)
+        setattr(req, HANDED_OVER, True)
+        # Output tokens have no full KV, so nothing may be inserted at finish.
+        req.skip_radix_cache_insert = True
+
+    def claim_kv_row(self: Any, req: Req) -> bool:
+        """First call of every release: forget positions that never had a slot."""
+        slots = getattr(req, SLOTS, None)
+        if getattr(req, HANDED_OVER, False):
+            req.kv.kv_allocated_len = req.owned_kv_len()
+            owns_nothing(req, self.page_size)
+        elif slots is not None and req.kv.kv_allocated_len > slots:
+            req.kv.kv_allocated_len = slots
+            req.kv.kv_committed_len = min(req.kv.kv_committed_len, slots)
+        return bool(super().claim_kv_row(req))  # type: ignore[misc]
+
+    def on_release(self, req: Req, *, inserted: bool) -> None:
+        """The row is free: a retracted request starts anew."""
+        super().on_release(req, inserted=inserted)  # type: ignore[misc]
+        if getattr(req, HANDED_OVER, False):
+            setattr(req, HANDED_OVER, False)
+            req.skip_radix_cache_insert = False
+        setattr(req, SLOTS, None)
+
+    def swa_reprefill_tail_tokens(self) -> int:
+        """Caps a prefix hit so that the observation window is always recomputed.
+
+        SGLang has this for sliding windows; window scorers need the same: the queries of the last
+        tokens of the prompt must exist.
+        """
+        return max(int(super().swa_reprefill_tail_tokens()), get_runtime().scorer.window)  # type: ignore[misc]
+
+
+class FairKVChunkCache(_HandOver, ChunkCache):  # type: ignore[misc]
+    """Without prefix caching (``--disable-radix-cache``)."""
+
+    @property
+    def disable(self) -> bool:
+        """False: SGLang's admission for disabled caches assumes that decoding grows the pool."""
+        return False
+
+
+class FairKVRadixCache(_HandOver, UnifiedRadixCache):  # type: ignore[misc]
+    """With prefix caching: the prompt stays in the tree, evictable, without its request's lock."""
+
+
+def build_prefix_cache(context: Any) -> Any:
+    """Factory for SGLang's radix-cache registry (``--radix-cache-backend fairkv``).
+
+    Raises:
+        HookError: if a hook did not take effect in this process.
+    """
+    from sglang.srt.mem_cache.registry import create_unified_radix_cache
+
+    get_runtime().verify_hooks()
+    if context.disable_radix_cache:
+        return FairKVChunkCache(context.params)
+    return create_unified_radix_cache(context, cache_class=FairKVRadixCache)

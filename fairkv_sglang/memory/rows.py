@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Life of a request-table row: owners, ledger, and head pages on the device.
+
+Attached to SGLang's ``ReqToTokenPool`` as its auxiliary cache, so that a row's head pages go back
+at the very moment at which SGLang frees the row: finish, abort, retraction, flush.
+
+Host and device run apart under overlap scheduling: when the host frees a row, the step that still
+contains it may be running. So device pages are returned by operations at the start of the next
+forward, on the forward stream, before that forward can take any page. The ledger (host) changes
+at once; both orders agree because no forward starts between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fairkv_sglang.budgets import BudgetScope
+from fairkv_sglang.kernels import ops
+from fairkv_sglang.kernels.pages import HeadPages
+from fairkv_sglang.memory.demand import PageDemand
+from fairkv_sglang.memory.ledger import PageLedger
+from fairkv_sglang.parallel import RankHeads
+from fairkv_sglang.placement import Router
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Life:
+    prompt_len: int
+    owned: torch.Tensor  # uint8 [lanes], host
+    stored: bool = False  # the device holds (or will hold) pages of this row
+    kept: torch.Tensor | None = None  # int64 [L, H] host, filled by the prompt's last forward
+
+
+class DecisionLog:
+    """Digest of the decisions of this rank; equal on all ranks, or something is wrong."""
+
+    def __init__(self, verbose: bool) -> None:
+        self.verbose = verbose
+        self.count = 0
+        self.recent: deque[str] = deque(maxlen=4096)
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def add(self, what: str, row: int, detail: bytes = b"") -> None:
+        """Record one decision."""
+        self.count += 1
+        self._hash.update(f"{what} {row} ".encode() + detail)
+        if self.verbose:
+            line = f"{self.count} {what} row {row} {hashlib.blake2b(detail, digest_size=4).hexdigest()}"
+            self.recent.append(line)
+            logger.info("FairKV decision %s", line)
+
+    @property
+    def digest(self) -> str:
+        """Hex digest over all decisions so far."""
+        return self._hash.hexdigest()
+
+
+class RowBook:
+    """All rows of one rank.
+
+    Args:
+        heads: This rank's heads.
+        scope: Budget scope.
+        demand: Page bounds.
+        router: Chooses owners of copied heads, the same on every rank.
+        ledger: Pages of all ranks.
+        pages: Device state of this rank.
+        pool_tokens: Size of the prefill pool; what SGLang may schedule.
+        verbose: Log every decision.
+    """
+
+    def __init__(
+        self,
+        *,
+        heads: RankHeads,
+        scope: BudgetScope,
+        demand: PageDemand,
+        router: Router,
+        ledger: PageLedger,
+        pages: HeadPages,
+        pool_tokens: int,
+        verbose: bool = False,
+    ) -> None:
+        self.heads = heads
+        self.scope = scope
+        self.demand = demand
+        self.router = router
+        self.ledger = ledger
+        self.pages = pages
+        self.dense_capacity = pool_tokens
+        self.log = DecisionLog(verbose)
+        self.peak_requests = 0
+        self.peak_pages = np.zeros_like(ledger.capacity)
+        self.handed_over_tokens = 0
+        self._lives: dict[int, _Life] = {}
+        self._to_release: list[int] = []
+
+    # -- admission ------------------------------------------------------------------------------
+
+    def admit(self, row: int, prompt_len: int) -> None:
+        """Fix the owners of a request and charge its pages; a row in its later chunks is known."""
+        if row in self._lives:
+            return
+        owners = self.router.admit(row, self.scope.expected(prompt_len))
+        self.ledger.admit(row, owners, self.demand.with_owners(prompt_len, owners))
+        self._lives[row] = _Life(prompt_len, torch.from_numpy(self.heads.owned(owners)))
+        self.log.add("admit", row, prompt_len.to_bytes(8, "little") + owners.tobytes())
+        if not self.scope.input_dependent:
+            self._settle(row, self.scope.expected(prompt_len))
+        self._note_peak()
+
+    def owned_mask(self, row: int) -> torch.Tensor:
+        """``uint8 [lanes]`` on the host: lanes of this rank that serve the row."""
+        return self._lives[row].owned
+
+    def owners(self, row: int) -> NDArray[np.int16]:
+        """``[L, H]`` owner of each head for the row."""
+        return self.ledger.owners(row)
+
+    # -- forward --------------------------------------------------------------------------------
+
+    def begin_forward(self, last_chunks: list[int]) -> None:
+        """Device work that precedes a forward, on the forward stream.
+
+        Args:
+            last_chunks: Rows whose prompt ends in this forward.
+        """
+        if self._to_release:
+            rows = torch.tensor(self._to_release, dtype=torch.int64)
+            ops.release(self.pages, rows.to(self.pages.device, non_blocking=True))
+            self._to_release.clear()
+        for row in last_chunks:
+            life = self._lives[row]
+            life.stored = True
+            ops.set_owned(self.pages, row, life.owned.to(self.pages.device, non_blocking=True))
+
+    def note_kept(self, row: int, kept: torch.Tensor) -> None:
+        """Remember the kept counts ``int64 [L, H]`` (host memory, maybe still being copied)."""
+        self._lives[row].kept = kept
+
+    # -- decode ---------------------------------------------------------------------------------
+
+    def grow(self, rows: list[int]) -> None:
+        """Charge the next token of each row."""
+        self.ledger.grow(rows)
+        self._note_peak()
+
+    # -- after the prompt -----------------------------------------------------------------------
+
+    def hand_over(self, row: int, slots: int) -> None:
+        """The prompt's result is on the host and its ``slots`` go back: counts become exact."""
+        self.handed_over_tokens += slots
+        life = self._lives.get(row)
+        if life is None or self.ledger.is_settled(row):
+            return
+        if life.kept is None:
+            raise RuntimeError(f"FairKV: row {row} ended its prompt without kept counts")
+        self._settle(row, life.kept.numpy())
+
+    def _settle(self, row: int, kept: NDArray[np.integer]) -> None:
+        counts = np.ascontiguousarray(kept, dtype=np.int64)
+        self.ledger.settle(row, counts)
+        self.router.update(row, counts)
+        self.log.add("settle", row, counts.tobytes())
+
+    # -- SGLang's auxiliary-cache interface -----------------------------------------------------
+
+    def alloc_to_lengths(
+        self, *, req_pool_indices_cpu: torch.Tensor, target_seq_lens_cpu: torch.Tensor
+    ) -> None:
+        """Nothing: prompts are charged by :meth:`admit`, decode steps by :meth:`grow`."""
+
+    def free(self, row: int) -> None:
+        """SGLang frees ``row``."""
+        life = self._lives.pop(row, None)
+        if life is None:
+            return
+        self.ledger.release(row)
+        self.router.release(row)
+        if life.stored:
+            self._to_release.append(row)
+        self.log.add("free", row)
+
+    def clear(self) -> None:
+        """SGLang clears its request table (flush at idle)."""
+        for row in list(self._lives):
+            self.free(row)
+
+    def reset_allocator(self) -> None:
+        """SGLang resets its slot allocator; head pages went back with their rows."""
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def check_idle(self) -> list[str]:
+        """Violations at idle, empty when healthy: pages on the ledger, the device, in the router."""
+        problems: list[str] = []
+        self.begin_forward([])
+        if np.any(self.ledger.held != 0) or len(self.ledger):
+            problems.append(f"FairKV: head pages still charged at idle: {self.ledger.held.tolist()}")
+        used = self.pages.num_used
+        if used:
+            problems.append(f"FairKV: {used} head pages leaked on rank {self.heads.rank}")
+        if np.any(np.abs(self.router.loads()) > 1e-6):
+            problems.append("FairKV: the router still counts tokens of released requests")
+        return problems
+
+    @property
+    def live_requests(self) -> int:
+        """Requests that hold a row."""
+        return len(self._lives)
+
+    def _note_peak(self) -> None:
+        self.peak_requests = max(self.peak_requests, len(self._lives))
+        np.maximum(self.peak_pages, self.ledger.held, out=self.peak_pages)

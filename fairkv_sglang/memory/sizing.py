@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a rank's KV memory is divided: prefill pool, head-page arena, page tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fairkv_sglang.memory.ledger import PAGE_TOKENS, Pages
+from fairkv_sglang.placement import Plan
+
+# Page tables may take this part of the KV memory; more requests than that are not admitted at once.
+TABLE_FRACTION = 1 / 16
+
+
+@dataclass(frozen=True)
+class MemoryDivision:
+    """The division on every rank; counts are equal on all ranks where SGLang needs them equal.
+
+    Attributes:
+        total_bytes: KV memory of a rank, what stock SGLang would give its own pool.
+        pool_tokens: Size of the prefill pool in tokens.
+        pool_bytes: ``[R]`` bytes of the prefill pool (a rank with more heads pays more per token).
+        table_bytes: ``[R]`` bytes of page tables.
+        arena_pages: ``[R]`` head pages.
+        page_bytes: Bytes of one head page (K and V).
+        max_requests: Requests that the page tables have rows for.
+        max_head_tokens: Longest kept length plus output of one head.
+    """
+
+    total_bytes: int
+    pool_tokens: int
+    pool_bytes: Pages
+    table_bytes: Pages
+    arena_pages: Pages
+    page_bytes: int
+    max_requests: int
+    max_head_tokens: int
+
+    @property
+    def max_pages(self) -> int:
+        """Pages that one row of a page table has room for."""
+        return -(-self.max_head_tokens // PAGE_TOKENS) + 1
+
+    def describe(self, rank: int, lanes: int) -> str:
+        """One line for the start-up log, in bytes and in tokens."""
+        arena = int(self.arena_pages[rank])
+        mean_tokens = arena * PAGE_TOKENS // max(lanes, 1)
+        mib = 1 << 20
+        return (
+            f"KV memory of rank {rank}: {self.total_bytes / mib:.1f} MiB = prefill pool "
+            f"{self.pool_bytes[rank] / mib:.1f} MiB ({self.pool_tokens} tokens of full KV) + head "
+            f"pages {arena * self.page_bytes / mib:.1f} MiB ({arena} pages, {mean_tokens} tokens "
+            f"in each of {lanes} lanes) + page tables {self.table_bytes[rank] / mib:.1f} MiB "
+            f"({self.max_requests} requests, {self.max_head_tokens} tokens a head)"
+        )
+
+
+def divide_memory(
+    *,
+    plan: Plan,
+    total_tokens: int,
+    stock_heads: int,
+    head_dim: int,
+    dtype_bytes: int,
+    page_size: int,
+    context_len: int,
+    chunk: int | None,
+    max_requests: int,
+    prefill_pool: int | None = None,
+    max_head_tokens: int | None = None,
+    arena_pages: int | None = None,
+) -> MemoryDivision:
+    """Divide the KV memory that stock SGLang would use.
+
+    Args:
+        plan: Placement; its lanes per rank decide what a token of the prefill pool costs there.
+        total_tokens: Tokens that stock SGLang's pool would hold in this memory.
+        stock_heads: KV heads per rank in stock SGLang.
+        head_dim: D.
+        dtype_bytes: Bytes of one K or V element.
+        page_size: SGLang's page size.
+        context_len: Longest context of the model in tokens.
+        chunk: Chunked-prefill size in tokens, or None.
+        max_requests: SGLang's limit of concurrent requests.
+        prefill_pool: Tokens of the prefill pool (``--fairkv-prefill-pool``); None chooses: room
+            for one longest prompt and a chunk, at least an eighth and at most half of the memory.
+        max_head_tokens: Longest kept length plus output of one head; None means the context.
+        arena_pages: Overrides the number of head pages of every rank.
+
+    Raises:
+        ValueError: if the parts do not fit, with the value that would.
+    """
+    vector = 2 * head_dim * dtype_bytes
+    layers = plan.num_layers
+    total_bytes = total_tokens * stock_heads * vector * layers
+    page_bytes = PAGE_TOKENS * vector
+    lanes = (plan.shares() > 0).sum(axis=(0, 2)).astype(np.int64)  # [R]
+
+    wanted = context_len + (chunk or 0)
+    pool_tokens = prefill_pool or max(total_tokens // 8, min(wanted, total_tokens // 2))
+    pool_tokens = pool_tokens // page_size * page_size
+    pool_bytes = (pool_tokens + page_size) * lanes * vector
+    if pool_tokens < 1 or int(pool_bytes.max()) >= total_bytes:
+        raise ValueError(
+            f"a prefill pool of {pool_tokens} tokens needs {int(pool_bytes.max())} bytes on the "
+            f"fullest rank, the KV memory is {total_bytes} bytes: give a smaller "
+            "--fairkv-prefill-pool or more memory (--mem-fraction-static, --max-total-tokens)"
+        )
+
+    head_tokens = min(max_head_tokens or context_len, context_len)
+    row_bytes = lanes * (-(-head_tokens // PAGE_TOKENS) + 1) * 4
+    rows = min(max_requests, int(total_bytes * TABLE_FRACTION // int(row_bytes.max())) - 1)
+    if rows < 1:
+        raise ValueError(
+            f"page tables for heads of {head_tokens} tokens do not fit into a "
+            f"{TABLE_FRACTION:.0%} part of the KV memory ({total_bytes} bytes): give a smaller "
+            "--fairkv-max-head-tokens or more memory"
+        )
+    table_bytes = (rows + 1) * row_bytes
+
+    pages = (total_bytes - pool_bytes - table_bytes) // page_bytes
+    if arena_pages is not None:
+        pages = np.full_like(pages, arena_pages)
+    if np.any(pages < lanes):
+        rank = int(np.argmin(pages - lanes))
+        raise ValueError(
+            f"rank {rank} has room for {int(pages[rank])} head pages and serves {int(lanes[rank])} "
+            "lanes: give a smaller --fairkv-prefill-pool or more memory"
+        )
+    return MemoryDivision(
+        total_bytes=total_bytes,
+        pool_tokens=pool_tokens,
+        pool_bytes=pool_bytes,
+        table_bytes=table_bytes,
+        arena_pages=pages,
+        page_bytes=page_bytes,
+        max_requests=rows,
+        max_head_tokens=head_tokens,
+    )

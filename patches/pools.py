@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks on memory pools: division of the KV memory, uneven prefill pool, head-page arena."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from fairkv_sglang.memory.sizing import divide_memory
+from fairkv_sglang.patches.ledger import Hook
+from fairkv_sglang.runtime import FairKVRuntime, ModelShape, create_runtime, get_runtime
+
+logger = logging.getLogger(__name__)
+
+
+def before_load_model(runner: Any) -> None:
+    """Build this rank's state, with the plan, before the first attention layer exists."""
+    from fairkv_sglang.config import from_environment
+    from fairkv_sglang.patches import verify_hooks
+
+    verify_hooks()
+    config = from_environment()
+    if config is None:
+        raise RuntimeError("FairKV: no configuration in this process's environment")
+    model = runner.model_config
+    hf = model.hf_text_config
+    heads = int(model.get_total_num_kv_heads())
+    shape = ModelShape(
+        name=str(model.model_path),
+        num_layers=int(model.num_hidden_layers),
+        num_kv_heads=heads,
+        group_size=int(hf.num_attention_heads) // heads,
+        head_dim=int(model.head_dim),
+        hidden_size=int(model.hidden_size),
+        dtype_bytes=torch.empty((), dtype=model.dtype).element_size(),
+    )
+    # Attention classes fall back to hidden_size // heads, which the remapper's counts would change.
+    hf.head_dim = shape.head_dim
+    create_runtime(config, shape, runner.tp_size, runner.tp_rank, verify_hooks)
+
+
+def after_resolve_pool_config(result: Any, configurator: Any, *args: Any, **kwargs: Any) -> Any:
+    """Give SGLang's pool its part of the memory only."""
+    from sglang.srt.runtime_context import get_parallel, get_schedule
+
+    runtime = get_runtime()
+    model = configurator.model_config
+    division = divide_memory(
+        plan=runtime.plan,
+        total_tokens=result.max_total_num_tokens,
+        stock_heads=model.get_num_kv_heads(get_parallel().attn_tp_size),
+        head_dim=runtime.shape.head_dim,
+        dtype_bytes=torch.empty((), dtype=configurator.kv_cache_dtype).element_size(),
+        page_size=get_schedule().page_size,
+        context_len=model.context_len,
+        chunk=get_schedule().chunked_prefill_size,
+        max_requests=result.max_running_requests,
+        prefill_pool=runtime.config.prefill_pool,
+        max_head_tokens=runtime.config.max_head_tokens,
+        arena_pages=runtime.config.arena_pages,
+    )
+    runtime.division = division
+    result.max_total_num_tokens = division.pool_tokens
+    result.max_running_requests = division.max_requests
+    logger.info("FairKV: %s", division.describe(runtime.heads.rank, runtime.heads.num_lanes))
+    return result
+
+
+def after_configure(result: Any, configurator: Any, *args: Any, **kwargs: Any) -> None:
+    """Allocate head pages and let SGLang's request table carry them."""
+    runtime = get_runtime()
+    if runtime.division is None:
+        raise RuntimeError("FairKV: the pools were built without the division of memory")
+    book = runtime.create_book(
+        runtime.division, configurator.kv_cache_dtype, str(configurator.device)
+    )
+    result.req_to_token_pool.attach_aux_cache(book)
+
+
+def _layer_heads(runtime: FairKVRuntime, pool: Any, index: int) -> int:
+    return len(runtime.heads.heads[pool.start_layer + index])
+
+
+def around_create_buffers(original: Any, pool: Any) -> None:
+    """Prefill pool with this rank's heads in each layer: ``[slots, n_l, D]``."""
+    if pool.kv_cache_layout != "nhd":
+        raise RuntimeError(
+            f"FairKV needs SGLang's NHD KV layout, found {pool.kv_cache_layout}: "
+            "unset SGLANG_USE_HND_KVCACHE"
+        )
+    runtime = get_runtime()
+    slots = pool.size + pool.page_size
+    with pool.memory_saver_adapter.region("kv_cache"):
+        for name, width in (("k_buffer", pool.head_dim), ("v_buffer", pool.v_head_dim)):
+            buffers = [
+                torch.zeros(
+                    (slots, _layer_heads(runtime, pool, index), width),
+                    dtype=pool.store_dtype,
+                    device=pool.device,
+                )
+                for index in range(pool.layer_num)
+            ]
+            setattr(pool, name, buffers)
+
+
+def around_store_kv_layer(
+    original: Any, pool: Any, layer_index: int, loc: Any, cache_k: Any, cache_v: Any
+) -> Any:
+    """SGLang's store kernel views a row by one uniform width; give it this layer's."""
+    heads = _layer_heads(get_runtime(), pool, layer_index)
+    uniform = pool.row_dim, pool.v_row_dim
+    pool.row_dim, pool.v_row_dim = heads * pool.head_dim, heads * pool.v_head_dim
+    try:
+        return original(pool, layer_index, loc, cache_k, cache_v)
+    finally:
+        pool.row_dim, pool.v_row_dim = uniform
+
+
+def after_worker_info(result: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
+    """Longest request: the prefill pool bounds the prompt only, head pages bound the rest.
+
+    SGLang's tuple holds ``max_req_len`` and ``max_req_input_len`` at positions 4 and 5.
+    """
+    runtime = get_runtime()
+    division = runtime.division
+    if division is None:
+        raise RuntimeError("FairKV: worker asked for its limits before the pools were built")
+    context = worker.model_config.context_len
+    request = context - 1
+    prompt = min(request - 5, division.pool_tokens - worker.model_runner.page_size - 1)
+    return (*result[:4], request, prompt, *result[6:])
+
+
+_POOL = "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool"
+_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.model_executor.model_runner.ModelRunner.load_model",
+        kind="before",
+        function=before_load_model,
+        why="the plan must exist before the first attention layer is built",
+        since="0.5.17",
+        upstream="sglang/srt/model_executor/model_runner.py",
+    ),
+    Hook(
+        target=f"{_CONFIGURATOR}._resolve_memory_pool_config",
+        kind="after",
+        function=after_resolve_pool_config,
+        why="the KV memory is divided between the prefill pool and head pages",
+        since="0.5.20",
+        upstream="sglang/srt/mem_cache/kv_cache_configurator.py",
+    ),
+    Hook(
+        target=f"{_CONFIGURATOR}.configure",
+        kind="after",
+        function=after_configure,
+        why="head pages live and die with the rows of SGLang's request table",
+        since="0.5.20",
+        upstream="sglang/srt/mem_cache/memory_pool.py (attach_aux_cache)",
+    ),
+    Hook(
+        target=f"{_POOL}._create_buffers_normal",
+        kind="around",
+        function=around_create_buffers,
+        why="layers of the prefill pool have uneven head counts",
+        since="0.5.17",
+        upstream="sglang/srt/mem_cache/memory_pool.py",
+    ),
+    Hook(
+        target=f"{_POOL}._store_kv_layer",
+        kind="around",
+        function=around_store_kv_layer,
+        why="the KV store kernel views rows by one width for all layers",
+        since="0.5.20",
+        upstream="sglang/srt/mem_cache/memory_pool.py (_set_kv_buffer_impl)",
+    ),
+    Hook(
+        target="sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info",
+        kind="after",
+        function=after_worker_info,
+        why="outputs may be longer than the prefill pool",
+        since="0.5.20",
+        upstream="sglang/srt/managers/tp_worker.py",
+    ),
+)

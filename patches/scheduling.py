@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks on allocation and admission: decode takes no slot, head pages decide who runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fairkv_sglang.attention.forward_plan import plan_forward
+from fairkv_sglang.memory.ledger import PAGE_TOKENS
+from fairkv_sglang.patches.ledger import Hook
+from fairkv_sglang.runtime import get_runtime
+
+
+def after_alloc_for_extend(result: Any, batch: Any) -> None:
+    """A prompt (or its next chunk) got its slots: fix owners, charge its head pages."""
+    from fairkv_sglang.memory.prefix_cache import HANDED_OVER, SLOTS
+
+    book = get_runtime().book
+    for req in batch.reqs:
+        setattr(req, SLOTS, req.kv.kv_allocated_len)
+        setattr(req, HANDED_OVER, False)
+        book.admit(req.kv.req_pool_idx, len(req.full_untruncated_fill_ids))
+
+
+def replace_alloc_for_decode(batch: Any, token_per_req: int) -> torch.Tensor:
+    """A decode step takes head pages, no slot of the pool.
+
+    Returns:
+        ``int64 [bs]`` zeros: SGLang's padding slot, which nobody reads.
+    """
+    from fairkv_sglang.memory.prefix_cache import HANDED_OVER, owns_nothing
+
+    rows = batch.req_pool_indices_cpu.tolist()
+    get_runtime().book.grow(rows)
+    for req in batch.reqs:
+        req.kv.kv_allocated_len += token_per_req
+        req.kv.kv_committed_len += token_per_req
+        if getattr(req, HANDED_OVER, False):
+            owns_nothing(req, batch.tree_cache.page_size)
+    return torch.zeros(len(rows) * token_per_req, dtype=torch.int64, device=batch.device)
+
+
+def around_create_prefill_budget(
+    original: Any, allocator: Any, tree_cache: Any, *, num_mixed_decode_tokens: int = 0
+) -> Any:
+    """Admission checks pool slots and the head pages of all ranks."""
+    from fairkv_sglang.memory.prefill_budget import FairKVPrefillBudget
+
+    return FairKVPrefillBudget(allocator, tree_cache, get_runtime().book)
+
+
+def around_check_decode_capacity(
+    original: Any, allocator: Any, *, requests: Any = None, **kwargs: Any
+) -> bool:
+    """The next step fits if every rank has the head pages; else SGLang retracts."""
+    if requests is None:
+        raise RuntimeError("FairKV: SGLang asked for decode capacity without naming the requests")
+    ledger = get_runtime().book.ledger
+    need = ledger.growth([req.kv.req_pool_idx for req in requests])
+    return bool(np.all(need <= ledger.free))
+
+
+def around_max_new_tokens(
+    original: Any, allocator: Any, input_tokens: int, max_new_tokens: int, **kwargs: Any
+) -> int | None:
+    """Longest output of a request that has the server to itself; None if its prompt cannot fit."""
+    runtime = get_runtime()
+    book, division = runtime.book, runtime.division
+    if division is None or input_tokens + allocator.page_size + 1 > division.pool_tokens:
+        return None
+    left = book.ledger.capacity - book.demand.lone_request(input_tokens)
+    if np.any(left < 0):
+        return None
+    by_pages = int((left // np.maximum(book.demand.lanes, 1)).min()) * PAGE_TOKENS
+    longest_head = int(runtime.scope.per_head_bound(input_tokens).max())
+    by_table = division.max_head_tokens - longest_head
+    if by_table < 1:
+        return None
+    return max(0, min(max_new_tokens, by_pages, by_table))
+
+
+def after_verify_byte_accounting(result: list[str], allocator: Any) -> list[str]:
+    """SGLang's idle check reports leaked head pages like leaked slots."""
+    return [*result, *get_runtime().book.check_idle()]
+
+
+def before_forward_batch(
+    worker: Any, batch: Any, *args: Any, **kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """On the forward stream: return freed pages, then tell the backend which prompts end here."""
+    if batch is not None:
+        runtime = get_runtime()
+        plan = plan_forward(batch)
+        runtime.book.begin_forward([span.row for span in plan.last])
+        runtime.forward_plan = plan
+    return None
+
+
+_ALLOCATOR = "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator"
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.mem_cache.allocation.alloc_for_extend",
+        kind="after",
+        function=after_alloc_for_extend,
+        why="owners are fixed and head pages charged when a prompt is admitted",
+        since="0.5.20",
+        upstream="sglang/srt/mem_cache/allocation.py",
+    ),
+    Hook(
+        target="sglang.srt.mem_cache.allocation.alloc_for_decode",
+        kind="replace",
+        function=replace_alloc_for_decode,
+        why="decode appends to head pages and takes no slot of the pool",
+        since="0.5.20",
+        upstream="sglang/srt/mem_cache/allocation.py",
+    ),
+    Hook(
+        target=f"{_ALLOCATOR}.create_prefill_budget",
+        kind="around",
+        function=around_create_prefill_budget,
+        why="admission needs pool slots and the head pages of the fullest rank",
+        since="0.5.20",
+        upstream="sglang/srt/mem_cache/prefill_budget.py",
+    ),
+    Hook(
+        target=f"{_ALLOCATOR}.check_decode_capacity",
+        kind="around",
+        function=around_check_decode_capacity,
+        why="retraction follows head pages, the same on all ranks",
+        since="0.5.20",
+        upstream="sglang/srt/mem_cache/allocator/base.py",
+    ),
+    Hook(
+        target=f"{_ALLOCATOR}.max_new_tokens_for_memory",
+        kind="around",
+        function=around_max_new_tokens,
+        why="a request is clipped by head pages, its prompt by the prefill pool",
+        since="0.5.20",
+        upstream="sglang/srt/mem_cache/allocator/base.py",
+    ),
+    Hook(
+        target=f"{_ALLOCATOR}.verify_byte_accounting",
+        kind="after",
+        function=after_verify_byte_accounting,
+        why="leaked head pages fail SGLang's strict idle check",
+        since="0.5.20",
+        upstream="sglang/srt/mem_cache/allocator/base.py",
+    ),
+    Hook(
+        target="sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
+        kind="before",
+        function=before_forward_batch,
+        why="only the schedule batch knows which prompts end in a pass",
+        since="0.5.17",
+        upstream="sglang/srt/managers/tp_worker.py",
+    ),
+)
