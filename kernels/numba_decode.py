@@ -55,7 +55,8 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
     """Compiled decode for one dtype code of `simd`, query heads per KV head and head dimension."""
     fours, twos, row_bytes = group // 4 * 4, group // 2 * 2, dim * simd.ITEM_BYTES[code]
     page_bytes = PAGE_TOKENS * row_bytes
-    s_bytes, f_bytes = BLOCK * 4, dim * 4
+    step = 4 if group >= 4 else 8 if group >= 2 else 16  # tokens per tile of most heads
+    step_bytes, s_bytes, f_bytes = step * row_bytes, BLOCK * 4, dim * 4
 
     signature = types.void(
         TABLE, LENS, OWNED, I64_1D, *([I64] * 11), types.float32
@@ -90,17 +91,21 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
                 base = start // PAGE_TOKENS
                 for p in range(pages):
                     at = k_pages + nb.int64(table[row, lane, base + p]) * page_bytes
+                    # The page after this one; after the last one, the first value page.
+                    if p + 1 < pages:
+                        ahead = k_pages + nb.int64(table[row, lane, base + p + 1]) * page_bytes
+                    else:
+                        ahead = v_pages + nb.int64(table[row, lane, base]) * page_bytes
                     s_p = s_at + p * PAGE_TOKENS * 4
-                    for h in range(0, fours, 4):
-                        for t in range(0, PAGE_TOKENS, 4):
-                            simd.scores(q_at + h * f_bytes, at + t * row_bytes,
-                                        s_p + h * s_bytes + t * 4, BLOCK, 4, dim, code)
-                    if group & 2:
-                        for t in range(0, PAGE_TOKENS, 8):
-                            simd.scores(q_at + fours * f_bytes, at + t * row_bytes,
-                                        s_p + fours * s_bytes + t * 4, BLOCK, 2, dim, code)
-                    if group & 1:
-                        simd.scores(q_at + twos * f_bytes, at, s_p + twos * s_bytes, BLOCK, 1, dim, code)
+                    for t in range(0, PAGE_TOKENS, step):
+                        simd.prefetch(ahead + t * row_bytes, step_bytes)
+                        k_t, s_t = at + t * row_bytes, s_p + t * 4
+                        for h in range(0, fours, 4):
+                            simd.scores(q_at + h * f_bytes, k_t, s_t + h * s_bytes, BLOCK, 4, dim, code)
+                        if group & 2 and t % 8 == 0:
+                            simd.scores(q_at + fours * f_bytes, k_t, s_t + fours * s_bytes, BLOCK, 2, dim, code)
+                        if group & 1 and t == 0:
+                            simd.scores(q_at + twos * f_bytes, k_t, s_t + twos * s_bytes, BLOCK, 1, dim, code)
                 for h in range(group):
                     highest = top[h]
                     for t in range(count):
@@ -119,6 +124,12 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
                     total[h] += part
                 for p in range(pages):
                     at = v_pages + nb.int64(table[row, lane, base + p]) * page_bytes
+                    if p + 1 < pages:
+                        ahead = v_pages + nb.int64(table[row, lane, base + p + 1]) * page_bytes
+                        simd.prefetch(ahead, page_bytes)
+                    elif start + BLOCK < length:
+                        ahead = k_pages + nb.int64(table[row, lane, base + pages]) * page_bytes
+                        simd.prefetch(ahead, page_bytes)
                     tokens = min(count - p * PAGE_TOKENS, PAGE_TOKENS)
                     s_p = s_at + p * PAGE_TOKENS * 4
                     for h in range(0, fours, 4):

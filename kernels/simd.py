@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 F32, BF16, F16 = 0, 1, 2
 ITEM_BYTES = {F32: 4, BF16: 2, F16: 2}
+LINE_BYTES = 64
 TILE = 16
 """Scores per tile: `heads` query heads times 16 / heads tokens."""
 
@@ -226,16 +227,16 @@ def accumulate(
     return _tile_intrinsic(_emit_accumulate, (_A, _A, _A, _A, _A))(heads, dim, code)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line at an address; any address is allowed."""
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def prefetch(typingctx: Any, address: Any, nbytes: Any) -> Any:
+    """Ask for the cache lines of `nbytes` (a constant) from an address on; any address will do."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def emit(b: Any, address: Any, nbytes: int) -> None:
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        pointer = builder.inttoptr(args[0], byte)
-        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
-        return context.get_dummy_value()
+        function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+        for offset in range(0, nbytes, LINE_BYTES):
+            pointer = b.inttoptr(b.add(address, _I64(offset)), byte)
+            b.call(function, [pointer, _I32(0), _I32(3), _I32(1)])  # read, keep, data
 
-    return types.void(types.int64), codegen
+    return _tile_intrinsic(emit, (_A,))(nbytes)
