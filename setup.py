@@ -2,8 +2,8 @@
 """Package list for setuptools; everything else stands in pyproject.toml.
 
 Two folders at the top of the repository are installed inside the package: ``kernels/`` as
-``fairkv_sglang.kernels`` and ``patches/`` as ``fairkv_sglang.patches``. Declarative package discovery cannot look
-into several mapped folders, so the list is made here.
+``fairkv_sglang.kernels`` and ``patches/`` as ``fairkv_sglang.patches``. Declarative package
+discovery cannot look into several mapped folders, so the list is made here.
 """
 
 from setuptools import find_packages, setup

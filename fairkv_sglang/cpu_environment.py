@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process needs before SGLang runs on a plain CPU: thread settings, and a torchvision that can be imported."""
+"""What a process needs before SGLang runs on a plain CPU: thread settings, and a torchvision that
+can be imported.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,13 @@ def prepare_threads(tp_size: int, environment: MutableMapping[str, str] = os.env
 
     The ranks are new processes, so this works until the moment they are started:
 
-    - ``OMP_NUM_THREADS=1``: several ranks on few cores otherwise spend their time in spinning worker threads
-      (TP 2 on 2 cores: 15 against 59 tokens/s).
-    - ``TORCHDYNAMO_DISABLE=1``: the mask of the vocabulary-parallel embedding is a compiled function; compiling needs a
-      C++ compiler and seconds on the first batch.
-    - ``SGLANG_CPU_OMP_THREADS_BIND``: SGLang binds a rank to a NUMA node and stops when there are more ranks
-      than nodes, unless every rank is given its cores. Ranks take turns when there are more ranks than cores.
+    - ``OMP_NUM_THREADS=1``: several ranks on few cores otherwise spend their time in spinning
+      worker threads (TP 2 on 2 cores: 15 against 59 tokens/s).
+    - ``TORCHDYNAMO_DISABLE=1``: the mask of the vocabulary-parallel embedding is a compiled
+      function; compiling needs a C++ compiler and seconds on the first batch.
+    - ``SGLANG_CPU_OMP_THREADS_BIND``: SGLang binds a rank to a NUMA node and stops when there are
+      more ranks than nodes, unless every rank is given its cores. Ranks take turns when there are
+      more ranks than cores.
 
     Args:
         tp_size: Number of ranks.
@@ -62,11 +65,12 @@ def thread_binding(tp_size: int, cores: Sequence[int] | None = None) -> str:
 class TorchvisionFinder:
     """Makes a CUDA build of torchvision importable beside a CPU build of torch.
 
-    SGLang imports torchvision through an image processor even for text models. Torchvision's default wheel is a
-    CUDA build: its operator library cannot be loaded without CUDA, and the package then registers fake
-    implementations for two operators that nobody has declared, which is an error. This finder declares both at
-    the first look-up of ``torchvision`` and leaves the import itself to the finders after it. The operators
-    then exist but cannot be called; transforms work.
+    SGLang imports torchvision through an image processor even for text models. Torchvision's
+    default wheel is a CUDA build: its operator library cannot be loaded without CUDA, and the
+    package then registers fake implementations for two operators that nobody has declared, which is
+    an error. This finder declares both at the first look-up of ``torchvision`` and leaves the
+    import itself to the finders after it. The operators then exist but cannot be called; transforms
+    work.
     """
 
     def __init__(self) -> None:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """SGLang's out-of-tree platform plugin for machines without an accelerator.
 
-SGLang's own CPU engine needs ``sgl_kernel``, of which there is no build for plain CPUs. This platform uses the native
-torch paths instead: real scheduler, radix tree, ZeroMQ, tensor-parallel processes and gloo collectives, with
-attention by ``torch_native``. It is for development, tests and small models.
+SGLang's own CPU engine needs ``sgl_kernel``, of which there is no build for plain CPUs. This
+platform uses the native torch paths instead: real scheduler, radix tree, ZeroMQ, tensor-parallel
+processes and gloo collectives, with attention by ``torch_native``. It is for development, tests and
+small models.
 
-SGLang imports this module first of all in every process, so the import of torchvision is prepared here.
+SGLang imports this module first of all in every process, so the import of torchvision is prepared
+here.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ NAME = "fairkv_cpu"
 
 
 def activate() -> str | None:
-    """Return the dotted path of :class:`CpuPlatform`, or None where SGLang has a platform of its own."""
+    """Return the dotted path of :class:`CpuPlatform`, or None where SGLang has a platform of its
+    own.
+    """
     if has_accelerator() or os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
         return None
     return f"{CpuPlatform.__module__}.{CpuPlatform.__qualname__}"
@@ -59,6 +63,11 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         """There is no device to pin memory for."""
         return False
 
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """SGLang chooses its AMX backend on CPUs that have AMX; that one needs ``sgl_kernel``."""
+        if server_args.attention_backend in (None, "intel_amx"):
+            server_args.attention_backend = "torch_native"
+
     def init_backend(self) -> None:
         """Nothing to start."""
 
@@ -74,13 +83,17 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
 
 def paged_allocator() -> type:
-    """Build the allocator class (imported late: SGLang's modules are not all loadable at activation)."""
+    """Build the allocator class (imported late: SGLang's modules are not all loadable at
+    activation).
+    """
     from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
     from sglang.srt.mem_cache.allocator.paged import alloc_extend_naive
     from sglang.srt.utils import get_num_new_pages
 
     class CpuPagedAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
         """Page allocation for ``page_size > 1`` without Triton."""
+
+        free_pages: torch.Tensor
 
         def alloc_extend(
             self,
@@ -92,7 +105,9 @@ def paged_allocator() -> type:
             extend_num_tokens: int,
             num_new_pages: int | None = None,
         ) -> torch.Tensor | None:
-            """Slots for the new tokens of a prefill batch, int64 ``[extend_num_tokens]``; None when short."""
+            """Slots for the new tokens of a prefill batch, int64 ``[extend_num_tokens]``; None when
+            short.
+            """
             if num_new_pages is None:
                 num_new_pages = get_num_new_pages(
                     seq_lens=seq_lens_cpu, page_size=self.page_size, prefix_lens=prefix_lens_cpu
@@ -111,7 +126,9 @@ def paged_allocator() -> type:
         def alloc_decode(
             self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
         ) -> torch.Tensor | None:
-            """One slot per request, int64 ``[batch]``: the next of its page or the first of a new page."""
+            """One slot per request, int64 ``[batch]``: the next of its page or the first of a new
+            page.
+            """
             starts_page = (seq_lens - 1) % self.page_size == 0
             num_new_pages = int(starts_page.sum())
             if num_new_pages > len(self.free_pages):

@@ -1,8 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang's general plugin entry point."""
+"""SGLang's general plugin entry point.
+
+SGLang calls :func:`register` once in every process: in the parent before it reads its arguments, in
+every rank before the scheduler is built. Without ``--fairkv`` it leaves the hooks on the server
+arguments and nothing else (on the CPU platform of this package, also the hooks that this platform
+needs).
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+
+from fairkv_sglang.config import ConfigError, from_environment
+
+NAME = "fairkv"
+"""Name of the entry point, the value for ``SGLANG_PLUGINS``."""
+
 
 def register() -> None:
-    """Register FairKV's hooks with SGLang."""
+    """Register this process's hooks with SGLang.
+
+    SGLang logs an exception of a plugin and goes on without it. A rank that served without FairKV
+    although it was asked for would be wrong in silence, so it exits instead.
+    """
+    from fairkv_sglang.patches import ledger, server_args
+
+    ledger.register(server_args.flag_hooks())
+    try:
+        _register_rank()
+    except Exception as error:
+        print(f"error: FairKV cannot start in this process: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+
+
+def _register_rank() -> None:
+    from fairkv_sglang.patches import cpu, ledger
+    from fairkv_sglang.platform_cpu import is_active
+
+    on_cpu = is_active()
+    hooks = list(cpu.HOOKS) if on_cpu else []
+    # The parent reads flags later than this and runs no model: only its children need more.
+    if multiprocessing.parent_process() is not None:
+        config = from_environment()
+        if config is not None and config.enabled:
+            from fairkv_sglang.patches import all_hooks
+            from fairkv_sglang.patches.registries import register_backends
+
+            rank_hooks = all_hooks()
+            targets = {hook.target for hook in rank_hooks}
+            hooks = [hook for hook in hooks if hook.target not in targets] + list(rank_hooks)
+            register_backends(on_cpu)
+    ledger.register(hooks)
+
+
+def check_visible(environment: Mapping[str, str] = os.environ) -> None:
+    """Make sure that SGLang will load this plugin.
+
+    Two variables of SGLang hide plugins. Nothing of this package runs when it is hidden, so this is
+    called by the ways of starting that belong to it, ``launch.py`` and ``fairkv_sglang.Engine``.
+
+    Raises:
+        ConfigError: naming the variable and its right value.
+    """
+    from fairkv_sglang.platform_cpu import NAME as PLATFORM
+
+    names = {entry.name for entry in entry_points(group="sglang.srt.plugins")}
+    if NAME not in names:
+        raise ConfigError(
+            "SGLang does not see the plugin fairkv: install the package into this environment with "
+            "`pip install --no-deps .`"
+        )
+    allowed = [name.strip() for name in environment.get("SGLANG_PLUGINS", "").split(",")]
+    if any(allowed) and NAME not in allowed:
+        raise ConfigError(
+            f"SGLANG_PLUGINS={environment['SGLANG_PLUGINS']} hides the plugin fairkv: add {NAME} "
+            f"(and {PLATFORM} on a machine without a GPU), or unset the variable"
+        )
+    platform = environment.get("SGLANG_PLATFORM", "")
+    if platform not in ("", PLATFORM):
+        raise ConfigError(
+            f"SGLANG_PLATFORM={platform} makes SGLang skip the plugin fairkv, because its package "
+            "brings a platform of its own: unset the variable"
+        )

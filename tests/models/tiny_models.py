@@ -109,13 +109,17 @@ def _network(model: TinyModel) -> Any:
     elif model.architecture == "qwen3":
         config = transformers.Qwen3Config(use_sliding_window=False, **shared)
     else:
-        raise ValueError(f"architecture {model.architecture!r}: one of llama, mistral, qwen2, qwen3")
+        raise ValueError(
+            f"architecture {model.architecture!r}: one of llama, mistral, qwen2, qwen3"
+        )
     network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return network.eval()
 
 
 def _initialise(network: Any, seed: int) -> None:
-    """Weights and biases large enough that greedy outputs differ between prompts and do not get stuck."""
+    """Weights and biases large enough that greedy outputs differ between prompts and do not get
+    stuck.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in sorted(network.named_parameters()):
@@ -138,7 +142,9 @@ def _tokenizer(vocab: int) -> Any:
     specials = ["<s>", "</s>", "<pad>"]
     names = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
     names += [f"Ġw{index}" for index in range(len(names), vocab)]
-    tokenizer = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in specials])
@@ -176,5 +182,6 @@ def random_prompts(lengths: list[int], vocab: int, seed: int = 0) -> list[list[i
     """Random token ids (no special ones), one prompt per length."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.randint(FIRST_BYTE, vocab, (length,), generator=generator).tolist() for length in lengths
+        torch.randint(FIRST_BYTE, vocab, (length,), generator=generator).tolist()
+        for length in lengths
     ]

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks for SGLang on the CPU platform of this package, with FairKV on or off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fairkv_sglang.patches.ledger import Hook
+
+
+def around_unaligned_tp(original: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Leave head counts alone.
+
+    SGLang pads counts that TP does not divide; its weight loaders know the padding only
+    in its own CPU engine, and on this platform fail on a padded model. Without padding SGLang
+    copies KV heads to ranks as it does on a GPU; splits that need padding are refused at start.
+    """
+    return model_config
+
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
+        kind="around",
+        function=around_unaligned_tp,
+        why="fewer KV heads than ranks fails while weights are loaded on an out-of-tree CPU platform",
+        since="0.5.14",
+        upstream="sglang/srt/configs/update_config.py; called in model_executor/model_runner.py "
+        "for every platform with device cpu",
+        test="tests/engine/test_platform.py",
+    ),
+)

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks on SGLang's server arguments: the flags, and what FairKV sets, checks and refuses.
+
+These are the only hooks of a process in which FairKV is off. All of this happens in the parent,
+before a model is loaded; children read the result from the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from typing import Any, NoReturn
+
+from fairkv_sglang.config import (
+    RESOLVED_VARIABLE,
+    ConfigError,
+    FairKVConfig,
+    add_flags,
+    from_environment,
+    from_flags,
+)
+from fairkv_sglang.patches.ledger import Hook
+
+logger = logging.getLogger(__name__)
+
+BACKEND = "fairkv"
+"""Name of FairKV's radix cache and of its attention backend."""
+
+
+class _State:
+    """What this process knows of its own start."""
+
+    command_line: FairKVConfig | None = None  # configuration of a parsed command line
+    exported: str | None = None  # what this process itself put into the environment
+
+
+def after_add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
+    """Add the FairKV group to SGLang's parser."""
+    add_flags(parser)
+
+
+def before_from_cli_args(cls: type, arguments: argparse.Namespace) -> None:
+    """Validate FairKV's flags; a wrong one ends the process with status 2."""
+    try:
+        _State.command_line = from_flags(arguments)
+    except ConfigError as error:
+        _exit(error)
+
+
+def around_resolve(original: Any, server_args: Any) -> None:
+    """Settle SGLang's arguments for FairKV around SGLang's own resolution.
+
+    Raises:
+        ConfigError: when the arguments cannot be served; on a command line the process ends with
+            status 2 instead.
+    """
+    if getattr(server_args, "_resolution_finished", False):
+        original(server_args)
+        return
+    try:
+        _resolve(original, server_args)
+    except ConfigError as error:
+        if _State.command_line is not None:
+            _exit(error)
+        raise
+
+
+def _resolve(original: Any, server_args: Any) -> None:
+    from fairkv_sglang import support
+    from fairkv_sglang.platform_cpu import is_active
+
+    config = _configuration()
+    on_cpu = is_active()
+    if on_cpu:
+        _settle_cpu(server_args)
+    if config.enabled:
+        support.refuse(server_args)
+        _settle(server_args, on_cpu)
+    original(server_args)
+    if not (config.enabled or on_cpu) or not _has_model(server_args):
+        return
+    view = _resolved(server_args)
+    model = support.ModelFacts.of(_model_config(server_args))
+    if config.enabled:
+        support.refuse(view, model)
+    if config.enabled or on_cpu:
+        support.check_split(model, view.tp_size, config.enabled)
+    if config.enabled:
+        support.check_model(config, model, view.tp_size)
+        _export(config)
+        logger.info("FairKV is on: %s", config.model_dump_json(exclude_defaults=True))
+
+
+def _configuration() -> FairKVConfig:
+    """The command line's configuration, else the environment's, else FairKV off."""
+    if _State.exported is not None and os.environ.get(RESOLVED_VARIABLE) == _State.exported:
+        # left over from an earlier start in this process
+        del os.environ[RESOLVED_VARIABLE]
+    _State.exported = None
+    return _State.command_line or from_environment() or FairKVConfig()
+
+
+def _export(config: FairKVConfig) -> None:
+    text = config.to_json()
+    if os.environ.get(RESOLVED_VARIABLE) != text:
+        os.environ[RESOLVED_VARIABLE] = text
+        _State.exported = text
+
+
+def _settle(server_args: Any, on_cpu: bool) -> None:
+    """Set what FairKV needs; the check before made sure that nobody asked for other values."""
+    server_args.radix_cache_backend = BACKEND
+    # On CPU only the entry `torch_native` keeps SGLang from running Triton kernels, so FairKV's
+    # backend takes the place of that one there.
+    server_args.attention_backend = "torch_native" if on_cpu else BACKEND
+    # Compacting a prompt is host-driven and must not be captured.
+    if server_args.cuda_graph_backend_prefill is None:
+        server_args.disable_prefill_cuda_graph = True
+
+
+def _settle_cpu(server_args: Any) -> None:
+    """Device and threads, for SGLang with or without FairKV."""
+    from fairkv_sglang.cpu_environment import prepare_threads
+
+    if server_args.device is None:
+        server_args.device = "cpu"
+    if str(server_args.device).startswith("cpu"):
+        prepare_threads(server_args.tp_size)
+
+
+def _has_model(server_args: Any) -> bool:
+    return str(server_args.model_path).lower() not in ("none", "dummy")
+
+
+def _resolved(server_args: Any) -> Any:
+    """The resolved values (since 0.5.20 resolution does not write them back to the record)."""
+    try:
+        from sglang.srt.arg_groups.overrides import resolving_view
+    except ImportError:
+        return server_args
+    return resolving_view(server_args)
+
+
+def _model_config(server_args: Any) -> Any:
+    """SGLang's model configuration; reads the model's config.json, no weights."""
+    try:
+        from sglang.srt.arg_groups.overrides import model_config_of
+    except ImportError:
+        return server_args.get_model_config()
+    return model_config_of(server_args)
+
+
+def _exit(error: ConfigError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def _resolution_target() -> str:
+    from sglang.srt.server_args import ServerArgs
+
+    method = "resolve_once" if hasattr(ServerArgs, "resolve_once") else "__post_init__"
+    return f"sglang.srt.server_args.ServerArgs.{method}"
+
+
+def flag_hooks() -> tuple[Hook, ...]:
+    """The hooks that are always there (imports SGLang's server arguments)."""
+    return (
+        Hook(
+            target="sglang.srt.server_args.ServerArgs.add_cli_args",
+            kind="after",
+            function=after_add_cli_args,
+            why="the --fairkv flags stand next to SGLang's",
+            since="0.5.15",
+            upstream="sglang/srt/server_args.py (no seam for a plugin's flags)",
+            test="tests/engine/test_platform.py",
+        ),
+        Hook(
+            target="sglang.srt.server_args.ServerArgs.from_cli_args",
+            kind="before",
+            function=before_from_cli_args,
+            why="flags are validated before anything starts; SGLang keeps only its own fields",
+            since="0.5.15",
+            upstream="sglang/srt/server_args.py",
+            test="tests/engine/test_platform.py",
+        ),
+        Hook(
+            target=_resolution_target(),
+            kind="around",
+            function=around_resolve,
+            why="cache and attention backend are FairKV's for every way of starting, and what "
+            "FairKV cannot serve is refused before weights are loaded",
+            since="0.5.15 (__post_init__ up to 0.5.19, resolve_once after)",
+            upstream="sglang/srt/server_args.py",
+            test="tests/engine/test_platform.py",
+        ),
+    )
