@@ -59,11 +59,6 @@ def before_load_weights(
     return (model, mine, *args), kwargs
 
 
-def around_unaligned_tp(original: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
-    """Leave the model's head counts alone: uneven heads need no padding."""
-    return model_config
-
-
 HOOKS: tuple[Hook, ...] = (
     *(
         Hook(
@@ -97,13 +92,5 @@ HOOKS: tuple[Hook, ...] = (
             upstream="sglang/srt/models (load_weights)",
         )
         for name in _MODEL_CLASSES
-    ),
-    Hook(
-        target="sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
-        kind="around",
-        function=around_unaligned_tp,
-        why="on CPU SGLang pads head counts that TP does not divide; placement needs the real ones",
-        since="0.5.17",
-        upstream="sglang/srt/configs/update_config.py",
     ),
 )

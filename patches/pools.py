@@ -118,21 +118,6 @@ def around_store_kv_layer(
         pool.row_dim, pool.v_row_dim = uniform
 
 
-def after_worker_info(result: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
-    """Longest request: the prefill pool bounds the prompt only, head pages bound the rest.
-
-    SGLang's tuple holds ``max_req_len`` and ``max_req_input_len`` at positions 4 and 5.
-    """
-    runtime = get_runtime()
-    division = runtime.division
-    if division is None:
-        raise RuntimeError("FairKV: worker asked for its limits before the pools were built")
-    context = worker.model_config.context_len
-    request = context - 1
-    prompt = min(request - 5, division.pool_tokens - worker.model_runner.page_size - 1)
-    return (*result[:4], request, prompt, *result[6:])
-
-
 _POOL = "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool"
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 
@@ -176,13 +161,5 @@ HOOKS: tuple[Hook, ...] = (
         why="the KV store kernel views rows by one width for all layers",
         since="0.5.20",
         upstream="sglang/srt/mem_cache/memory_pool.py (_set_kv_buffer_impl)",
-    ),
-    Hook(
-        target="sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info",
-        kind="after",
-        function=after_worker_info,
-        why="outputs may be longer than the prefill pool",
-        since="0.5.20",
-        upstream="sglang/srt/managers/tp_worker.py",
     ),
 )

@@ -71,7 +71,8 @@ def around_max_new_tokens(
     book, division = runtime.book, runtime.division
     if division is None or input_tokens + allocator.page_size + 1 > division.pool_tokens:
         return None
-    left = book.ledger.capacity - book.demand.lone_request(input_tokens)
+    # One page per lane more: a retracted request comes back with a longer prompt, rounded anew.
+    left = book.ledger.capacity - book.demand.lone_request(input_tokens) - book.demand.lanes
     if np.any(left < 0):
         return None
     by_pages = int((left // np.maximum(book.demand.lanes, 1)).min()) * PAGE_TOKENS
