@@ -35,7 +35,6 @@ def water_fill(share: npt.ArrayLike, total: int, low: int, high: int, step: int 
     # Rounded so that noise in the last digits does not decide between equal remainders.
     remainder = np.round(exact - base, 6)
     order = np.argsort(-remainder, kind="stable")
-    order = order[values[order] < high]
     rise = np.minimum((values[order] // step + 1) * step, high) - values[order]
     granted = order[np.cumsum(rise) <= total - values.sum()]
     values[granted] = np.minimum((values[granted] // step + 1) * step, high)

@@ -12,6 +12,7 @@ from fairkv_sglang.profiles import HeadProfile
 
 if torch.cuda.is_available():
 
+    @pytest.mark.gpu
     @pytest.mark.parametrize("name", list(SCOPES))
     @pytest.mark.parametrize("total", [100, 5000])
     def test_selection_on_gpu_equals_cpu(name, total):
@@ -25,6 +26,7 @@ if torch.cuda.is_available():
         assert torch.equal(kept.counts.cpu(), wanted.counts)
         assert torch.equal(kept.indices.cpu(), wanted.indices)
 
+    @pytest.mark.gpu
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_snapkv_on_gpu(dtype):
         """Close to the CPU's scores, and the same bits whichever heads are in the call."""

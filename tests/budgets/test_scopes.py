@@ -19,7 +19,7 @@ LAYERS = 2
 
 
 @st.composite
-def cases(draw, names=("uniform", "head", "layer", "rank")):
+def cases(draw, names=tuple(SCOPES)):
     """A scope, a prompt length and scores, which are mostly tied."""
     heads = draw(st.integers(1, 6))
     window = draw(st.integers(0, 6))
@@ -129,6 +129,8 @@ def test_layer_bound_is_reached(case, data):
     counts = scope.select(0, everyone, scores, total).counts[group]
     bound = int(scope.bound(total, [group] * LAYERS)[0])
     assert bound - len(group) <= int(counts.sum()) <= bound
+    if len(group) * scores.shape[1] >= scope.num_heads * (scope.budget(total) - scope.window):
+        assert int(counts.sum()) == bound  # the group wins the whole pool: no rounding is left
 
 
 @settings(max_examples=150, deadline=None)
@@ -227,9 +229,15 @@ def test_prompt_within_the_budget_keeps_everything(name, total):
     assert scope.bound(total, [[0], [0, 1], []]).tolist() == [total, 2 * total, 0]
 
 
+def test_floor_is_free_of_rounding_noise():
+    """0.29 * 100 is 28.999999999999996 in floating point."""
+    scope = SCOPES["layer"](BudgetSpec(tokens=132, floor_alpha=0.29), 1, 2, 32, None)
+    assert scope.floor(1000) == 29
+
+
 @pytest.mark.parametrize(
     ("ratio", "total", "budget"),
-    [(0.25, 1000, 250), (0.07, 100, 33), (0.07, 1000, 70), (0.5, 65, 33), (1.0, 77, 77)],
+    [(0.25, 1000, 250), (0.07, 100, 33), (0.07, 600, 42), (0.5, 65, 33), (1.0, 77, 77)],
 )
 def test_budget_by_ratio(ratio, total, budget):
     """ceil(ratio * N), at least window + 1, at most N; no rounding noise."""
