@@ -9,23 +9,38 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fairkv_sglang.placement.cost import CostModel
-from fairkv_sglang.placement.options import FloatArray, PlanOptions, check_loads
+from fairkv_sglang.placement.options import FloatArray, PlanOptions, check_loads, check_samples
 from fairkv_sglang.placement.plan import Plan
 from fairkv_sglang.placement.policies import POLICIES
 from fairkv_sglang.placement.problem import Problem
+from fairkv_sglang.placement.totals import copies_of_ranks, even_totals
 
 
-def make_problem(loads: ArrayLike, tp_size: int, cost: CostModel | None = None) -> Problem:
-    """Placement problem of expected kept tokens ``[L, H]``; without ``cost`` copies are free."""
+def make_problem(
+    loads: ArrayLike,
+    tp_size: int,
+    cost: CostModel | None = None,
+    samples: ArrayLike | None = None,
+    slice_bytes: float = 0.0,
+    batch: float = 32.0,
+) -> Problem:
+    """Placement problem of expected kept tokens ``[L, H]``; without ``cost`` copies are free.
+
+    ``slice_bytes`` counts the weight bytes of free copies and ``batch`` the requests served at a
+    time; with ``cost`` its own values hold.
+    """
     tokens = check_loads(loads, tp_size)
+    seen = None if samples is None else check_samples(samples, tokens)
     if cost is None:
-        return Problem(tokens=tokens, costs=tokens, ranks=tp_size, lane=0.0, slice_bytes=0.0)
+        return Problem(tokens, tokens, tp_size, 0.0, slice_bytes, seen, batch)
     return Problem(
         tokens=tokens,
         costs=cost.head_cost(tokens),
         ranks=tp_size,
         lane=cost.lane_cost,
         slice_bytes=cost.slice_bytes,
+        samples=None if seen is None else cost.head_cost(seen),
+        batch=cost.batch,
     )
 
 
@@ -35,13 +50,15 @@ def make_plan(
     tp_size: int,
     cost: CostModel | None = None,
     model: str | None = None,
+    samples: ArrayLike | None = None,
     options: PlanOptions | None = None,
     **limits: Any,
 ) -> Plan:
     """Place heads with expected kept tokens ``loads [L, H]`` on ``tp_size`` ranks.
 
-    ``cost`` turns tokens into step cost; without it a copy costs nothing. ``limits`` are fields of
-    :class:`PlanOptions` (or give ``options``). Raises ValueError with one line for an unknown
+    ``cost`` turns tokens into step cost; without it a copy costs nothing. ``samples [N, L, H]``, kept
+    tokens of sampled requests, let ``fair_copying`` add spare copies where requests differ from
+    ``loads``. ``limits`` are fields of :class:`PlanOptions` (or give ``options``). Raises ValueError with one line for an unknown
     policy and for loads that are not finite, negative or not two-dimensional.
     """
     if policy not in POLICIES:
@@ -50,11 +67,17 @@ def make_plan(
     if options is None:
         options = PlanOptions(**limits)
     elif limits:
-        options = options.model_copy(update=limits)
-    problem = make_problem(loads, tp_size, cost)
+        options = PlanOptions(**{**options.model_dump(), **limits})
+    problem = make_problem(loads, tp_size, cost, samples)
     shares = POLICIES[policy](problem, options)
-    shares = even_totals(problem, shares) if policy != "contiguous" else shares
-    return Plan.from_shares(shares, policy, model, info=figures(problem, shares))
+    if policy != "contiguous":
+        shares = even_totals(problem, shares, options.max_copies_per_rank is not None)
+    info = figures(problem, shares)
+    if cost is not None:
+        # lets the router weigh a rank's weight slices against tokens
+        info["lane_tokens"] = round(cost.lane_cost / (cost.token_bytes * cost.kv_byte_cost))
+        info["cost_model"] = cost.model_dump()
+    return Plan.from_shares(shares, policy, model, info=info)
 
 
 def figures(problem: Problem, shares: FloatArray) -> dict[str, Any]:
@@ -74,30 +97,12 @@ def figures(problem: Problem, shares: FloatArray) -> dict[str, Any]:
         "step_over_bound": _ratio(step, low),
         "copies_per_layer": float(copies.mean()),
         "max_copies_in_a_layer": int(copies.max()),
+        "copies_of_ranks": [int(x) for x in copies_of_ranks(shares)],
         "extra_weight_bytes": float(copies.sum() * problem.slice_bytes),
         "rank_token_totals": [float(x) for x in totals],
         "capacity_imbalance": _ratio(float(totals.max()), float(totals.mean())),
         **problem.notes,
     }
-
-
-def even_totals(problem: Problem, shares: FloatArray) -> FloatArray:
-    """Permute ranks within each layer so that token totals over the layers are even.
-
-    Which rank takes which part of a layer does not change step time, but the sum over layers is
-    what a rank's pages must hold: the fullest part goes to the rank that holds least so far,
-    layers with the widest spread first.
-    """
-    tokens = np.einsum("lrh,lh->lr", shares, problem.tokens)
-    spread = tokens.max(axis=1) - tokens.min(axis=1)
-    held = np.zeros(problem.ranks)
-    out = np.empty_like(shares)
-    for layer in np.argsort(-spread, kind="stable"):
-        parts = np.argsort(-tokens[layer], kind="stable")
-        ranks = np.argsort(held, kind="stable")
-        out[layer, ranks] = shares[layer, parts]
-        held[ranks] += tokens[layer, parts]
-    return out
 
 
 def _ratio(value: float, base: float) -> float:

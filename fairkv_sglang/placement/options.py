@@ -15,18 +15,22 @@ class PlanOptions(BaseModel):
 
     ``tolerance`` is the balance aimed at when a copy costs nothing: sum over layers of the fullest
     rank over sum of the mean rank. Copies count lanes beyond one per head; with fewer heads than
-    ranks the unavoidable ones (ranks - heads per layer) count as well. ``spare_copies`` are copies
-    per layer beyond what the expected loads ask for: they give the router room to even out
-    requests that differ from the expectation.
+    ranks the unavoidable ones (ranks - heads per layer) count as well. A copy of a
+    rank is a lane that is not the largest share of its head; ``max_copies_per_rank`` counts
+    them over all layers. ``spread`` is the coefficient of variation of a head's load between
+    batches, for plans without samples of requests: above 0, ``fair_copying`` adds spare copies
+    that give the router room, until ``spare_tolerance`` is reached on average over the scenarios
+    (free copies) or no copy pays for itself. ``time_limit`` (seconds per layer) and ``gap`` are for ``exact``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tolerance: float = Field(default=1.02, ge=1.0)
+    spare_tolerance: float = Field(default=1.01, ge=1.0)
     max_copies_per_layer: int | None = Field(default=None, ge=0)
     max_copies_per_rank: int | None = Field(default=None, ge=0)
     max_extra_bytes: float | None = Field(default=None, ge=0.0)
-    spare_copies: int = Field(default=0, ge=0)
+    spread: float = Field(default=0.0, ge=0.0)
     time_limit: float = Field(default=5.0, gt=0.0)
     gap: float = Field(default=1e-4, ge=0.0)
 
@@ -55,4 +59,17 @@ def check_loads(loads: ArrayLike, tp_size: int) -> FloatArray:
         raise ValueError(
             f"load of layer {layer}, head {head} is {array[layer, head]}; loads must be >= 0"
         )
+    return array
+
+
+def check_samples(samples: ArrayLike, loads: FloatArray) -> FloatArray:
+    """Return ``samples`` as float64 ``[N, L, H]`` that fits ``loads [L, H]``, or raise ValueError."""
+    array = np.array(samples, dtype=np.float64)
+    if array.ndim != 3 or array.shape[1:] != loads.shape or len(array) == 0:
+        raise ValueError(
+            f"samples must have the shape [requests, {loads.shape[0]}, {loads.shape[1]}], "
+            f"got {array.shape}"
+        )
+    if not np.isfinite(array).all() or (array < 0).any():
+        raise ValueError("samples must be finite and >= 0")
     return array

@@ -17,7 +17,8 @@ class Problem:
 
     tokens: ``[L, H]`` expected kept tokens. costs: ``[L, H]`` the same in cost units for the
     whole batch. lane: cost of a head served at all (0: copies are free). slice_bytes: weight bytes
-    of a lane, for the limit on extra bytes. notes: what a policy wants to say about its run
+    of a lane, for the limit on extra bytes. samples: ``[N, L, H]`` costs as if the whole batch were
+    like one sampled request. batch: requests that a rank serves at a time. notes: what a policy wants to say about its run
     (solver status, gap); ends up in ``Plan.info``.
     """
 
@@ -26,6 +27,8 @@ class Problem:
     ranks: int
     lane: float
     slice_bytes: float
+    samples: FloatArray | None = None
+    batch: float = 32.0
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property

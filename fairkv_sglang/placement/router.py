@@ -13,6 +13,9 @@ from fairkv_sglang.placement.plan import Plan
 IntArray = NDArray[np.int64]
 OwnerArray = NDArray[np.int16]
 
+_SWEEPS = 2
+_FAR = np.iinfo(np.int64).max // 4
+
 
 @dataclass
 class _Resident:
@@ -23,19 +26,35 @@ class _Resident:
 class Router:
     """Chooses owners so that what the ranks really hold stays even in every layer.
 
+    A new request's copied heads are placed together, layer by layer: largest first on the emptiest
+    rank that serves the head, then each head is taken up again while another rank is emptier.
+    What counts is the load that the residents really have (``update``), plus, for a plan made with a
+    cost model, the rank's weight slices in tokens.
+
     Every rank runs the same router in lock-step: decisions depend only on the plan and on the
-    sequence of calls. Loads are whole tokens, so sums are exact in any order.
+    sequence of calls. Loads are whole tokens, so sums are exact in any order, and ties go to
+    the lower head and the lower rank.
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+        self._shape = (plan.num_layers, plan.num_kv_heads)
         self._loads: IntArray = np.zeros((plan.num_layers, plan.tp_size), dtype=np.int64)
         self._residents: dict[int, _Resident] = {}
+        served = plan.shares() > 0  # [L, R, H]
         self._primary = plan.primary()
-        self._copied = [
-            [(head, ranks) for head, ranks in enumerate(layer) if len(ranks) > 1]
-            for layer in plan.copies()
-        ]
+        count = served.sum(axis=1)  # [L, H]
+        self._copied = count > 1
+        self._steps = int(self._copied.sum(axis=1).max())
+        # ranks[l, h]: the ranks that serve the head, ascending, then others marked as far away
+        ranks = np.argsort(~served.transpose(0, 2, 1), axis=2, kind="stable")
+        most = int(count.max())
+        self._ranks: IntArray = ranks[:, :, :most].astype(np.int64)
+        self._far = np.where(np.arange(most) < count[:, :, None], 0, _FAR).astype(np.int64)
+        lane_tokens = plan.info.get("lane_tokens", 0)
+        if not isinstance(lane_tokens, int) or lane_tokens < 0:
+            raise ValueError(f"plan.info['lane_tokens'] must be an integer >= 0, got {lane_tokens}")
+        self._base: IntArray = (served.sum(axis=2) * lane_tokens).astype(np.int64)
+        self._rows = np.arange(plan.num_layers)
 
     def admit(self, key: int, expected: ArrayLike) -> OwnerArray:
         """Owners ``[L, H]`` int16 of request ``key`` with ``expected [L, H]`` kept tokens.
@@ -45,18 +64,7 @@ class Router:
         if key in self._residents:
             raise ValueError(f"request {key} is admitted already; release it first")
         tokens = self._tokens(expected)
-        owners = self._primary.copy()
-        for layer, copied in enumerate(self._copied):
-            if not copied:
-                continue
-            load = self._loads[layer].copy()
-            fixed = np.ones(self._plan.num_kv_heads, dtype=bool)
-            fixed[[head for head, _ in copied]] = False
-            np.add.at(load, owners[layer, fixed], tokens[layer, fixed])
-            for head, ranks in sorted(copied, key=lambda item: (-tokens[layer, item[0]], item[0])):
-                rank = min(ranks, key=lambda r: (load[r], r))
-                owners[layer, head] = rank
-                load[rank] += tokens[layer, head]
+        owners = self._choose(tokens)
         self._residents[key] = _Resident(owners, tokens)
         self._add(owners, tokens, 1)
         return owners.copy()
@@ -78,9 +86,37 @@ class Router:
         """Resident tokens ``[L, R]``."""
         return self._loads.copy()
 
+    def _choose(self, tokens: IntArray) -> OwnerArray:
+        rows = self._rows
+        owners: NDArray[np.int64] = self._primary.astype(np.int64)
+        load = self._loads + self._base
+        fixed = np.where(self._copied, 0, tokens)
+        np.add.at(load, (rows[:, None], owners), fixed)
+        moving = np.where(self._copied, tokens, 0)
+        # copied heads first, largest first, ties by head
+        order = np.lexsort((np.where(self._copied, -tokens, 1), ~self._copied), axis=1)
+        for sweep in range(1 + _SWEEPS):
+            changed = False
+            for step in range(self._steps):
+                head = order[:, step]
+                amount = moving[rows, head]
+                old = owners[rows, head]
+                if sweep:
+                    load[rows, old] -= amount
+                ranks = self._ranks[rows, head]
+                room = load[rows[:, None], ranks] + self._far[rows, head]
+                new = ranks[rows, room.argmin(axis=1)]
+                if sweep:  # a move must gain something
+                    new = np.where(load[rows, new] < load[rows, old], new, old)
+                changed |= bool((new != old).any())
+                owners[rows, head] = new
+                load[rows, new] += amount
+            if not changed:
+                break
+        return owners.astype(np.int16)
+
     def _add(self, owners: OwnerArray, tokens: IntArray, sign: int) -> None:
-        rows = np.broadcast_to(np.arange(self._plan.num_layers)[:, None], owners.shape)
-        np.add.at(self._loads, (rows, owners), sign * tokens)
+        np.add.at(self._loads, (self._rows[:, None], owners), sign * tokens)
 
     def _resident(self, key: int) -> _Resident:
         if key not in self._residents:
@@ -89,9 +125,8 @@ class Router:
 
     def _tokens(self, values: ArrayLike) -> IntArray:
         array = np.asarray(values, dtype=np.float64)
-        shape = (self._plan.num_layers, self._plan.num_kv_heads)
-        if array.shape != shape:
-            raise ValueError(f"tokens must have the shape {shape}, got {array.shape}")
+        if array.shape != self._shape:
+            raise ValueError(f"tokens must have the shape {self._shape}, got {array.shape}")
         if not np.isfinite(array).all() or (array < 0).any():
             raise ValueError("tokens must be finite and >= 0")
         return np.rint(array).astype(np.int64)
