@@ -117,6 +117,18 @@ def test_bounds_hold_whatever_the_scores(case, data):
     assert actual == bound[0] or not exact
 
 
+@settings(max_examples=150, deadline=None)
+@given(case=cases(names=("rank",)), data=st.data())
+def test_rank_bound_of_a_part_of_the_group(case, data):
+    """Copies compete on every rank that serves them, but one rank owns what is kept."""
+    scope, total, scores = case
+    group = sorted(data.draw(st.sets(st.sampled_from(range(scope.num_heads)), min_size=1)))
+    owned = sorted(data.draw(st.sets(st.sampled_from(group))))
+    counts = scope.select(0, group, scores[group], total).counts.tolist()
+    actual = sum(counts[group.index(head)] for head in owned)
+    assert actual <= scope.bound(total, [owned] * LAYERS, [group] * LAYERS)[0]
+
+
 @settings(max_examples=100, deadline=None)
 @given(case=cases(names=("layer",)), data=st.data())
 def test_layer_bound_is_reached(case, data):

@@ -138,18 +138,26 @@ class BudgetScope(ABC):
         """[L, H] most tokens that each head may keep, whatever the input. Read-only, cached."""
         return self._per_head_cached(prompt_len)
 
-    def bound(self, prompt_len: int, heads: Sequence[Sequence[int]]) -> IntArray:
+    def bound(
+        self,
+        prompt_len: int,
+        heads: Sequence[Sequence[int]],
+        groups: Sequence[Sequence[int]] | None = None,
+    ) -> IntArray:
         """[L] most tokens that the given heads of each layer may keep together.
 
         Args:
             prompt_len: N.
-            heads: For each layer the heads, e.g. those of a rank. Scope ``rank``: the same groups
-                as are given to ``select``.
+            heads: For each layer the heads, e.g. those of a prompt that a rank owns.
+            groups: Matters to scope ``rank`` only: for each layer the heads that are given to
+                ``select`` together, if they are more than ``heads`` (copies that compete on this
+                rank, but are owned elsewhere). Default: ``heads``.
         """
-        groups = tuple(map(tuple, heads))
-        if len(groups) != self.num_layers:
-            raise ValueError(f"heads of {len(groups)} layers, expected {self.num_layers}")
-        return self._bound_cached(prompt_len, groups)
+        members = tuple(map(tuple, heads))
+        sizes = tuple(map(len, members if groups is None else groups))
+        if not len(members) == len(sizes) == self.num_layers:
+            raise ValueError(f"heads of {len(members)} layers, expected {self.num_layers}")
+        return self._bound_cached(prompt_len, members, sizes)
 
     def select(self, layer: int, heads: Sequence[int], scores: Tensor, prompt_len: int) -> Kept:
         """The tokens that the given heads of a layer keep.
@@ -197,7 +205,8 @@ class BudgetScope(ABC):
     def _per_head_bound(self, prompt_len: int) -> IntArray:
         return self.expected(prompt_len).copy()
 
-    def _bound(self, prompt_len: int, heads: Heads) -> IntArray:
+    def _bound(self, prompt_len: int, heads: Heads, groups: tuple[int, ...]) -> IntArray:
+        """See ``bound``; ``groups`` are numbers of heads."""
         expected = self.expected(prompt_len)
         sums = [int(row[list(group)].sum()) for row, group in zip(expected, heads, strict=True)]
         return np.array(sums, dtype=np.int64)

@@ -39,6 +39,6 @@ class Layer(Pooled):
         shape = (self.num_layers, self.num_heads)
         return np.full(shape, self._most(prompt_len, 1, self.num_heads), dtype=np.int64)
 
-    def _bound(self, prompt_len: int, heads: Heads) -> IntArray:
+    def _bound(self, prompt_len: int, heads: Heads, groups: tuple[int, ...]) -> IntArray:
         most = [self._most(prompt_len, len(group), self.num_heads) for group in heads]
         return np.array(most, dtype=np.int64)

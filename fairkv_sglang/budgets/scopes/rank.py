@@ -20,7 +20,8 @@ class Rank(Pooled):
     tokens depend on the placement: it is another method at every TP. At TP 1 it equals ``layer``.
 
     ``expected`` is B(N) for every head: any group keeps its sum exactly. ``bound`` is exact for the
-    groups that are given to ``select``; ``per_head_bound`` allows for a group of all heads.
+    groups that are given to ``select``, and must be told of them when it is asked about a part of
+    one; ``per_head_bound`` allows for a group of all heads.
     """
 
     name: ClassVar[str] = "rank"
@@ -35,6 +36,9 @@ class Rank(Pooled):
         shape = (self.num_layers, self.num_heads)
         return np.full(shape, self._most(prompt_len, 1, self.num_heads), dtype=np.int64)
 
-    def _bound(self, prompt_len: int, heads: Heads) -> IntArray:
-        most = [self._most(prompt_len, len(group), len(group)) for group in heads]
+    def _bound(self, prompt_len: int, heads: Heads, groups: tuple[int, ...]) -> IntArray:
+        most = [
+            self._most(prompt_len, len(members), group)
+            for members, group in zip(heads, groups, strict=True)
+        ]
         return np.array(most, dtype=np.int64)
