@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ledger: one row for every touch on SGLang, and the check that each of them took effect.
 
-SGLang's own registry (``sglang.srt.plugins.hook_registry``) only *logs* a hook that fails to apply, and in a
-child process that line is usually lost. So every process that serves calls :func:`verify` and stops, naming the
-hook, when one is missing.
+SGLang's own registry (``sglang.srt.plugins.hook_registry``) only *logs* a hook that fails to apply,
+and in a child process that line is usually lost. So every process that serves calls :func:`verify`
+and stops, naming the hook, when one is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Hook:
     Attributes:
         target: Dotted path of the SGLang function or method.
         kind: How :attr:`function` is applied (SGLang's ``HookType`` by value).
-        function: The hook itself; its signature depends on ``kind`` (see SGLang's ``HookRegistry.register``).
+        function: The hook itself; its signature depends on ``kind`` (see SGLang's
+            ``HookRegistry.register``).
         why: What breaks without it.
         since: First SGLang version with this target in this form, as far as known.
         upstream: Where the target stands in SGLang, or the upstream discussion.
@@ -44,7 +45,7 @@ class Hook:
 
 
 def register(hooks: Sequence[Hook]) -> None:
-    """Register ``hooks`` with SGLang; they are applied by ``load_plugins()`` right after the plugin returns."""
+    """Register ``hooks`` with SGLang; ``load_plugins()`` applies them when the plugin returns."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     for hook in hooks:

@@ -50,9 +50,7 @@ HOOKS: tuple[Hook, ...] = (
         upstream="sglang/srt/managers/scheduler.py",
     ),
     Hook(
-        target=(
-            "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.log_stats"
-        ),
+        target=("sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.log_stats"),
         kind="after",
         function=after_log_stats,
         why="head-page use and balance are exported with SGLang's metrics",

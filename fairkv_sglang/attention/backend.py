@@ -7,6 +7,7 @@ are folded into the batch: a row of work is one (request, head) with its own pag
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any
 
@@ -55,6 +56,7 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         self._slots = torch.empty((0, runtime.heads.num_lanes), dtype=torch.int64)
         self._rows = torch.empty((0,), dtype=torch.int64)
         self._plan = ForwardPlan()
+        self._prefill_batch: Any = None
         self._extend_started = 0.0
 
     # -- metadata -------------------------------------------------------------------------------
@@ -69,17 +71,23 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         if forward_batch.forward_mode.is_decode_or_idle():
             return
         self._extend_started = time.perf_counter()
-        self.prefill.init_forward_metadata(forward_batch)
         self._plan = self.runtime.forward_plan or ForwardPlan()
+        self._prefill_batch = None
+        if self._plan.decode_rows:
+            self._prefill_batch = self._prompts_only(forward_batch)
+            self._start_decode(torch.tensor(self._plan.decode_rows).to(self.device))
+        self.prefill.init_forward_metadata(self._prefill_batch or forward_batch)
         if self._plan.spans and self.copied_layers and self._plan.shared_mask is None:
-            self._plan.shared_mask = self._share_mask(forward_batch.input_ids.shape[0])
+            self._plan.shared_mask = self._share_mask()
         self.compressor.begin(self._plan, self.req_to_token)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """Device-side part: the next token's slots of all lanes, and the decode plan."""
         if not forward_batch.forward_mode.is_decode():
             return
-        rows = forward_batch.req_pool_indices.long()
+        self._start_decode(forward_batch.req_pool_indices.long())
+
+    def _start_decode(self, rows: torch.Tensor) -> None:
         pages = self.runtime.book.pages
         self._rows = rows
         self._slots = torch.empty(
@@ -109,6 +117,25 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         **kwargs: Any,
     ) -> torch.Tensor:
         """Full attention on the uncompressed prompt, then compression of prompts that end here."""
+        if self._prefill_batch is None:
+            return self._forward_prompts(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        cut = self._plan.prompt_tokens
+        prompts = self._forward_prompts(
+            q[:cut], k[:cut], v[:cut], layer, self._prefill_batch, save_kv_cache, **kwargs
+        )
+        running = self.forward_decode(q[cut:], k[cut:], v[cut:], layer, forward_batch)
+        return torch.cat([prompts, running])
+
+    def _forward_prompts(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         out = self.prefill.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         plan = self._plan
         if not plan.spans:
@@ -130,8 +157,8 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         if index in self.copied_layers and plan.shared_mask is not None:
             lane = self.runtime.heads.lane_start[index]
             mask = plan.shared_mask[:, lane : lane + heads, None, None]
-            view = out.view(out.shape[0], heads, -1, self.head_dim)
             # Another rank adds the output of these heads: exact zeros from this one.
+            view = out[: mask.shape[0]].view(mask.shape[0], heads, -1, self.head_dim)
             view.masked_fill_(mask == 0, 0)
         return out
 
@@ -166,13 +193,27 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         """Whether SGLang may use Triton for its own index writes."""
         return bool(self.device != "cpu")
 
-    def _share_mask(self, tokens: int) -> torch.Tensor:
-        """``uint8 [tokens, lanes]``: 1 where this rank serves the token's request and lane."""
+    def _share_mask(self) -> torch.Tensor:
+        """``uint8 [prompt tokens, lanes]``: 1 where this rank serves the token's request and lane.
+
+        Padding that SGLang may add behind the prompts is read by nobody.
+        """
         book, spans = self.runtime.book, self._plan.spans
         masks = torch.stack([book.owned_mask(span.row) for span in spans])
         lengths = torch.tensor([span.length for span in spans])
-        mask = masks.repeat_interleave(lengths, dim=0)
-        if mask.shape[0] < tokens:  # padded tokens are not read by anyone
-            pad = mask.new_ones((tokens - mask.shape[0], mask.shape[1]))
-            mask = torch.cat([mask, pad])
-        return mask.to(self.device, non_blocking=True)
+        return masks.repeat_interleave(lengths, dim=0).to(self.device, non_blocking=True)
+
+    def _prompts_only(self, forward_batch: Any) -> Any:
+        """A mixed batch without its running requests; they need no attention to the pool."""
+        batch = copy.copy(forward_batch)
+        requests, tokens = len(self._plan.spans), self._plan.prompt_tokens
+        for name in (
+            "req_pool_indices",
+            "seq_lens",
+            "seq_lens_cpu",
+            "extend_prefix_lens",
+            "extend_seq_lens",
+        ):
+            setattr(batch, name, getattr(forward_batch, name)[:requests])
+        batch.out_cache_loc = forward_batch.out_cache_loc[:tokens]
+        return batch

@@ -39,7 +39,8 @@ class PromptCompressor:
     ) -> None:
         self.runtime = runtime
         self.group = device_group
-        self._tails: dict[int, dict[int, Tensor]] = {}  # row -> layer -> last queries [<=W, n, g, D]
+        # row -> layer -> last queries so far [<=W, n, g, D]
+        self._tails: dict[int, dict[int, Tensor]] = {}
         self._prompts: list[_Prompt] = []
         self._exchange = (
             LayerExchange(runtime.plan, runtime.heads, device_group)

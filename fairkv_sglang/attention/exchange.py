@@ -68,9 +68,7 @@ class LayerExchange:
         return list(everyone.split(widths, dim=1))
 
 
-def gather_counts(
-    runtime: FairKVRuntime, counts: list[Tensor], group: dist.ProcessGroup
-) -> Tensor:
+def gather_counts(runtime: FairKVRuntime, counts: list[Tensor], group: dist.ProcessGroup) -> Tensor:
     """``int64 [L, H]`` kept counts of all heads, once per prompt (scope ``rank``).
 
     Args:

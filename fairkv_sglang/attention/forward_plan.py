@@ -39,10 +39,20 @@ class PromptSpan:
 
 @dataclass
 class ForwardPlan:
-    """Prompts of one pass, in the order of the batch; empty for decode."""
+    """Prompts of one pass, in the order of the batch; empty for decode.
+
+    With mixed chunks (``--enable-mixed-chunk``) running requests follow the prompts in the batch,
+    one token each: ``decode_rows`` are their rows.
+    """
 
     spans: tuple[PromptSpan, ...] = ()
+    decode_rows: tuple[int, ...] = ()
     shared_mask: torch.Tensor | None = None  # [tokens, lanes] 1 where this rank serves the lane
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of prompts; tokens of running requests come after them."""
+        return sum(span.length for span in self.spans)
 
     @property
     def last(self) -> list[PromptSpan]:
@@ -54,13 +64,18 @@ def plan_forward(batch: Any) -> ForwardPlan:
     """Read the plan off a ``ScheduleBatch``.
 
     Args:
-        batch: With ``forward_mode``, ``reqs``, ``extend_lens``; requests know their prompt.
+        batch: With ``forward_mode``, ``reqs``, ``extend_lens``, ``decoding_reqs``; requests know
+            their prompt.
     """
     if not batch.forward_mode.is_extend():
         return ForwardPlan()
-    spans = []
+    spans, decode_rows = [], []
+    running = {id(req) for req in batch.decoding_reqs or ()}
     start = 0
     for req, length in zip(batch.reqs, batch.extend_lens, strict=True):
+        if id(req) in running:
+            decode_rows.append(req.kv.req_pool_idx)
+            continue
         spans.append(
             PromptSpan(
                 row=req.kv.req_pool_idx,
@@ -71,4 +86,4 @@ def plan_forward(batch: Any) -> ForwardPlan:
             )
         )
         start += length
-    return ForwardPlan(tuple(spans))
+    return ForwardPlan(tuple(spans), tuple(decode_rows))

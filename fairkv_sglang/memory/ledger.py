@@ -85,7 +85,7 @@ class PageLedger:
         self.held += held
 
     def settle(self, row: int, kept: NDArray[np.integer]) -> None:
-        """Replace the bound by the exact pages of ``kept [L, H]`` tokens and of what was decoded."""
+        """Replace the bound by the exact pages of ``kept [L, H]`` and of the decoded tokens."""
         entry = self._rows[row]
         ranks = len(self.capacity)
         flat_owner = entry.owners.ravel().astype(np.int64)

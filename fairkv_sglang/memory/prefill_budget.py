@@ -30,6 +30,10 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
         super().__init__(allocator, tree_cache, num_mixed_decode_tokens=0)
         self.book = book
         self.promised: Pages = np.zeros_like(book.ledger.capacity)
+        if num_mixed_decode_tokens:
+            # Running requests decode within this pass, without a capacity check of their own.
+            self.promised = book.ledger.growth(book.ledger.rows)
+        self.mixed_fits = bool(np.all(self.promised <= book.ledger.free))
         self._candidate: Pages | None = None
 
     def _free_pages(self) -> Pages:
@@ -59,7 +63,7 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
         swa_host_hit_length: int,
         chunk_limit: int | None,
     ) -> tuple[bool, int | None]:
-        """Whether a prompt of ``input_tokens`` fits; a prefix hit still needs all its head pages."""
+        """Whether a prompt of ``input_tokens`` fits; a prefix hit needs all head pages too."""
         self._candidate = None
         slots = self.ceil_paged_tokens(extend_input_len) + self.page_size
         if slots > self.remaining_current:
@@ -73,7 +77,13 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
         return True, chunk_limit
 
     def available_chunk_tokens(self, chunk_limit: int) -> int | None:
-        """Tokens for the next chunk of a prompt that already has its head pages reserved."""
+        """Tokens for the next chunk of a prompt that already has its head pages reserved.
+
+        None postpones the chunk: running requests would not get their pages in a mixed pass, so
+        the next pass must be a decode step, which retracts.
+        """
+        if not self.mixed_fits:
+            return None
         available = min(chunk_limit, int(self.remaining_current))
         return available if available > 0 else chunk_limit
 

@@ -54,7 +54,8 @@ class DecisionLog:
         self.count += 1
         self._hash.update(f"{what} {row} ".encode() + detail)
         if self.verbose:
-            line = f"{self.count} {what} row {row} {hashlib.blake2b(detail, digest_size=4).hexdigest()}"
+            short = hashlib.blake2b(detail, digest_size=4).hexdigest()
+            line = f"{self.count} {what} row {row} {short}"
             self.recent.append(line)
             logger.info("FairKV decision %s", line)
 
@@ -201,11 +202,12 @@ class RowBook:
     # -- state ----------------------------------------------------------------------------------
 
     def check_idle(self) -> list[str]:
-        """Violations at idle, empty when healthy: pages on the ledger, the device, in the router."""
+        """Violations at idle, empty when healthy: on the ledger, the device, in the router."""
         problems: list[str] = []
         self.begin_forward([])
         if np.any(self.ledger.held != 0) or len(self.ledger):
-            problems.append(f"FairKV: head pages still charged at idle: {self.ledger.held.tolist()}")
+            held = self.ledger.held.tolist()
+            problems.append(f"FairKV: head pages still charged at idle: {held}")
         used = self.pages.num_used
         if used:
             problems.append(f"FairKV: {used} head pages leaked on rank {self.heads.rank}")
