@@ -70,4 +70,5 @@ class CostModel(BaseModel):
         """Cost ``[L, R]`` of shares ``[L, R, H]`` at expected kept tokens ``[L, H]``."""
         lanes = (shares > 0).sum(axis=2)
         used: FloatArray = np.einsum("lrh,lh->lr", shares, self.head_cost(loads))
-        return used + self.lane_cost * lanes
+        cost: FloatArray = used + self.lane_cost * lanes
+        return cost

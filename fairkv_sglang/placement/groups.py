@@ -5,8 +5,8 @@ Draw an edge between a head and each rank that serves it. Given the edges, the b
 basic solution of a linear program, so the edges in use may be taken as a forest: a tree of ``n``
 heads and ``k`` ranks has ``n + k - 1`` edges, ``k - 1`` of them copies. A layer with ``c`` trees
 therefore has ``ranks - c`` copies, and its level is the largest over the trees of
-``(sum + lane * (n + k - 1)) / k``. Fewest copies at a level = most trees at that level: a partition of the heads
-into trees, found for all layers at once in ``O(3^H)`` vector operations.
+``(sum + lane * (n + k - 1)) / k``. Fewest copies at a level = most trees at that level: a partition
+of the heads into trees, found for all layers at once in ``O(3^H)`` vector operations.
 """
 
 from __future__ import annotations

@@ -9,7 +9,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fairkv_sglang.placement.cost import CostModel
-from fairkv_sglang.placement.options import FloatArray, PlanOptions, check_loads, check_samples
+from fairkv_sglang.placement.options import (
+    FloatArray,
+    PlanOptions,
+    check_loads,
+    check_samples,
+    checked,
+)
 from fairkv_sglang.placement.plan import Plan
 from fairkv_sglang.placement.policies import POLICIES
 from fairkv_sglang.placement.problem import Problem
@@ -56,18 +62,19 @@ def make_plan(
 ) -> Plan:
     """Place heads with expected kept tokens ``loads [L, H]`` on ``tp_size`` ranks.
 
-    ``cost`` turns tokens into step cost; without it a copy costs nothing. ``samples [N, L, H]``, kept
-    tokens of sampled requests, let ``fair_copying`` add spare copies where requests differ from
-    ``loads``. ``limits`` are fields of :class:`PlanOptions` (or give ``options``). Raises ValueError with one line for an unknown
-    policy and for loads that are not finite, negative or not two-dimensional.
+    ``cost`` turns tokens into step cost; without it a copy costs nothing. ``samples [N, L, H]``,
+    kept tokens of sampled requests, let ``fair_copying`` add spare copies where requests differ
+    from ``loads``. ``limits`` are fields of :class:`PlanOptions` (or give ``options``). Raises
+    ValueError with one line for an unknown policy, for limits that cannot be met and for loads
+    that are not finite, negative or not two-dimensional.
     """
     if policy not in POLICIES:
         choices = ", ".join(POLICIES)
         raise ValueError(f"unknown placement policy {policy!r}; choose one of {choices}")
     if options is None:
-        options = PlanOptions(**limits)
+        options = checked(PlanOptions, **limits)
     elif limits:
-        options = PlanOptions(**{**options.model_dump(), **limits})
+        options = checked(PlanOptions, **{**options.model_dump(), **limits})
     problem = make_problem(loads, tp_size, cost, samples)
     shares = POLICIES[policy](problem, options)
     if policy != "contiguous":

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 FloatArray = NDArray[np.float64]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class PlanOptions(BaseModel):
@@ -20,7 +23,8 @@ class PlanOptions(BaseModel):
     them over all layers. ``spread`` is the coefficient of variation of a head's load between
     batches, for plans without samples of requests: above 0, ``fair_copying`` adds spare copies
     that give the router room, until ``spare_tolerance`` is reached on average over the scenarios
-    (free copies) or no copy pays for itself. ``time_limit`` (seconds per layer) and ``gap`` are for ``exact``.
+    (free copies) or no copy pays for itself. ``time_limit`` (seconds per layer) and ``gap`` are
+    for ``exact``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,6 +37,20 @@ class PlanOptions(BaseModel):
     spread: float = Field(default=0.0, ge=0.0)
     time_limit: float = Field(default=5.0, gt=0.0)
     gap: float = Field(default=1e-4, ge=0.0)
+
+
+def checked(model: type[Model], **values: Any) -> Model:
+    """``model(**values)``, with pydantic's report cut to one line that names the field."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        known = ", ".join(model.model_fields)
+        if first["type"] == "extra_forbidden":
+            raise ValueError(f"unknown option {name!r}; known: {known}") from None
+        message = str(first["msg"]).removeprefix("Value error, ")
+        raise ValueError(f"{name}: {message}" if name else message) from None
 
 
 def check_loads(loads: ArrayLike, tp_size: int) -> FloatArray:
@@ -63,7 +81,7 @@ def check_loads(loads: ArrayLike, tp_size: int) -> FloatArray:
 
 
 def check_samples(samples: ArrayLike, loads: FloatArray) -> FloatArray:
-    """Return ``samples`` as float64 ``[N, L, H]`` that fits ``loads [L, H]``, or raise ValueError."""
+    """Return ``samples`` as float64 ``[N, L, H]`` fitting ``loads``, or raise ValueError."""
     array = np.array(samples, dtype=np.float64)
     if array.ndim != 3 or array.shape[1:] != loads.shape or len(array) == 0:
         raise ValueError(

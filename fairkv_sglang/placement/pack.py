@@ -88,7 +88,7 @@ class LargeCurves:
 
 
 def _partitions(ranks: int) -> Iterator[tuple[int, ...]]:
-    """Partitions of ``ranks`` into tree sizes, largest first; for many ranks those with <= 2 > 1."""
+    """Partitions of ``ranks`` into tree sizes; for many ranks those with at most two above 1."""
     if ranks <= _ALL_PARTITIONS:
         yield from _all_partitions(ranks, ranks)
         return

@@ -18,8 +18,8 @@ class Problem:
     tokens: ``[L, H]`` expected kept tokens. costs: ``[L, H]`` the same in cost units for the
     whole batch. lane: cost of a head served at all (0: copies are free). slice_bytes: weight bytes
     of a lane, for the limit on extra bytes. samples: ``[N, L, H]`` costs as if the whole batch were
-    like one sampled request. batch: requests that a rank serves at a time. notes: what a policy wants to say about its run
-    (solver status, gap); ends up in ``Plan.info``.
+    like one sampled request. batch: requests served at a time. notes: what a policy wants to
+    say about its run (solver status, gap); ends up in ``Plan.info``.
     """
 
     tokens: FloatArray
@@ -43,7 +43,8 @@ class Problem:
         """``[L, R]`` cost of shares ``[L, R, H]``."""
         lanes = (shares > 0).sum(axis=2)
         used: FloatArray = np.einsum("lrh,lh->lr", shares, self.costs)
-        return used + self.lane * lanes
+        cost: FloatArray = used + self.lane * lanes
+        return cost
 
     def lower_bound(self) -> FloatArray:
         """``[L]``: no plan has a lower fullest rank (see :func:`lower_bound`)."""

@@ -28,8 +28,8 @@ class Router:
 
     A new request's copied heads are placed together, layer by layer: largest first on the emptiest
     rank that serves the head, then each head is taken up again while another rank is emptier.
-    What counts is the load that the residents really have (``update``), plus, for a plan made with a
-    cost model, the rank's weight slices in tokens.
+    What counts is the load that the residents really have (``update``), plus, for a plan made
+    with a cost model, the rank's weight slices in tokens.
 
     Every rank runs the same router in lock-step: decisions depend only on the plan and on the
     sequence of calls. Loads are whole tokens, so sums are exact in any order, and ties go to

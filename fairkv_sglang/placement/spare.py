@@ -59,9 +59,7 @@ def add_spares(
     nexts = [layer.next_edge() for layer in layers]
     added = 0
     while added < room and sum(layer.level for layer in layers) > goal:
-        gains = [
-            nexts[i][0] if layer.copies < per_layer else 0.0 for i, layer in enumerate(layers)
-        ]
+        gains = [nexts[i][0] if layer.copies < per_layer else 0.0 for i, layer in enumerate(layers)]
         index = int(np.argmax(gains))
         if gains[index] <= _MIN_GAIN * layers[index].level:
             break
@@ -84,12 +82,14 @@ def make_scenarios(problem: Problem, options: PlanOptions) -> FloatArray | None:
     """
     if problem.samples is not None and len(problem.samples) > 1:
         pick = np.linspace(0, len(problem.samples) - 1, min(len(problem.samples), _SCENARIOS))
-        return problem.samples[np.rint(pick).astype(np.int64)]
+        chosen: FloatArray = problem.samples[np.rint(pick).astype(np.int64)]
+        return chosen
     if options.spread <= 0.0:
         return None
     noise = np.random.default_rng(0).standard_normal((_SCENARIOS // 2, *problem.costs.shape))
     sigma = float(np.sqrt(np.log1p(options.spread**2)))
-    return problem.costs * np.exp(sigma * noise - 0.5 * sigma**2)
+    drawn: FloatArray = problem.costs * np.exp(sigma * noise - 0.5 * sigma**2)
+    return drawn
 
 
 def _room(
@@ -125,7 +125,7 @@ class _Layer:
     @property
     def copies(self) -> int:
         """Lanes beyond one per head."""
-        return int(self.support.sum()) - self.support.shape[1]
+        return int(self.support.sum()) - int(self.support.shape[1])
 
     def _refresh(self) -> None:
         # inside[U, h]: every rank that serves h is in U
@@ -141,7 +141,8 @@ class _Layer:
         held = np.where(present, self._mean, 0.0)
         smaller = held[:, ::-1].cumsum(axis=1)[:, ::-1] - held
         waste = np.where(present, self._half * self._size[:, None] - smaller, 0.0)
-        return np.maximum(waste.max(axis=1), 0.0)
+        total: FloatArray = np.maximum(waste.max(axis=1), 0.0)
+        return total
 
     def next_edge(self) -> tuple[float, int, int]:
         """Gain, rank and head of the edge that lowers the mean level most; gain 0 if none."""
@@ -199,4 +200,5 @@ def _pour(base: FloatArray, amount: float) -> FloatArray:
     count = np.arange(1, len(base) + 1)
     level = (order.cumsum() + amount) / count
     last = int(np.flatnonzero(level > order)[-1])
-    return np.maximum(level[last] - base, 0.0)
+    poured: FloatArray = np.maximum(level[last] - base, 0.0)
+    return poured

@@ -53,7 +53,8 @@ def even_totals(problem: Problem, shares: FloatArray, even_copies: bool = False)
 
 def copies_of_ranks(shares: FloatArray) -> NDArray[np.int64]:
     """Copies ``[R]`` over all layers: lanes that are not the largest share of their head."""
-    return _copies(shares).sum(axis=0).astype(np.int64)
+    count: NDArray[np.int64] = _copies(shares).sum(axis=0).astype(np.int64)
+    return count
 
 
 def _copies(shares: FloatArray) -> FloatArray:

@@ -43,9 +43,8 @@ def _deal(costs: FloatArray, ranks: int) -> list[list[int]]:
     used = np.zeros(ranks)
     full = 0  # ranks that hold small + 1 heads
     for head in np.argsort(-costs, kind="stable"):
-        free = [
-            r for r in range(ranks) if len(bins[r]) < small or (full < larger and len(bins[r]) == small)
-        ]
+        most = small + (full < larger)
+        free = [r for r in range(ranks) if len(bins[r]) < most]
         rank = min(free, key=lambda r: (used[r], r))
         full += len(bins[rank]) == small
         bins[rank].append(int(head))

@@ -22,8 +22,8 @@ from fairkv_sglang.placement.problem import Problem, lower_bound
 def exact(problem: Problem, options: PlanOptions) -> FloatArray:
     """Shares ``[L, R, H]``; each layer has ``options.time_limit`` seconds.
 
-    A layer without a solution in time, or with one above ``fair_copying``'s, takes the latter. Notes:
-    layers proved optimal within ``options.gap``, the largest remaining gap, each layer's
+    A layer without a solution in time, or with one above ``fair_copying``'s, takes the latter.
+    Notes: layers proved optimal within ``options.gap``, the largest remaining gap, each layer's
     status. With free copies a small cost per copy keeps their number low.
     The limits on copies apply to the plan it falls back to; per layer the limit is a constraint.
     """

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fairkv``: one command for all tools. Each sub-command is one module, imported when used."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# name: (module, help). A module has add_arguments(parser) and run(args) -> exit status.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "plan": ("fairkv_sglang.cli.plan", "place heads on ranks: profile + model + TP -> plan"),
+    "plot": ("fairkv_sglang.cli.plot", "draw a plan as PNG"),
+    "simulate": ("fairkv_sglang.cli.simulate", "replay requests through the router"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``fairkv <command> ...``; returns the exit status (2: wrong usage or input)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="fairkv",
+        description="Tools of FairKV for SGLang. `fairkv <command> --help` explains a command.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, (module, text) in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        if words[:1] == [name]:
+            importlib.import_module(module).add_arguments(sub)
+    args = parser.parse_args(words)
+    try:
+        status: int = importlib.import_module(COMMANDS[args.command][0]).run(args)
+        sys.stdout.flush()
+    except ValueError as error:
+        print(f"fairkv {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of a pipe has left (`fairkv plan ... | head`); nothing to complain about.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

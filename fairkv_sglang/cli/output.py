@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sub-commands print: tables for people (also in a pipe), JSON, progress on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+PIPE_WIDTH = 140
+
+
+def console() -> Console:
+    """Console on stdout; a fixed width and no colour where stdout is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table with the first column left and all others right."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console().print(table)
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(data, indent=1, allow_nan=False))
+
+
+@contextlib.contextmanager
+def progress(text: str, total: int) -> Iterator[Any]:
+    """A progress bar on stderr, gone when done; silent where stderr is not a terminal."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    with bar:
+        task = bar.add_task(text, total=total)
+        yield lambda: bar.advance(task)
+
+
+@contextlib.contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Keep C code off stdout: some HiGHS builds print debug lines that would spoil JSON."""
+    sys.stdout.flush()
+    try:
+        number = sys.stdout.fileno()
+        saved = os.dup(number)
+    except (OSError, ValueError, AttributeError):  # stdout has been replaced, as in tests
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, number)
+        yield
+    finally:
+        os.dup2(saved, number)
+        os.close(saved)
+        os.close(null)

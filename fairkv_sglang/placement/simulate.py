@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replay of arrivals and departures through the router: the balance that requests really get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fairkv_sglang.placement.options import FloatArray
+from fairkv_sglang.placement.plan import Plan
+from fairkv_sglang.placement.router import Router
+
+
+class Traffic(BaseModel):
+    """A closed loop of ``batch`` requests: each that leaves is replaced by a new one at once.
+
+    ``shortest``..``longest``: decode steps that a request stays (uniform). ``length_spread``:
+    coefficient of variation of a log-normal factor on each request's kept tokens. ``exact``: the
+    kept tokens are known at admission, as with static budgets; otherwise the router is told
+    the expectation scaled to the request and corrected after the prefill. ``growth``: every
+    step adds one token to every head of every request.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch: int = Field(default=32, ge=1)
+    steps: int = Field(default=600, ge=1)
+    shortest: int = Field(default=64, ge=1)
+    longest: int = Field(default=512, ge=1)
+    length_spread: float = Field(default=0.0, ge=0.0)
+    exact: bool = False
+    growth: bool = False
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Traffic:
+        if self.shortest > self.longest:
+            raise ValueError(f"shortest {self.shortest} must not be above longest {self.longest}")
+        return self
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Outcome: fullest and mean rank summed over layers, per step ``[steps]``."""
+
+    fullest: FloatArray
+    mean: FloatArray
+    requests: int
+
+    @property
+    def imbalance(self) -> float:
+        """Sum over steps and layers of the fullest rank over the same of the mean; 1 is perfect."""
+        return float(self.fullest.sum() / self.mean.sum())
+
+    @property
+    def series(self) -> FloatArray:
+        """Imbalance of each step ``[steps]``."""
+        return self.fullest / self.mean
+
+
+def simulate(
+    plan: Plan,
+    kept: FloatArray,
+    expected: FloatArray,
+    traffic: Traffic,
+    progress: Callable[[], object] | None = None,
+) -> Replay:
+    """Replay requests drawn from ``kept [N, L, H]`` on a plan.
+
+    ``expected [L, H]``: what the router is told of a request before its prefill. ``progress`` is
+    called after every step. Same arguments, same outcome.
+    """
+    shape = (plan.num_layers, plan.num_kv_heads)
+    if kept.ndim != 3 or kept.shape[1:] != shape or len(kept) == 0:
+        raise ValueError(f"kept must have the shape [requests, *{shape}], got {kept.shape}")
+    rng = np.random.default_rng(traffic.seed)
+    router = Router(plan)
+    grown = np.zeros((plan.num_layers, plan.tp_size))
+    owned: dict[int, FloatArray] = {}  # heads of a request on each rank [L, R]
+    leaves: dict[int, int] = {}
+    born: dict[int, int] = {}
+    sigma = float(np.sqrt(np.log1p(traffic.length_spread**2)))
+    fullest, mean = np.zeros(traffic.steps), np.zeros(traffic.steps)
+    key = 0
+    ranks = np.arange(plan.tp_size)
+    for step in range(traffic.steps):
+        for gone in [k for k, end in leaves.items() if end <= step]:
+            router.release(gone)
+            grown -= owned[gone] * (step - born[gone])
+            del leaves[gone], owned[gone], born[gone]
+        while len(leaves) < traffic.batch:
+            factor = float(np.exp(sigma * rng.standard_normal() - 0.5 * sigma**2))
+            exact = kept[int(rng.integers(len(kept)))] * factor
+            owners = router.admit(key, exact if traffic.exact else expected * factor)
+            router.update(key, exact)
+            stay = int(rng.integers(traffic.shortest, traffic.longest + 1))
+            # the first batch is found in mid-life, or it would all leave together
+            leaves[key] = step + (stay if step else int(rng.integers(1, stay + 1)))
+            owned[key] = (owners[:, :, None] == ranks).sum(axis=1).astype(np.float64)
+            born[key] = step
+            key += 1
+        load = router.loads() + (grown if traffic.growth else 0.0)
+        fullest[step], mean[step] = load.max(axis=1).sum(), load.mean(axis=1).sum()
+        for lanes in owned.values() if traffic.growth else ():
+            grown += lanes
+        if progress is not None:
+            progress()
+    return Replay(fullest, mean, key)
