@@ -39,9 +39,7 @@ def _check(code: int) -> None:
 def _bytes(x: torch.Tensor, what: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[int]:
     """Address and byte strides of the first two dimensions of a 3-d tensor."""
     if x.shape != shape or x.dtype != dtype:
-        raise ValueError(
-            f"{what} must be {dtype} {list(shape)}, got {x.dtype} {list(x.shape)}"
-        )
+        raise ValueError(f"{what} must be {dtype} {list(shape)}, got {x.dtype} {list(x.shape)}")
     row, column, inner = x.stride()
     if inner != 1 and shape[2] != 1:
         raise ValueError(f"{what} must be contiguous in its last dimension")
@@ -59,9 +57,8 @@ def set_owned(pages: HeadPages, row: int, owned: torch.Tensor) -> None:
 
 def grow(pages: HeadPages, rows: torch.Tensor, slots: torch.Tensor) -> None:
     if slots.shape != (rows.shape[0], pages.lanes):
-        raise ValueError(
-            f"slots must be [{rows.shape[0]}, {pages.lanes}] (rows x lanes), got {list(slots.shape)}"
-        )
+        want = [rows.shape[0], pages.lanes]
+        raise ValueError(f"slots must be {want} (rows x lanes), got {list(slots.shape)}")
     _check(numba_pages.grow(*_state(pages), rows.numpy(), slots.numpy()))
 
 
@@ -137,8 +134,9 @@ def decode(
     out: torch.Tensor,
 ) -> None:
     if n < 1 or q.shape[1] % n or not 0 <= lane_lo <= pages.lanes - n:
+        last = lane_lo + n - 1
         raise ValueError(
-            f"decode: {q.shape[1]} query heads over lanes {lane_lo}..{lane_lo + n - 1} of {pages.lanes}"
+            f"decode: {q.shape[1]} query heads over lanes {lane_lo}..{last} of {pages.lanes}"
         )
     group = q.shape[1] // n
     shape = (rows.shape[0], n * group, pages.head_dim)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numba as nb
 import numpy as np
@@ -21,12 +20,17 @@ from numba.core import types
 from . import simd
 from .numba_pages import I64, I64_1D, LENS, OWNED, TABLE
 from .pages import PAGE_TOKENS
+from .simd import accumulate, highest_of, load_row, prefetch, scores, store_row
 
 BLOCK = 256
 """Tokens whose scores are held at once; their float32 scores stay in the first-level cache."""
 
+AHEAD_BYTES = 4096
+"""How far ahead of the reads pages are asked for."""
+
 LOG2_E = math.log2(math.e)
-LOWEST = np.float32(-1e30)  # "minus infinity" that fast-math may compute with
+FLAGS = {"contract", "reassoc", "arcp", "nsz"}  # fast-math but for NaN and infinity
+LOWEST = np.float32(-1e30)  # "minus infinity" without its NaN
 _EXP2 = [np.float32(math.log(2) ** k / math.factorial(k)) for k in range(8)]
 _C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7 = _EXP2
 
@@ -53,16 +57,26 @@ def exp2(x):  # type: ignore[no-untyped-def]
 @functools.cache
 def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
     """Compiled decode for one dtype code of `simd`, query heads per KV head and head dimension."""
-    fours, twos, row_bytes = group // 4 * 4, group // 2 * 2, dim * simd.ITEM_BYTES[code]
-    page_bytes = PAGE_TOKENS * row_bytes
-    step = 4 if group >= 4 else 8 if group >= 2 else 16  # tokens per tile of most heads
-    step_bytes, s_bytes, f_bytes = step * row_bytes, BLOCK * 4, dim * 4
+    row_bytes = dim * simd.ITEM_BYTES[code]
+    page_bytes, s_bytes, f_bytes = PAGE_TOKENS * row_bytes, BLOCK * 4, dim * 4
+    # Query heads are taken in fours, then a pair, then a single one; the values' tile takes fewer
+    # where the sums of four would not fit the registers.
+    fours, pairs = group // 4 * 4, group // 2 * 2
+    wide = min(4 if dim <= 96 else 2 if dim <= 192 else 1, 1 << (group.bit_length() - 1))
+    step = 4 if group >= 4 else 8 if group >= 2 else 16  # tokens of the first tile of scores
+    ahead = min(BLOCK // PAGE_TOKENS, max(1, AHEAD_BYTES // page_bytes))
+    jump_bytes = min(page_bytes, AHEAD_BYTES)
 
-    signature = types.void(
-        TABLE, LENS, OWNED, I64_1D, *([I64] * 11), types.float32
-    )
+    signature = types.void(TABLE, LENS, OWNED, I64_1D, *([I64] * 11), types.float32)
 
-    @nb.njit(signature, cache=True, nogil=True, fastmath=True)  # type: ignore[untyped-decorator]
+    @nb.njit(inline="always")  # type: ignore[untyped-decorator]
+    def ask(before, address):  # type: ignore[no-untyped-def]
+        """Prefetch a page where the stream jumps; the CPU follows consecutive pages by itself."""
+        if address != before + page_bytes:
+            for offset in range(0, jump_bytes, simd.LINE_BYTES):
+                prefetch(address + offset)
+
+    @nb.njit(signature, cache=True, nogil=True, fastmath=FLAGS, error_model="numpy")  # type: ignore[untyped-decorator]
     def decode(  # type: ignore[no-untyped-def]
         table, lens, owned, rows, lane_lo, n, first, last,
         k_pages, v_pages, q, q_row, q_head, out, out_row, scale,
@@ -70,6 +84,7 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
         qf = np.empty((group, dim), np.float32)
         acc = np.empty((group, dim), np.float32)
         s = np.empty((group, BLOCK), np.float32)
+        order = np.empty(2 * BLOCK // PAGE_TOKENS + ahead, np.int64)
         top = np.empty(group, np.float32)
         total = np.empty(group, np.float32)
         s_at, q_at, acc_at = s.ctypes.data, qf.ctypes.data, acc.ctypes.data
@@ -80,66 +95,101 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
             out_at = out + i * out_row + head * group * row_bytes
             for h in range(group):
                 top[h], total[h] = LOWEST, 0
-                simd.load_row(
-                    q_at + h * f_bytes, q + i * q_row + (head * group + h) * q_head, scale, dim, code
+                load_row(
+                    q_at + h * f_bytes,
+                    q + i * q_row + (head * group + h) * q_head,
+                    scale,
+                    dim,
+                    code,
                 )
                 for d in range(dim):
                     acc[h, d] = 0
             for start in range(0, length, BLOCK):
                 count = min(length - start, BLOCK)
                 pages = (count + PAGE_TOKENS - 1) // PAGE_TOKENS
-                base = start // PAGE_TOKENS
+                # Pages in the order of reading: keys, values, keys of the next block.
+                first_page = start // PAGE_TOKENS
+                beyond = min(ahead, (length + PAGE_TOKENS - 1) // PAGE_TOKENS - first_page - pages)
+                for p in range(pages + beyond):
+                    page = nb.int64(table[row, lane, first_page + p]) * page_bytes
+                    order[p if p < pages else p + pages] = k_pages + page
+                    if p < pages:
+                        order[pages + p] = v_pages + page
+                for p in range(2 * pages + beyond, 2 * pages + ahead):
+                    order[p] = order[2 * pages - 1]
                 for p in range(pages):
-                    at = k_pages + nb.int64(table[row, lane, base + p]) * page_bytes
-                    # The page after this one; after the last one, the first value page.
-                    if p + 1 < pages:
-                        ahead = k_pages + nb.int64(table[row, lane, base + p + 1]) * page_bytes
-                    else:
-                        ahead = v_pages + nb.int64(table[row, lane, base]) * page_bytes
-                    s_p = s_at + p * PAGE_TOKENS * 4
+                    ask(order[p + ahead - 1], order[p + ahead])
                     for t in range(0, PAGE_TOKENS, step):
-                        simd.prefetch(ahead + t * row_bytes, step_bytes)
-                        k_t, s_t = at + t * row_bytes, s_p + t * 4
+                        k_t = order[p] + t * row_bytes
+                        s_t = s_at + (p * PAGE_TOKENS + t) * 4
                         for h in range(0, fours, 4):
-                            simd.scores(q_at + h * f_bytes, k_t, s_t + h * s_bytes, BLOCK, 4, dim, code)
+                            scores(q_at + h * f_bytes, k_t, s_t + h * s_bytes, BLOCK, 4, dim, code)
                         if group & 2 and t % 8 == 0:
-                            simd.scores(q_at + fours * f_bytes, k_t, s_t + fours * s_bytes, BLOCK, 2, dim, code)
+                            h = fours
+                            scores(q_at + h * f_bytes, k_t, s_t + h * s_bytes, BLOCK, 2, dim, code)
                         if group & 1 and t == 0:
-                            simd.scores(q_at + twos * f_bytes, k_t, s_t + twos * s_bytes, BLOCK, 1, dim, code)
+                            h = pairs
+                            scores(q_at + h * f_bytes, k_t, s_t + h * s_bytes, BLOCK, 1, dim, code)
+                padded = pages * PAGE_TOKENS
                 for h in range(group):
-                    highest = top[h]
-                    for t in range(count):
-                        highest = max(highest, s[h, t])
+                    for t in range(count, padded):
+                        s[h, t] = LOWEST
+                    highest = highest_of(s_at + h * s_bytes, padded, top[h])
                     if highest > top[h]:
                         fade = exp2(top[h] - highest)
                         top[h] = highest
                         total[h] *= fade
                         for d in range(dim):
                             acc[h, d] *= fade
-                    part = np.float32(0)
-                    for t in range(count):
+                    part, check = np.float32(0), np.float32(0)
+                    for t in range(padded):
+                        check += s[h, t] * np.float32(0)  # NaN if a score is; max() hides it
                         e = exp2(s[h, t] - highest)
                         s[h, t] = e
                         part += e
-                    total[h] += part
+                    total[h] += part + check
                 for p in range(pages):
-                    at = v_pages + nb.int64(table[row, lane, base + p]) * page_bytes
-                    if p + 1 < pages:
-                        ahead = v_pages + nb.int64(table[row, lane, base + p + 1]) * page_bytes
-                        simd.prefetch(ahead, page_bytes)
-                    elif start + BLOCK < length:
-                        ahead = k_pages + nb.int64(table[row, lane, base + pages]) * page_bytes
-                        simd.prefetch(ahead, page_bytes)
+                    ask(order[pages + p + ahead - 1], order[pages + p + ahead])
+                    at, p_at = order[pages + p], s_at + p * PAGE_TOKENS * 4
                     tokens = min(count - p * PAGE_TOKENS, PAGE_TOKENS)
-                    s_p = s_at + p * PAGE_TOKENS * 4
-                    for h in range(0, fours, 4):
-                        simd.accumulate(acc_at + h * f_bytes, s_p + h * s_bytes, BLOCK, at, tokens, 4, dim, code)
-                    if group & 2:
-                        simd.accumulate(acc_at + fours * f_bytes, s_p + fours * s_bytes, BLOCK, at, tokens, 2, dim, code)
-                    if group & 1:
-                        simd.accumulate(acc_at + twos * f_bytes, s_p + twos * s_bytes, BLOCK, at, tokens, 1, dim, code)
+                    h = 0
+                    while h + wide <= group:
+                        accumulate(
+                            acc_at + h * f_bytes,
+                            p_at + h * s_bytes,
+                            BLOCK,
+                            at,
+                            tokens,
+                            wide,
+                            dim,
+                            code,
+                        )
+                        h += wide
+                    if wide > 2 and group - h >= 2:
+                        accumulate(
+                            acc_at + h * f_bytes,
+                            p_at + h * s_bytes,
+                            BLOCK,
+                            at,
+                            tokens,
+                            2,
+                            dim,
+                            code,
+                        )
+                        h += 2
+                    if wide > 1 and h < group:
+                        accumulate(
+                            acc_at + h * f_bytes,
+                            p_at + h * s_bytes,
+                            BLOCK,
+                            at,
+                            tokens,
+                            1,
+                            dim,
+                            code,
+                        )
             for h in range(group):
                 factor = np.float32(1) / total[h] if length > 0 else np.float32(0)
-                simd.store_row(out_at + h * row_bytes, acc_at + h * f_bytes, factor, dim, code)
+                store_row(out_at + h * row_bytes, acc_at + h * f_bytes, factor, dim, code)
 
     return decode  # type: ignore[no-any-return]

@@ -93,7 +93,9 @@ def release(table, lens, owned, stack, count, rows):  # type: ignore[no-untyped-
     for i in range(rows.shape[0]):
         r = rows[i]
         for j in range(lens.shape[1]):
-            for p in range((lens[r, j] + PAGE_TOKENS - 1) // PAGE_TOKENS):
+            # Last page first, so that the next owner takes them in ascending order again: runs of
+            # consecutive pages are read about twice as fast as scattered ones.
+            for p in range((lens[r, j] + PAGE_TOKENS - 1) // PAGE_TOKENS - 1, -1, -1):
                 stack[top] = table[r, j, p]
                 top += 1
             lens[r, j] = 0

@@ -166,7 +166,7 @@ class HeadPages:
         column = torch.arange(self.max_pages, device=self.device)
         used = self.page_table[column < held[..., None]]
         ids = torch.cat([self.free_pages[:free], used]).long()
-        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < self.num_pages):
+        if bool(((ids < 0) | (ids >= self.num_pages)).any()):
             raise RuntimeError(f"head pages: a page id is outside 0..{self.num_pages - 1}")
         times = torch.bincount(ids, minlength=self.num_pages)
         for wrong, text in ((times == 0, "is lost"), (times > 1, "has more than one holder")):

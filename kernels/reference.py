@@ -58,7 +58,7 @@ def release(pages: HeadPages, rows: torch.Tensor) -> None:
     for r in rows.tolist():
         for j in range(pages.lanes):
             n, top = _held(pages, r, j), int(pages.free_count)
-            pages.free_pages[top : top + n] = pages.page_table[r, j, :n]
+            pages.free_pages[top : top + n] = pages.page_table[r, j, :n].flip(0)
             pages.free_count += n
         pages.lens[r] = 0
         pages.owned[r] = 0

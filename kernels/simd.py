@@ -127,9 +127,7 @@ def _tile_intrinsic(emit: Callable[..., None], values: tuple[Any, ...]) -> Calla
 _A, _F = types.int64, types.float32
 
 
-def _emit_load_row(
-    b: Any, dst: Any, src: Any, factor: Any, dim: int, code: int
-) -> None:
+def _emit_load_row(b: Any, dst: Any, src: Any, factor: Any, dim: int, code: int) -> None:
     width = _width(dim)
     scale = _splat(b, factor, width)
     for j in range(0, dim, width):
@@ -137,9 +135,7 @@ def _emit_load_row(
         _store(b, x, dst, j * 4, F32)
 
 
-def _emit_store_row(
-    b: Any, dst: Any, src: Any, factor: Any, dim: int, code: int
-) -> None:
+def _emit_store_row(b: Any, dst: Any, src: Any, factor: Any, dim: int, code: int) -> None:
     width = _width(dim)
     scale = _splat(b, factor, width)
     for j in range(0, dim, width):
@@ -153,12 +149,14 @@ def _emit_scores(
     width, tokens = _width(dim), TILE // heads
     zero = ir.Constant(_vector(_FLOAT, width), [0.0] * width)
     acc = [[zero] * tokens for _ in range(heads)]
-    for j in range(0, dim, width):
-        queries = [_load(b, q, (h * dim + j) * 4, width, F32) for h in range(heads)]
-        for t in range(tokens):
+    # Keys strictly in memory order: the CPU's stream prefetcher then hides the memory's latency
+    # behind the arithmetic, which software prefetch and interleaved rows do not achieve.
+    for t in range(tokens):
+        for j in range(0, dim, width):
             key = _load(b, k, (t * dim + j) * ITEM_BYTES[code], width, code)
             for h in range(heads):
-                acc[h][t] = _multiply_add(b, queries[h], key, acc[h][t])
+                query = _load(b, q, (h * dim + j) * 4, width, F32)
+                acc[h][t] = _multiply_add(b, query, key, acc[h][t])
     flat = [x for row in acc for x in row]
     sums = [_row_sums(b, flat[i : i + width]) for i in range(0, TILE, width)]
     for h in range(heads):
@@ -175,23 +173,24 @@ def _emit_accumulate(
     b: Any, acc: Any, p: Any, p_stride: Any, v: Any, tokens: Any, heads: int, dim: int, code: int
 ) -> None:
     width = _width(dim)
-    most = min(8, TILE // heads)
-    for first in range(0, dim // width, most):
-        block = [j * width for j in range(first, min(first + most, dim // width))]
-        sums = {(h, j): cgutils.alloca_once(b, _vector(_FLOAT, width)) for h in range(heads) for j in block}
-        for (h, j), variable in sums.items():
-            b.store(_load(b, acc, (h * dim + j) * 4, width, F32), variable)
-        with cgutils.for_range(b, tokens) as loop:
-            row = b.add(v, b.mul(loop.index, _I64(dim * ITEM_BYTES[code])))
-            values = [_load(b, row, j * ITEM_BYTES[code], width, code) for j in block]
-            for h in range(heads):
-                where = b.add(p, b.mul(b.add(b.mul(p_stride, _I64(h)), loop.index), _I64(4)))
-                weight = _splat(b, b.load(_at(b, where, 0, _FLOAT)), width)
-                for j, value in zip(block, values, strict=True):
-                    total = _multiply_add(b, weight, value, b.load(sums[h, j]))
-                    b.store(total, sums[h, j])
-        for (h, j), variable in sums.items():
-            _store(b, b.load(variable), acc, (h * dim + j) * 4, F32)
+    columns = range(0, dim, width)
+    sums = {
+        (h, j): cgutils.alloca_once(b, _vector(_FLOAT, width))
+        for h in range(heads)
+        for j in columns
+    }
+    for (h, j), variable in sums.items():
+        b.store(_load(b, acc, (h * dim + j) * 4, width, F32), variable)
+    with cgutils.for_range(b, tokens) as loop:
+        row = b.add(v, b.mul(loop.index, _I64(dim * ITEM_BYTES[code])))
+        values = [_load(b, row, j * ITEM_BYTES[code], width, code) for j in columns]
+        for h in range(heads):
+            where = b.add(p, b.mul(b.add(b.mul(p_stride, _I64(h)), loop.index), _I64(4)))
+            weight = _splat(b, b.load(_at(b, where, 0, _FLOAT)), width)
+            for j, value in zip(columns, values, strict=True):
+                b.store(_multiply_add(b, weight, value, b.load(sums[h, j])), sums[h, j])
+    for (h, j), variable in sums.items():
+        _store(b, b.load(variable), acc, (h * dim + j) * 4, F32)
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -223,20 +222,52 @@ def accumulate(
     typingctx: Any, acc: Any, p: Any, p_stride: Any, v: Any, tokens: Any,
     heads: Any, dim: Any, code: Any,
 ) -> Any:  # fmt: skip
-    """acc[h] += sum over `tokens` value rows of p[h, t] * v[t], for `heads` (1, 2 or 4) heads."""
+    """acc[h] += sum over `tokens` value rows of p[h, t] * v[t], for `heads` heads.
+
+    heads * dim / 16 sums stay in registers, so up to 24 (32 registers) are fast.
+    """
     return _tile_intrinsic(_emit_accumulate, (_A, _A, _A, _A, _A))(heads, dim, code)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def prefetch(typingctx: Any, address: Any, nbytes: Any) -> Any:
-    """Ask for the cache lines of `nbytes` (a constant) from an address on; any address will do."""
+@intrinsic  # type: ignore[untyped-decorator]
+def highest_of(typingctx: Any, s: Any, count: Any, least: Any) -> Any:
+    """max(least, s[0], ..., s[count - 1]) of float32; count is a multiple of TILE.
 
-    def emit(b: Any, address: Any, nbytes: int) -> None:
+    In numba's own loop LLVM turns this into vector code only if it may assume that there is no NaN.
+    """
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        s, count, least = args
+        best = cgutils.alloca_once_value(b, _splat(b, least, TILE))
+        with cgutils.for_range(b, b.sdiv(count, _I64(TILE))) as loop:
+            x = _load(b, b.add(s, b.mul(loop.index, _I64(TILE * 4))), 0, TILE, F32)
+            so_far = b.load(best)
+            b.store(b.select(b.fcmp_ordered(">", x, so_far), x, so_far), best)
+        lanes, width = b.load(best), TILE
+        while width > 1:
+            width //= 2
+            halves = [
+                b.shuffle_vector(
+                    lanes, lanes, ir.Constant(_vector(_I32, width), [i + o for i in range(width)])
+                )
+                for o in (0, width)
+            ]
+            lanes = b.select(b.fcmp_ordered(">", *halves), *halves)
+        return b.extract_element(lanes, _I32(0))
+
+    return types.float32(types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at an address; any address will do."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
         function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
-        for offset in range(0, nbytes, LINE_BYTES):
-            pointer = b.inttoptr(b.add(address, _I64(offset)), byte)
-            b.call(function, [pointer, _I32(0), _I32(3), _I32(1)])  # read, keep, data
+        pointer = b.inttoptr(args[0], byte)
+        b.call(function, [pointer, _I32(0), _I32(3), _I32(1)])  # read, keep, data
+        return context.get_dummy_value()
 
-    return _tile_intrinsic(emit, (_A,))(nbytes)
+    return types.void(types.int64), codegen

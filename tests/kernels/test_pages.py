@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Head pages never leak and never alias, whatever the engine does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages, numba_cpu, reference
+
+ROWS, LANES, MAX_PAGES, DIM, POOL = 5, 3, 4, 8, 90
+
+
+class Pages(RuleBasedStateMachine):
+    """The numba operations beside the reference on a second arena, and a model of the contents.
+
+    `held[row][lane]` is the list of tokens (numbers) that the lane must hold, in order; None where
+    the rank does not own the lane.
+    """
+
+    @initialize(num_pages=st.integers(6, 40))
+    def start(self, num_pages: int) -> None:
+        self.arenas = [
+            HeadPages.create(num_pages, ROWS, LANES, MAX_PAGES, DIM, torch.float32)
+            for _ in range(2)
+        ]
+        self.held: dict[int, list[list[float] | None]] = {}
+        self.token = 0.0
+
+    def new(self, *shape: int) -> torch.Tensor:
+        count = int(torch.tensor(shape).prod())
+        first, self.token = self.token, self.token + count
+        return (
+            torch.arange(first, first + count).view(shape)[..., None].repeat(*[1] * len(shape), DIM)
+        )
+
+    def both(self, name: str, *arguments: object, results: tuple[torch.Tensor, ...] = ()) -> bool:
+        """Run on both arenas; True if both did it, False if both refused and changed nothing."""
+        done = []
+        for module, arena, result in zip(
+            (numba_cpu, reference), self.arenas, results or (None, None), strict=True
+        ):
+            before = [t.clone() for t in (arena.page_table, arena.lens, arena.free_count)]
+            extra = () if result is None else (result,)
+            try:
+                getattr(module, name)(arena, *arguments, *extra)
+                done.append(True)
+            except RuntimeError:
+                now = (arena.page_table, arena.lens, arena.free_count)
+                assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+                done.append(False)
+        assert done[0] == done[1]
+        return done[0]
+
+    @precondition(lambda self: len(self.held) < ROWS - 1)
+    @rule(data=st.data())
+    def admit(self, data: st.DataObject) -> None:
+        free = [r for r in range(1, ROWS) if r not in self.held]
+        row = data.draw(st.sampled_from(free))
+        owned = data.draw(st.lists(st.integers(0, 1), min_size=LANES, max_size=LANES))
+        assert self.both("set_owned", row, torch.tensor(owned, dtype=torch.uint8))
+        # Two layers: lane 0, and lanes 1 and 2.
+        contents: list[list[float] | None] = []
+        for lane_lo, n in ((0, 1), (1, 2)):
+            most = data.draw(st.integers(1, POOL))
+            slots = torch.tensor(data.draw(st.permutations(range(POOL))))[:most]
+            k, v = self.new(POOL, n), self.new(POOL, n)
+            counts = [data.draw(st.integers(0, min(most, 70))) for _ in range(n)]
+            kept = torch.full((n, max(1, *counts)), -1, dtype=torch.int64)
+            for h, count in enumerate(counts):
+                chosen = data.draw(st.permutations(range(most)))[:count]
+                kept[h, :count] = torch.tensor(sorted(chosen), dtype=torch.int64)
+            arguments = (row, lane_lo, k, v, slots, kept, torch.tensor(counts))
+            done = self.both("store_kept", *arguments)
+            for h, count in enumerate(counts):
+                mine = bool(owned[lane_lo + h])
+                rows = k[slots[kept[h, :count]], h, 0].tolist() if done else []
+                contents.append(rows if mine else None)
+        self.held[row] = contents
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), padding=st.integers(0, 2))
+    def step(self, data: st.DataObject, padding: int) -> None:
+        some = st.lists(st.sampled_from(sorted(self.held)), unique=True, min_size=1)
+        rows = [*data.draw(some), *[0] * padding]
+        slots = tuple(torch.full((len(rows), LANES), -7) for _ in range(2))
+        if not self.both("grow", torch.tensor(rows), results=slots):
+            return
+        assert torch.equal(*slots)
+        for lane_lo, n in ((0, 1), (1, 2)):
+            part = slots[0][:, lane_lo : lane_lo + n]
+            k, v = self.new(len(rows), n), self.new(len(rows), n)
+            self.both("append", part, k, v)
+            for i, row in enumerate(rows):
+                for h in range(n):
+                    tokens = self.held[row][lane_lo + h] if row else None
+                    assert (part[i, h] >= 0) == (tokens is not None)
+                    if tokens is not None:
+                        tokens.append(float(k[i, h, 0]))
+
+    @rule(rows=st.lists(st.integers(0, ROWS - 1)))
+    def release(self, rows: list[int]) -> None:
+        assert self.both("release", torch.tensor(rows, dtype=torch.int64))
+        for row in rows:
+            self.held.pop(row, None)
+
+    @invariant()
+    def sound(self) -> None:
+        used = 0
+        for arena in self.arenas:
+            arena.check_integrity()
+        fast, slow = self.arenas
+        for name in ("page_table", "lens", "owned", "free_count"):
+            assert torch.equal(getattr(fast, name), getattr(slow, name)), name
+        for row in range(1, ROWS):
+            for lane, tokens in enumerate(self.held.get(row, [None] * LANES)):
+                k, _ = reference.gather(fast, row, lane)
+                assert k[:, 0].tolist() == (tokens or [])
+                assert torch.equal(k, reference.gather(slow, row, lane)[0])
+                used += -(-len(tokens or []) // PAGE_TOKENS)
+        assert fast.num_used == used
+
+    def teardown(self) -> None:
+        if hasattr(self, "arenas"):
+            self.release(list(range(ROWS)))
+            assert all(arena.num_used == 0 for arena in self.arenas)
+
+
+TestPages = Pages.TestCase
+TestPages.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+
+
+def test_full_arena_is_refused_and_unchanged() -> None:
+    pages = HeadPages.create(3, 3, 2, 2, DIM, torch.float32)
+    numba_cpu.set_owned(pages, 1, torch.ones(2))
+    numba_cpu.set_owned(pages, 2, torch.ones(2))
+    slots = torch.zeros((2, 2), dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="no free head page"):
+        numba_cpu.grow(pages, torch.tensor([1, 2]), slots)
+    assert pages.num_used == 0
+    assert torch.equal(slots, torch.zeros_like(slots))
+    numba_cpu.grow(pages, torch.tensor([1]), slots[:1])
+    assert pages.num_used == 2
+    for _ in range(31):
+        numba_cpu.release(pages, torch.tensor([2]))
+        numba_cpu.set_owned(pages, 2, torch.tensor([0, 1]))
+        numba_cpu.grow(pages, torch.tensor([2]), slots[:1])
+    with pytest.raises(RuntimeError, match="no free head page"):
+        for _ in range(16):
+            numba_cpu.grow(pages, torch.tensor([1]), slots[:1])
+    pages.check_integrity()
+
+
+def test_full_row_is_refused() -> None:
+    pages = HeadPages.create(9, 2, 1, 2, DIM, torch.float32)
+    numba_cpu.set_owned(pages, 1, torch.ones(1))
+    slots = torch.zeros((1, 1), dtype=torch.int64)
+    for _ in range(2 * PAGE_TOKENS):
+        numba_cpu.grow(pages, torch.tensor([1]), slots)
+    with pytest.raises(RuntimeError, match="more pages than its page table"):
+        numba_cpu.grow(pages, torch.tensor([1]), slots)
+    assert pages.num_used == 2
+
+
+def test_bad_arguments_are_refused() -> None:
+    pages = HeadPages.create(9, 2, 2, 2, DIM, torch.float32)
+    with pytest.raises(ValueError, match="row 0 pads"):
+        numba_cpu.set_owned(pages, 0, torch.ones(2))
+    with pytest.raises(ValueError, match="slots must be"):
+        numba_cpu.grow(pages, torch.tensor([1]), torch.zeros((1, 3), dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="out of range"):
+        numba_cpu.grow(pages, torch.tensor([2]), torch.zeros((1, 2), dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="out of range"):
+        numba_cpu.release(pages, torch.tensor([-1]))
+    numba_cpu.set_owned(pages, 1, torch.ones(2))
+    pool = torch.zeros((4, 1, DIM))
+    good = (torch.arange(4), torch.tensor([[0, 3]]), torch.tensor([2]))
+    for at, wrong in (
+        (0, torch.tensor([0, 1, 2, 4])),
+        (1, torch.tensor([[0, 4]])),
+        (2, good[2] + 1),
+    ):
+        bad = [*good[:at], wrong, *good[at + 1 :]]
+        with pytest.raises(RuntimeError, match="out of range"):
+            numba_cpu.store_kept(pages, 1, 0, pool, pool, *bad)
+    assert pages.num_used == 0
+    numba_cpu.store_kept(pages, 1, 0, pool, pool, *good)
+    with pytest.raises(RuntimeError, match="still holds pages"):
+        numba_cpu.store_kept(pages, 1, 0, pool, pool, *good)
+    with pytest.raises(RuntimeError, match="still holds pages"):
+        numba_cpu.set_owned(pages, 1, torch.ones(2))
+    for name in ("num_pages", "rows", "lanes", "max_pages", "head_dim"):
+        sizes = {"num_pages": 1, "rows": 1, "lanes": 1, "max_pages": 1, "head_dim": 8, name: 0}
+        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+            HeadPages.create(**sizes, dtype=torch.float32)
+    with pytest.raises(ValueError, match="floating-point"):
+        HeadPages.create(1, 1, 1, 1, 8, torch.int8)
+
+
+def test_integrity_check_sees_every_damage() -> None:
+    def damaged(damage: str) -> HeadPages:
+        pages = HeadPages.create(6, 3, 2, 2, DIM, torch.float32)
+        numba_cpu.set_owned(pages, 1, torch.ones(2))
+        numba_cpu.grow(pages, torch.tensor([1]), torch.zeros((1, 2), dtype=torch.int64))
+        pages.check_integrity()
+        exec(damage, {"p": pages})
+        return pages
+
+    for damage, message in {
+        "p.page_table[1, 0, 0] = p.page_table[1, 1, 0]": "page 0 is lost",
+        "p.free_pages[0] = p.page_table[1, 1, 0]": "is lost",
+        "p.free_count += 1": "more than one holder",
+        "p.free_count += 7": "free count",
+        "p.lens[1, 0] = 0": "is lost",
+        "p.lens[1, 0] = -1": "negative",
+        "p.lens[1, 0] = 33": "more than 2 pages",
+        "p.owned[1, 0] = 0": "does not own",
+        "p.owned[0, 0] = 1": "padding row",
+        "p.page_table[1, 0, 0] = 6": "outside 0..5",
+        "p.error[0] = 1": "no free head page",
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            damaged(damage).check_integrity()
+
+
+def test_store_and_append_from_strided_views_and_any_dtype() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        pages = HeadPages.create(9, 2, 2, 2, DIM, dtype)
+        numba_cpu.set_owned(pages, 1, torch.ones(2))
+        make = torch.Generator().manual_seed(1)
+        pool = torch.randn((2, 40, 6, DIM), generator=make).to(dtype)
+        k, v = pool[0, ::2, 1:3], pool[1, 5:25, 3:5]
+        slots, kept = torch.randperm(20, generator=make), torch.tensor([[1, 2, 7], [0, 5, -1]])
+        numba_cpu.store_kept(pages, 1, 0, k, v, slots, kept, torch.tensor([3, 2]))
+        wide = torch.empty((1, 5), dtype=torch.int64)
+        numba_cpu.grow(pages, torch.tensor([1]), wide[:, 1:3])
+        numba_cpu.append(pages, wide[:, 1:3], pool[0, 30:31, 2:4], pool[1, 30:31, 4:6])
+        for lane, (new_k, new_v) in enumerate(((2, 4), (3, 5))):
+            got_k, got_v = reference.gather(pages, 1, lane)
+            chosen = slots[kept[lane][kept[lane] >= 0]]
+            assert torch.equal(got_k, torch.cat([k[chosen, lane], pool[0, 30:31, new_k]]))
+            assert torch.equal(got_v, torch.cat([v[chosen, lane], pool[1, 30:31, new_v]]))
