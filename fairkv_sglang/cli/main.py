@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 # name: (module, help). A module has add_arguments(parser) and run(args) -> exit status.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "check": ("fairkv_sglang.cli.check", "does this installation work?"),
+    "profile": ("fairkv_sglang.cli.profile", "measure a head profile on your own prompts"),
     "plan": ("fairkv_sglang.cli.plan", "place heads on ranks: profile + model + TP -> plan"),
     "plot": ("fairkv_sglang.cli.plot", "draw a plan as PNG"),
     "simulate": ("fairkv_sglang.cli.simulate", "replay requests through the router"),

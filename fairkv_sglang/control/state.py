@@ -40,6 +40,12 @@ def collect_state(scheduler: Any) -> dict[str, Any]:
         "placement": runtime.plan.policy,
         "copies": int(runtime.plan.copy_counts().sum()),
         "planned": _plain(runtime.plan.info),
+        "plan": runtime.plan.to_json(),
+        "kept": {
+            "prompts": runtime.book.kept_prompts,
+            "prompt_tokens": runtime.book.kept_prompt_tokens,
+            "tokens": runtime.book.kept_sum.tolist(),
+        },
         "balancedness": balancedness(loads),
         "resident_tokens": [int(x) for x in loads.sum(axis=0)],
         "ranks": ranks,

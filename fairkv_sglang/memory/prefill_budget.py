@@ -71,6 +71,10 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
         demand = self.book.demand
         need = demand.lone_request(input_tokens)
         growth = demand.lanes * -(-max_new_tokens // PAGE_TOKENS)
+        if not len(self.book.ledger) and not self.promised.any():
+            # Alone on the server: nothing that could leave would ever make more room. Only a
+            # retracted request can be short of it, if its bound rose faster than its prompt.
+            growth = np.zeros_like(growth)
         if np.any(need + growth > self._free_pages()):
             return False, None
         self._candidate = need + growth

@@ -102,6 +102,10 @@ class RowBook:
         self.peak_requests = 0
         self.peak_pages = np.zeros_like(ledger.capacity)
         self.handed_over_tokens = 0
+        # Sum of the kept counts of all prompts so far: what a profile is measured from.
+        self.kept_sum = np.zeros((heads.plan.num_layers, heads.plan.num_kv_heads), dtype=np.int64)
+        self.kept_prompts = 0
+        self.kept_prompt_tokens = 0
         self._lives: dict[int, _Life] = {}
         self._to_release: list[int] = []
 
@@ -171,6 +175,9 @@ class RowBook:
         counts = np.ascontiguousarray(kept, dtype=np.int64)
         self.ledger.settle(row, counts)
         self.router.update(row, counts)
+        self.kept_sum += counts
+        self.kept_prompts += 1
+        self.kept_prompt_tokens += self._lives[row].prompt_len
         self.log.add("settle", row, counts.tobytes())
 
     # -- SGLang's auxiliary-cache interface -----------------------------------------------------

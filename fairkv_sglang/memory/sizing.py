@@ -12,6 +12,8 @@ from fairkv_sglang.placement import Plan
 
 # Page tables may take this part of the KV memory; more requests than that are not admitted at once.
 TABLE_FRACTION = 1 / 16
+# Head pages per lane without which no request at all could be admitted.
+LEAST_PAGES = 3
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,14 @@ def divide_memory(
     pages = (total_bytes - pool_bytes - table_bytes) // page_bytes
     if arena_pages is not None:
         pages = np.full_like(pages, arena_pages)
-    if np.any(pages < lanes):
-        rank = int(np.argmin(pages - lanes))
+    # Per lane: one page of the prompt, the spare page of admission and that of a retraction.
+    least = LEAST_PAGES * lanes
+    if np.any(pages < least):
+        rank = int(np.argmin(pages - least))
         raise ValueError(
-            f"rank {rank} has room for {int(pages[rank])} head pages and serves {int(lanes[rank])} "
-            "lanes: give a smaller --fairkv-prefill-pool or more memory"
+            f"rank {rank} has room for {int(pages[rank])} head pages, a single request may take "
+            f"{int(least[rank])} ({LEAST_PAGES} in each of {int(lanes[rank])} lanes): give a "
+            "smaller --fairkv-prefill-pool or more memory"
         )
     return MemoryDivision(
         total_bytes=total_bytes,

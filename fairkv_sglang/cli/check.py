@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fairkv check``: does this installation work? One line per check; ``--ledger`` lists the hooks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from collections.abc import Callable
+
+from fairkv_sglang.cli.output import print_json, print_table
+
+TESTED_SGLANG = ("0.5.21",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    parser.add_argument("--ledger", action="store_true", help="list every hook on SGLang")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run all checks; status 1 if one failed."""
+    import sglang  # noqa: F401  brings its platform, which must precede its other modules
+
+    if args.ledger:
+        _print_ledger(args.json)
+        return 0
+    results = [_run(name, check) for name, check in _CHECKS.items()]
+    if args.json:
+        print_json([{"check": name, "ok": ok, "detail": text} for name, ok, text in results])
+    else:
+        rows = [[name, "ok" if ok else "FAILED", text] for name, ok, text in results]
+        print_table("fairkv check", ["check", "result", "detail"], rows)
+    return 0 if all(ok for _, ok, _ in results) else 1
+
+
+def _run(name: str, check: Callable[[], str]) -> tuple[str, bool, str]:
+    try:
+        return name, True, check()
+    except Exception as error:
+        return name, False, " ".join(str(error).split())
+
+
+def _sglang() -> str:
+    version = importlib.metadata.version("sglang")
+    if version in TESTED_SGLANG:
+        return f"{version}, tested"
+    return f"{version}, not tested; tested: {', '.join(TESTED_SGLANG)}"
+
+
+def _plugin() -> str:
+    from fairkv_sglang.plugin import check_visible
+
+    check_visible()
+    return "SGLang sees the plugin"
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}"
+    return f"CPU, torch {torch.__version__}"
+
+
+def _kernels() -> str:
+    import torch
+
+    from fairkv_sglang.kernels import ops
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    seconds = ops.warm_up(dtype, 64, 2, device)
+    return f"compiled for {device} in {seconds:.1f} s"
+
+
+def _hooks() -> str:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from fairkv_sglang.patches import all_hooks, ledger, verify_hooks
+
+    ledger.register(all_hooks())
+    HookRegistry.apply_hooks()
+    return f"all {len(verify_hooks())} hooks take effect"
+
+
+_CHECKS: dict[str, Callable[[], str]] = {
+    "sglang version": _sglang,
+    "plugin": _plugin,
+    "device": _device,
+    "kernels": _kernels,
+    "hooks": _hooks,
+}
+
+
+def _print_ledger(as_json: bool) -> None:
+    from fairkv_sglang.patches import all_hooks, cpu
+    from fairkv_sglang.patches.server_args import flag_hooks
+
+    groups = {"flags": flag_hooks(), "CPU platform": cpu.HOOKS, "serving rank": all_hooks()}
+    rows = [
+        [hook.target.removeprefix("sglang.srt."), hook.kind, group, hook.since, hook.why, hook.test]
+        for group, hooks in groups.items()
+        for hook in hooks
+    ]
+    columns = ["target", "kind", "group", "since", "why", "test"]
+    if as_json:
+        print_json([dict(zip(columns, row, strict=True)) for row in rows])
+    else:
+        print_table("hooks on SGLang", columns, rows)
