@@ -167,7 +167,8 @@ def make_placement(
     """The plan file of the configuration, or a plan made from the profile.
 
     Raises:
-        ValueError: in one line, if a plan file is for another model or number of ranks.
+        ValueError: in one line, if a plan file is for another model or number of ranks, or if the
+            placement has copies and the budget scope allows none.
     """
     if config.plan is not None:
         plan = Plan.from_file(config.plan)
@@ -178,7 +179,7 @@ def make_placement(
                 f"plan {config.plan} is for {found[0]} layers, {found[1]} KV heads, TP {found[2]}; "
                 f"this server has {wanted[0]} layers, {wanted[1]} KV heads, TP {wanted[2]}"
             )
-        return plan
+        return _checked(config, plan)
     cost = CostModel(
         head_dim=shape.head_dim,
         hidden_size=shape.hidden_size,
@@ -187,7 +188,7 @@ def make_placement(
         kv_bytes=shape.dtype_bytes,
         batch=config.expected_batch,
     )
-    return make_plan(
+    plan = make_plan(
         config.placement,
         scope.expected(config.expected_prompt),
         tp_size,
@@ -195,6 +196,16 @@ def make_placement(
         model=shape.name,
         max_copies_per_layer=config.max_copies,
     )
+    return _checked(config, plan)
+
+
+def _checked(config: FairKVConfig, plan: Plan) -> Plan:
+    if config.scope == "rank" and int(plan.copy_counts().sum()):
+        raise ValueError(
+            "budget scope 'rank' shares a budget over the heads of one rank, so no head can be on "
+            "two: use --fairkv-placement contiguous or best_effort, or --fairkv-scope layer"
+        )
+    return plan
 
 
 def create_runtime(
@@ -211,11 +222,6 @@ def create_runtime(
     """
     scorer, scope, _ = make_budgets(config, shape.num_layers, shape.num_kv_heads)
     plan = make_placement(config, shape, scope, tp_size)
-    if config.scope == "rank" and int(plan.copy_counts().sum()):
-        raise ValueError(
-            "budget scope 'rank' shares a budget over the heads of one rank, so no head can be on "
-            "two: use --fairkv-placement contiguous or best_effort, or --fairkv-scope layer"
-        )
     global _runtime
     _runtime = FairKVRuntime(
         config=config,

@@ -94,9 +94,14 @@ def in_effect(current: object, function: Callable[..., Any]) -> bool:
         if id(item) in seen or not callable(item):
             continue
         seen.add(id(item))
-        pending.append(getattr(item, "__wrapped__", None))
         pending.append(getattr(item, "__func__", None))
-        for cell in getattr(item, "__closure__", None) or ():
+        pending.append(getattr(item, "func", None))  # functools.partial
+        closure = getattr(item, "__closure__", None) or ()
+        if not closure:
+            # A wrapper written in Python holds in its closure what it calls; `__wrapped__` may
+            # name a function that it replaced and never calls.
+            pending.append(getattr(item, "__wrapped__", None))
+        for cell in closure:
             try:
                 content = cell.cell_contents
             except ValueError:  # a cell that is still empty

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -80,12 +81,19 @@ def around_max_new_tokens(
     by_table = division.max_head_tokens - longest_head
     if by_table < 1:
         return None
-    return max(0, min(max_new_tokens, by_pages, by_table))
+    # A retracted request prefills its output again, in whole pages of the pool and one to spare.
+    by_pool = division.pool_tokens - allocator.page_size - input_tokens
+    return max(0, min(max_new_tokens, by_pages, by_table, by_pool))
 
 
 def after_verify_byte_accounting(result: list[str], allocator: Any) -> list[str]:
     """SGLang's idle check reports leaked head pages like leaked slots."""
     return [*result, *get_runtime().book.check_idle()]
+
+
+def around_validate_beam(original: Any, coordinator: Any, req: Any, recv_req: Any) -> str:
+    """Beams share the slots of their prompt in the pool, which FairKV gives back."""
+    return "Beam search is not supported with FairKV."
 
 
 def before_forward_batch(
@@ -101,6 +109,23 @@ def before_forward_batch(
 
 
 _ALLOCATOR = "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator"
+
+_BEAM = "sglang.srt.beam_search.coordinator"
+# Asked for by a request (``beam_width``), so that no check of server arguments can see it.
+_BEAM_HOOKS = (
+    (
+        Hook(
+            target=f"{_BEAM}.BeamCoordinator.validate_and_init",
+            kind="around",
+            function=around_validate_beam,
+            why="a beam request would take slots and rows that FairKV does not know of",
+            since="0.5.21",
+            upstream="sglang/srt/beam_search/coordinator.py",
+        ),
+    )
+    if find_spec("sglang.srt.beam_search") is not None
+    else ()
+)
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -159,4 +184,5 @@ HOOKS: tuple[Hook, ...] = (
         since="0.5.17",
         upstream="sglang/srt/managers/tp_worker.py",
     ),
+    *_BEAM_HOOKS,
 )

@@ -18,7 +18,7 @@ import torch
 
 from fairkv_sglang.parallel.heads import RankHeads
 
-_ATTENTION_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.([qkvo])_proj\.(\w+)$")
+_ATTENTION_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.([qkvo]|qkv)_proj\.(.+)$")
 
 
 def attention_kwargs(kwargs: dict[str, Any], heads: RankHeads) -> dict[str, Any]:
@@ -53,8 +53,8 @@ def remap_weights(
         head_dim: D.
 
     Raises:
-        ValueError: if a projection has another form than a plain weight or bias (a quantised
-            checkpoint), which would be placed wrongly.
+        ValueError: if a projection has another form than a plain weight or bias of its own (a
+            quantised or fused checkpoint), which would be placed wrongly.
     """
     group = heads.group_size
     for name, tensor in weights:
@@ -67,6 +67,11 @@ def remap_weights(
             raise ValueError(
                 f"cannot place {name}: FairKV places plain weights and biases; "
                 "use an unquantised checkpoint"
+            )
+        if projection == "qkv":
+            raise ValueError(
+                f"cannot place {name}: FairKV places q, k and v apart; "
+                "use a checkpoint with q_proj, k_proj and v_proj"
             )
         index = torch.tensor(heads.heads[layer], dtype=torch.long)
         if projection == "o":
