@@ -25,13 +25,13 @@ $(VENV)/bin/python:
 # Stamps: made anew when a list of packages changes. The package's own code is never copied.
 $(VENV)/installed: requirements/cpu.txt requirements/sglang.txt pyproject.toml setup.py | $(VENV)/bin/python
 	@echo "Installing pinned packages into $(VENV): about 2.5 GB, once"
-	$(PIP) install -q -r requirements/cpu.txt
-	$(PIP) install -q --no-deps -r requirements/sglang.txt
-	$(PIP) install -q --no-deps --no-build-isolation -e .
+	$(PIP) install -q --no-warn-conflicts -r requirements/cpu.txt
+	$(PIP) install -q --no-warn-conflicts --no-deps -r requirements/sglang.txt
+	$(PIP) install -q --no-warn-conflicts --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/developing: requirements/dev.txt $(VENV)/installed
-	$(PIP) install -q -r requirements/dev.txt
+	$(PIP) install -q --no-warn-conflicts -r requirements/dev.txt
 	@touch $@
 
 install: $(VENV)/installed  ## set up .venv to run the server: .venv/bin/python launch.py --help

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# The folders kernels/ and patches/ beside this file must not be importable under these names: `kernels` is a package
-# that transformers looks for.
+# The folders kernels/ and patches/ beside this file must not be importable under these names:
+# `kernels` is a package that transformers looks for.
 _HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _HERE]
 
@@ -18,11 +18,11 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _H
 def main() -> None:
     """Run the server; the package must be installed (see README)."""
     try:
-        from fairkv_sglang.engine import launch
+        from fairkv_sglang.server import launch
     except ModuleNotFoundError as error:
         sys.exit(
-            f"error: {error.name} is not installed: run `make install` and use .venv/bin/python, or "
-            "`pip install --no-deps .` beside an SGLang that is already there"
+            f"error: {error.name} is not installed: run `make install` and use .venv/bin/python, "
+            "or `pip install --no-deps .` beside an SGLang that is already there"
         )
     launch(sys.argv[1:])
 

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``sglang.Engine`` with FairKV, and the body of ``launch.py``."""
+"""``sglang.Engine`` with FairKV."""
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from fairkv_sglang.config import RESOLVED_VARIABLE, ConfigError, FairKVConfig, from_mapping
+from fairkv_sglang.config import RESOLVED_VARIABLE, FairKVConfig, from_mapping
 from fairkv_sglang.plugin import check_visible
 
-# Brings SGLang's platform, without which the next import fails on a machine without GPU.
-import sglang  # isort: skip
-from sglang.srt.entrypoints.engine import Engine as StockEngine  # isort: skip
+check_visible()  # a hidden plugin would fail the next import on a machine without GPU
+
+import sglang  # noqa: E402, F401  (brings SGLang's platform, which the next import needs)
+from sglang.srt.entrypoints.engine import Engine as StockEngine  # noqa: E402
 
 
 class Engine(StockEngine):  # type: ignore[misc]
@@ -33,7 +33,6 @@ class Engine(StockEngine):  # type: ignore[misc]
     def __init__(
         self, fairkv: Mapping[str, Any] | FairKVConfig | None = None, **kwargs: Any
     ) -> None:
-        check_visible()
         config = None
         if isinstance(fairkv, FairKVConfig):
             config = fairkv
@@ -58,30 +57,3 @@ def _handed_down(config: FairKVConfig | None) -> Iterator[None]:
             os.environ.pop(RESOLVED_VARIABLE, None)
         else:
             os.environ[RESOLVED_VARIABLE] = before
-
-
-def launch(argv: Sequence[str]) -> None:
-    """Start SGLang's server with SGLang's and FairKV's flags, until it is stopped.
-
-    Args:
-        argv: The command line without the program's name.
-    """
-    try:
-        check_visible()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    from sglang.launch_server import run_server
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
-
-    load_plugins()
-    server_args = prepare_server_args(list(argv))
-    try:
-        run_server(server_args)
-    finally:
-        kill_process_tree(os.getpid(), include_parent=False)
-
-
-__all__ = ["Engine", "launch", "sglang"]

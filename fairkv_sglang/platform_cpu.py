@@ -24,9 +24,6 @@ from fairkv_sglang.cpu_environment import has_accelerator, make_torchvision_impo
 
 make_torchvision_importable()
 
-NAME = "fairkv_cpu"
-"""Name of the entry point, the value for ``SGLANG_PLATFORM``."""
-
 
 def activate() -> str | None:
     """Return the dotted path of :class:`CpuPlatform`, or None where SGLang has a platform of its

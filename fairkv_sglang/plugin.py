@@ -19,6 +19,8 @@ from fairkv_sglang.config import ConfigError, from_environment
 
 NAME = "fairkv"
 """Name of the entry point, the value for ``SGLANG_PLUGINS``."""
+PLATFORM = "fairkv_cpu"
+"""Name of the platform's entry point, the value for ``SGLANG_PLATFORM``."""
 
 
 def register() -> None:
@@ -66,8 +68,6 @@ def check_visible(environment: Mapping[str, str] = os.environ) -> None:
     Raises:
         ConfigError: naming the variable and its right value.
     """
-    from fairkv_sglang.platform_cpu import NAME as PLATFORM
-
     names = {entry.name for entry in entry_points(group="sglang.srt.plugins")}
     if NAME not in names:
         raise ConfigError(

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test gets: the environment of CPU runs, and tiny models."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+for _variable in ("FAIRKV_CONFIG", "FAIRKV_RESOLVED", "SGLANG_PLUGINS", "SGLANG_PLATFORM"):
+    os.environ.pop(_variable, None)
+
+# `python -m pytest` puts the repository on the path, where kernels/ and patches/ would be
+# importable under their bare names.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny_model(architecture="llama", kv_heads=8, ...)`` gives a checkpoint; see TinyModel."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def build(**shape: object) -> Path:
+        from tiny_models import TinyModel
+        from tiny_models import build as build_model
+
+        return build_model(TinyModel(**shape), folder)  # type: ignore[arg-type]
+
+    return build

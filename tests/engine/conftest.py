@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines for the tests in this folder: started when asked for, shared by a module's tests."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # engine_process, for the tests beside
+
+from engine_process import EngineProcess, ServerProcess
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here runs the real engine."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.engine)
+
+
+@pytest.fixture(scope="module")
+def start_engine(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., EngineProcess]]:
+    """``start_engine(model, fairkv={...}, tp_size=2, ...)``, one engine per set of arguments.
+
+    Starting takes 10-20 s, so tests of a module share engines by asking for the same arguments.
+    Engines stop when the module ends; ``.close()`` one early when it is in the way.
+    """
+    folder = tmp_path_factory.mktemp("engines")
+    engines: dict[str, EngineProcess] = {}
+
+    def start(model: Path, **arguments: object) -> EngineProcess:
+        key = repr((str(model), sorted(arguments.items(), key=lambda item: item[0])))
+        if key not in engines or engines[key].process.poll() is not None:
+            log = folder / f"engine-{len(list(folder.iterdir()))}.log"
+            engines[key] = EngineProcess(model, log, **arguments)  # type: ignore[arg-type]
+        return engines[key]
+
+    yield start
+    for engine in engines.values():
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def start_server(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., ServerProcess]]:
+    """``start_server(["--model-path", ..., "--fairkv"])``: an HTTP server of ``launch.py``."""
+    folder = tmp_path_factory.mktemp("servers")
+    servers: list[ServerProcess] = []
+
+    def start(arguments: list[str], **options: object) -> ServerProcess:
+        log = folder / f"server-{len(servers)}.log"
+        servers.append(ServerProcess(arguments, log, **options))  # type: ignore[arg-type]
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()

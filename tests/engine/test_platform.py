@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang on the CPU platform of this package, FairKV off; and what the flags do before a start."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine_process import LAUNCH, EngineProcess
+from tiny_models import hugging_face_outputs, random_prompts
+
+PROMPTS = random_prompts([1, 7, 50, 200, 333], vocab=512)
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Callable[..., Path]) -> list[list[int]]:
+    """What Hugging Face generates."""
+    return hugging_face_outputs(tiny_model(kv_heads=2), PROMPTS, NEW_TOKENS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"tp_size": 1},
+        {"tp_size": 1, "page_size": 16, "chunked_prefill_size": 64},
+        {"tp_size": 2},
+        {"tp_size": 4},
+    ],
+    ids=["tp1", "tp1-pages-of-16", "tp2", "tp4-fewer-kv-heads-than-ranks"],
+)
+def test_stock_engine_equals_hugging_face(
+    tiny_model: Callable[..., Path],
+    start_engine: Callable[..., EngineProcess],
+    expected: list[list[int]],
+    arguments: dict[str, int],
+) -> None:
+    """Scheduler, radix cache, page allocator and gloo collectives give the model's own tokens."""
+    engine = start_engine(tiny_model(kv_heads=2), **arguments)
+    assert engine.generate(PROMPTS, NEW_TOKENS) == expected
+    # once more, now with every prompt in the prefix cache
+    assert engine.generate(PROMPTS, NEW_TOKENS) == expected
+    assert "FairKV" not in engine.log
+    engine.close()
+
+
+def _python(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+_INSTALLED = """
+import importlib.util, json, sglang
+from sglang.srt.plugins import load_plugins
+from sglang.srt.plugins.hook_registry import HookRegistry
+load_plugins()
+from sglang.srt.mem_cache.registry import registered_radix_cache_backends as radix
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS as attention
+import fairkv_sglang.kernels, fairkv_sglang.patches
+print(json.dumps({
+    "hooks": sorted(HookRegistry._hooks),
+    "applied": sorted(HookRegistry._patched),
+    "radix": radix(),
+    "attention": "fairkv" in attention,
+    "cpu": attention["torch_native"].__module__,
+    "found": [name for name in ("kernels", "patches") if importlib.util.find_spec(name)],
+}))
+"""
+
+
+def test_plugin_changes_nothing_when_fairkv_is_off() -> None:
+    """Only the argument hooks are there, and the one that the CPU platform needs."""
+    result = _python("-P", "-c", _INSTALLED)
+    assert result.returncode == 0, result.stderr
+    state = json.loads(result.stdout.splitlines()[-1])
+    server_args = "sglang.srt.server_args.ServerArgs"
+    assert state["hooks"] == [
+        "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
+        f"{server_args}.add_cli_args",
+        f"{server_args}.from_cli_args",
+        f"{server_args}.resolve_once",
+    ]
+    assert state["applied"] == state["hooks"]
+    assert "fairkv" not in state["radix"] and not state["attention"]
+    assert state["cpu"] == "sglang.srt.layers.attention.attention_registry"
+    assert state["found"] == [], "kernels/ and patches/ must not be top-level modules"
+
+
+# Several starts in one process: the way of sglang.launch_server up to the first weight.
+_STARTS = """
+import contextlib, io, json, sys
+import sglang
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+answers = []
+for argv in json.loads(sys.argv[1]):
+    errors = io.StringIO()
+    status = 0
+    try:
+        with contextlib.redirect_stderr(errors):
+            prepare_server_args(argv).resolve_once()
+    except SystemExit as end:
+        status = end.code
+    answers.append([status, [l for l in errors.getvalue().splitlines() if l.startswith("error: ")]])
+print(json.dumps(answers))
+"""
+
+
+def test_wrong_command_lines(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """One line each and status 2; the same arguments without the mistake pass."""
+    from fairkv_sglang.placement import make_plan
+
+    plan = tmp_path / "plan.json"
+    make_plan("contiguous", np.ones((3, 8)), 2).to_file(plan)
+    wrong = {
+        "--fairkv --fairkv-scorer h2o": "--fairkv-scorer: 'h2o' is not one of snapkv",
+        "--fairkv-budget 64": "--fairkv-budget is given but FairKV is off",
+        "--fairkv --pp-size 2": "pipeline parallelism (--pp-size above 1)",
+        "--fairkv --kv-cache-dtype fp8_e5m2": "a quantised KV cache (--kv-cache-dtype)",
+        "--fairkv --attention-backend triton": "another attention backend (--attention-backend)",
+        "--tp-size 3": "--tp-size 3: 8 query heads, 2 KV heads",
+        f"--tp-size 2 --fairkv --fairkv-plan {plan}": str(plan),
+    }
+    right = ["--tp-size 2", "--fairkv --fairkv-budget 64", "--tp-size 2 --fairkv"]
+    model = ["--model-path", str(tiny_model(kv_heads=2))]
+    starts = [[*model, *line.split()] for line in [*wrong, *right]]
+    result = _python("-P", "-c", _STARTS, json.dumps(starts))
+    assert result.returncode == 0, result.stderr
+    answers = json.loads(result.stdout.splitlines()[-1])
+    for (line, words), (status, errors) in zip(wrong.items(), answers, strict=False):
+        assert status == 2, line
+        assert len(errors) == 1 and words in errors[0], (line, errors)
+    assert answers[len(wrong) :] == [[0, []]] * len(right)
+
+
+@pytest.mark.parametrize("module", [False, True], ids=["launch.py", "sglang.launch_server"])
+def test_help_shows_both_groups(module: bool) -> None:
+    """FairKV's flags stand beside SGLang's."""
+    result = _python(*(["-m", "sglang.launch_server"] if module else [str(LAUNCH)]), "--help")
+    assert result.returncode == 0, result.stderr
+    assert "--mem-fraction-static" in result.stdout
+    assert "\nFairKV:" in result.stdout and "--fairkv-budget" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (["--fairkv", "--fairkv-scope", "model"], {}, "'model' is not one of uniform, head"),
+        (["--fairkv"], {"SGLANG_PLUGINS": "other"}, "SGLANG_PLUGINS=other"),
+        (["--fairkv"], {"SGLANG_PLATFORM": "other"}, "SGLANG_PLATFORM=other"),
+    ],
+    ids=["flag", "plugin-hidden", "plugin-hidden-by-platform"],
+)
+def test_launch_ends_with_status_2_and_one_line(
+    arguments: list[str], environment: dict[str, str], words: str
+) -> None:
+    """No traceback; a plugin that SGLang would leave out without a word is reported."""
+    result = _python(str(LAUNCH), "--model-path", "nowhere", *arguments, **environment)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2
+    assert len(errors) == 1 and words in errors[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_engine_and_environment_refuse_alike(
+    tiny_model: Callable[..., Path], start_engine: Callable[..., EngineProcess], tmp_path: Path
+) -> None:
+    """Stock Engine with FAIRKV_CONFIG and FairKV's Engine raise the same error."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model(kv_heads=2), model)
+    config = json.loads((model / "config.json").read_text())
+    config["architectures"] = ["GemmaForCausalLM"]
+    (model / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "fairkv.yaml"
+    file.write_text("budget: 64\n")
+    for options in ({"fairkv": {"budget": 64}}, {"environment": {"FAIRKV_CONFIG": str(file)}}):
+        with pytest.raises(RuntimeError, match=r"ConfigError.*this architecture.*LlamaForCausal"):
+            start_engine(model, **options)
