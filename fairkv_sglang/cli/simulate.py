@@ -11,7 +11,7 @@ import numpy as np
 from fairkv_sglang.cli.output import print_json, print_table, progress
 from fairkv_sglang.placement import POLICIES, Plan, make_plan
 from fairkv_sglang.placement.draw import draw_series
-from fairkv_sglang.placement.options import checked
+from fairkv_sglang.placement.options import FloatArray, checked
 from fairkv_sglang.placement.requests import Requests, read_requests
 from fairkv_sglang.placement.simulate import Replay, Traffic, simulate
 
@@ -53,13 +53,14 @@ def run(args: argparse.Namespace) -> int:
         Traffic,
         **{name: getattr(args, name) for name in Traffic.model_fields},
     )
-    results, series = [], {}
+    results: list[dict[str, Any]] = []
+    series: dict[str, dict[str, FloatArray]] = {}
     with progress("replaying", len(sizes) * len(names) * 2 * args.steps) as step:
         for tp in sizes:
             for name in names:
                 runs = both_ways(requests, name, tp, traffic, step, fixed, args.spare_tolerance)
                 results.append({"tp": tp, "policy": name, **summary(runs)})
-                series[f"TP {tp} {name}"] = runs[0][1].series
+                series.setdefault(f"TP {tp}", {})[name] = runs[0][1].series
     if args.png:
         draw_series(series, args.png, f"{args.requests}, batch {args.batch}")
     split = "plan from half of the distinct prompts, replay the other half; then swapped"

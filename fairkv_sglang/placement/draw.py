@@ -17,9 +17,9 @@ def draw_plan(
 ) -> None:
     """Placement heat map and, with expected tokens ``loads [L, H]``, loads of the ranks.
 
-    The map shows the primary rank of each (layer, head) as colour and the number of ranks that
-    serve a copied head as a digit. The bars show, per rank, the tokens that the step waits for,
-    before (``before``, else contiguous is not drawn) and after.
+    The map shows the rank with the largest share of each (layer, head) as colour and the number
+    of ranks that serve a copied head as a digit. The bars show the summed tokens of each layer's
+    fullest rank, second fullest and so on, for ``before`` (if given) and for the plan.
     """
     from matplotlib.figure import Figure  # slow to import
 
@@ -39,13 +39,13 @@ def draw_plan(
 def _placement(figure: Any, axes: Any, plan: Plan) -> None:
     from matplotlib import colormaps
 
-    primary = plan.primary()
+    main = plan.shares().argmax(axis=1)
     colours = colormaps["tab20" if plan.tp_size > 10 else "tab10"]
     count = max(20 if plan.tp_size > 10 else 10, plan.tp_size)
-    image = axes.imshow(primary % count, aspect="auto", cmap=colours, vmin=-0.5, vmax=count - 0.5)
+    image = axes.imshow(main % count, aspect="auto", cmap=colours, vmin=-0.5, vmax=count - 0.5)
     axes.set_xlabel("KV head")
     axes.set_ylabel("layer")
-    axes.set_title("primary rank; digit: ranks that serve a copied head", fontsize=8)
+    axes.set_title("rank with the largest share; digit: ranks of a copied head", fontsize=8)
     if plan.num_layers * plan.num_kv_heads <= 4096:
         for layer, heads in enumerate(plan.copies()):
             for head, ranks in enumerate(heads):
@@ -73,17 +73,20 @@ def _rank_loads(axes: Any, plan: Plan, loads: FloatArray, before: Plan | None) -
     axes.legend(fontsize=7)
 
 
-def draw_series(series: dict[str, FloatArray], path: str | Path, title: str) -> None:
-    """Imbalance of each step, one line per policy; values ``[steps]``."""
+def draw_series(panels: dict[str, dict[str, FloatArray]], path: str | Path, title: str) -> None:
+    """Imbalance of each step: one panel per key, one line per policy, values ``[steps]``."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.0, 4.0), layout="constrained")
-    axes = figure.subplots()
-    for name, values in series.items():
-        axes.plot(values, label=f"{name} (mean {values.mean():.3f})", linewidth=1.0)
-    axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
-    axes.set_xlabel("decode step")
-    axes.set_ylabel("fullest rank / mean rank, over layers")
-    axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    figure = Figure(figsize=(max(4.5 * len(panels), 6.0), 4.0), layout="constrained")
+    for axes, (name, lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for policy, values in lines.items():
+            axes.plot(values, label=f"{policy} {values.mean():.3f}", linewidth=1.0)
+        axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("decode step")
+        axes.set_ylabel("fullest rank / mean rank, over layers")
+        axes.legend(fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=110)

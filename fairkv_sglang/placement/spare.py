@@ -28,6 +28,7 @@ from fairkv_sglang.placement.problem import Problem
 
 MAX_RANKS = 8  # 2^R rank sets are looked at
 _SCENARIOS = 32
+_UNSEEN = 0.2
 _MIN_SHARE = 0.02
 _MIN_GAIN = 1e-4
 _WASTE = 0.5  # of a request, per rank
@@ -78,17 +79,24 @@ def make_scenarios(problem: Problem, options: PlanOptions) -> FloatArray | None:
     """Costs ``[S, L, H]`` of batches that differ from the mean; None if nothing is known of them.
 
     Each sampled request stands for a batch of its like: a small batch, or one of a single task,
-    looks like that. Without samples ``options.spread`` gives log-normal factors per head.
+    looks like that. Log-normal factors per head with the coefficient of variation
+    ``options.spread`` stand for what the samples do not show (0.2 if it is 0); without samples
+    they are all there is.
     """
-    if problem.samples is not None and len(problem.samples) > 1:
-        pick = np.linspace(0, len(problem.samples) - 1, min(len(problem.samples), _SCENARIOS))
-        chosen: FloatArray = problem.samples[np.rint(pick).astype(np.int64)]
-        return chosen
-    if options.spread <= 0.0:
-        return None
-    noise = np.random.default_rng(0).standard_normal((_SCENARIOS // 2, *problem.costs.shape))
-    sigma = float(np.sqrt(np.log1p(options.spread**2)))
-    drawn: FloatArray = problem.costs * np.exp(sigma * noise - 0.5 * sigma**2)
+    samples, spread = problem.samples, options.spread
+    if samples is None or len(samples) < 2:
+        if spread <= 0.0:
+            return None
+        samples = problem.costs[None]
+    elif spread <= 0.0:
+        spread = _UNSEEN
+    if len(samples) < _SCENARIOS:
+        samples = np.repeat(samples, _SCENARIOS // len(samples), axis=0)
+    pick = np.rint(np.linspace(0, len(samples) - 1, min(len(samples), _SCENARIOS)))
+    chosen = samples[pick.astype(np.int64)]
+    noise = np.random.default_rng(0).standard_normal(chosen.shape)
+    sigma = float(np.sqrt(np.log1p(spread**2)))
+    drawn: FloatArray = chosen * np.exp(sigma * noise - 0.5 * sigma**2)
     return drawn
 
 
