@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .ops import append, decode, grow, release, set_owned, store_kept, warm_up
+from .ops import append, decode, grow, release, set_owned, snapkv_score, store_kept, warm_up
 from .pages import PADDING_ROW, PAGE_TOKENS, HeadPages
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "grow",
     "release",
     "set_owned",
+    "snapkv_score",
     "store_kept",
     "warm_up",
 ]

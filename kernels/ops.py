@@ -101,6 +101,30 @@ def decode(
     backend(pages.device).decode(pages, q, rows, lane_lo, n, scale, out)
 
 
+def snapkv_score(
+    q: torch.Tensor, k: torch.Tensor, scale: float, kernel: int = 7, pooling: str = "max"
+) -> torch.Tensor:
+    """SnapKV's importance of each prompt token before the window (arXiv 2404.14469, section 4).
+
+    Args:
+        q: [W, n, g, D] queries of the last W tokens, with RoPE.
+        k: [N, n, D] keys of the prompt.
+        kernel: odd width of the pooling over neighbouring tokens; 1 = none.
+        pooling: "max" or "avg".
+
+    Returns:
+        float32 [n, N - W]; higher = keep. The attention of the W rows is averaged, pooled, then
+        averaged over the group.
+    """
+    if q.device.type == "cpu":
+        from . import reference
+
+        return reference.snapkv_score(q, k, scale, kernel, pooling)
+    from . import triton_score
+
+    return triton_score.snapkv_score(q, k, scale, kernel, pooling)
+
+
 def warm_up(
     dtype: torch.dtype, head_dim: int, group: int = 1, device: torch.device | str = "cpu"
 ) -> float:

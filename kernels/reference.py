@@ -9,6 +9,7 @@ a page table would overflow it raises RuntimeError and changes nothing.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from .pages import (
     ERROR_NO_FREE_PAGE,
@@ -121,3 +122,17 @@ def decode(
             if pages.owned[r, lane_lo + h] and len(k):
                 qh = q[i, h * g : (h + 1) * g].double()
                 out[i, h * g : (h + 1) * g] = ((qh @ k.T * scale).softmax(-1) @ v).to(out.dtype)
+
+
+def snapkv_score(
+    q: torch.Tensor, k: torch.Tensor, scale: float, kernel: int = 7, pooling: str = "max"
+) -> torch.Tensor:
+    rows, total = q.shape[0], k.shape[0]
+    hidden = torch.ones((rows, total), dtype=torch.bool, device=q.device).triu(total - rows + 1)
+    logits = torch.einsum("wngd,tnd->ngwt", q.float(), k.float()) * scale
+    weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+    attention = weights[..., : max(total - rows, 0)].mean(2)
+    if kernel > 1 and attention.shape[2]:
+        pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
+        attention = pool(attention, kernel, stride=1, padding=kernel // 2)
+    return attention.mean(1)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels against their torch twins; run by test_triton.py in a process of its own.
+
+Triton decides at import whether its kernels are compiled or interpreted, so these tests need
+TRITON_INTERPRET=1 in the environment before Python starts. On a machine with CUDA (and without that
+variable) the same tests run the compiled kernels on the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import fields
+
+import pytest
+import torch
+
+from fairkv_sglang.kernels import HeadPages, reference, triton_decode, triton_ops, triton_score
+from fairkv_sglang.kernels import pages as pages_module
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+LENS = [[0, 0, 0], [1, 15, 16], [17, 0, 70], [64, 130, 3]]
+
+
+def on_device(pages: HeadPages) -> HeadPages:
+    tensors = {f.name: getattr(pages, f.name) for f in fields(pages) if f.name != "_host"}
+    return HeadPages(**{name: t.to(DEVICE, copy=True) for name, t in tensors.items()})
+
+
+def same(fast: HeadPages, slow: HeadPages) -> None:
+    """Equal contents; free stacks equal up to their top."""
+    fast.check_integrity()
+    for name in ("lens", "owned", "free_count"):
+        assert torch.equal(getattr(fast, name).cpu(), getattr(slow, name)), name
+    top = slow.num_free
+    assert torch.equal(fast.free_pages[:top].cpu(), slow.free_pages[:top])
+    for row in range(slow.rows):
+        for lane in range(slow.lanes):
+            for a, b in zip(
+                reference.gather(fast, row, lane), reference.gather(slow, row, lane), strict=True
+            ):
+                assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.parametrize("block", [4, 1024])
+def test_grow_and_append(
+    filled: Callable[..., HeadPages], monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(triton_ops, "GROW_BLOCK", block)
+    owned = [[0, 0, 0], [1, 1, 1], [1, 0, 1], [1, 1, 1]]
+    slow = filled(LENS, 24, owned=owned)
+    fast = on_device(slow)
+    rows = torch.tensor([3, 0, 1, 2, 0])
+    make = torch.Generator().manual_seed(3)
+    for _ in range(2):
+        slots = torch.full((5, 4), -9)[:, :3]
+        got = torch.full((5, 7), -9, device=DEVICE)[:, 2:5]
+        reference.grow(slow, rows, slots)
+        triton_ops.grow(fast, rows.to(DEVICE), got)
+        assert torch.equal(got.cpu(), slots)
+        fused = torch.randn((5, 9, 24), generator=make)
+        k, v = fused[:, 3:5], fused[:, 6:8]
+        reference.append(slow, slots[:, 1:], k, v)
+        fused = fused.to(DEVICE)
+        triton_ops.append(fast, got[:, 1:], fused[:, 3:5], fused[:, 6:8])
+        # Lane 0 has no new rows yet: give both the same.
+        reference.append(slow, slots[:, :1], k[:, :1], v[:, :1])
+        triton_ops.append(fast, got[:, :1], fused[:, 3:4], fused[:, 6:7])
+        same(fast, slow)
+
+
+def test_exhausted_arena_sets_the_error_bit_and_damages_nothing() -> None:
+    pages = HeadPages.create(2, 3, 2, 1, 16, torch.float32, DEVICE)
+    everything = torch.ones(2, dtype=torch.uint8, device=DEVICE)
+    triton_ops.set_owned(pages, 1, everything)
+    triton_ops.set_owned(pages, 2, everything)
+    slots = torch.empty((2, 2), dtype=torch.int64, device=DEVICE)
+    triton_ops.grow(pages, torch.tensor([1, 2], device=DEVICE), slots)
+    assert slots.tolist() == [[0, 16], [-1, -1]]
+    assert pages.lens.tolist() == [[0, 0], [1, 1], [0, 0]]
+    with pytest.raises(RuntimeError, match="no free head page"):
+        pages.check_integrity()
+    pages.error.zero_()
+    pages.check_integrity()
+    for _ in range(15):
+        triton_ops.grow(pages, torch.tensor([1], device=DEVICE), slots[:1])
+    pages.check_integrity()
+    triton_ops.grow(pages, torch.tensor([1], device=DEVICE), slots[:1])
+    assert slots[0].tolist() == [-1, -1]
+    assert int(pages.error) == pages_module.ERROR_ROW_FULL
+    pages.error.zero_()
+    pages.check_integrity()
+    triton_ops.set_owned(pages, 1, everything)
+    assert int(pages.error) == pages_module.ERROR_ROW_NOT_EMPTY
+
+
+def test_store_kept_and_release(filled: Callable[..., HeadPages]) -> None:
+    owned = [[0, 0, 0], [1, 1, 1], [0, 0, 0], [1, 1, 1]]
+    lens = [[0, 0, 0], [30, 16, 3], [0, 0, 0], [1, 0, 40]]
+    slow = filled(lens, 24, owned=owned)
+    fast = on_device(slow)
+    make = torch.Generator().manual_seed(5)
+    pool = torch.randn((60, 5, 24), generator=make)
+    slots = torch.randperm(60, generator=make)[:50]
+    kept = torch.full((2, 40), -1)
+    counts = torch.tensor([33, 17])
+    for h, count in enumerate(counts.tolist()):
+        kept[h, :count] = torch.randperm(50, generator=make)[:count].sort().values
+
+    def store(module: object, pages: HeadPages, row: int) -> None:
+        to = pages.device
+        k, v = pool.to(to)[:, 1:3], pool.to(to)[:, 3:5]
+        rest = (slots.to(to), kept.to(to), counts.to(to))
+        module.store_kept(pages, row, 1, k, v, *rest)  # type: ignore[attr-defined]
+
+    for module, pages in ((reference, slow), (triton_ops, fast)):
+        module.release(pages, torch.tensor([3, 3, 0], device=pages.device))
+        module.set_owned(pages, 2, torch.tensor([1, 0, 1], dtype=torch.uint8).to(pages.device))
+        store(module, pages, 2)
+    same(fast, slow)
+    # Row 1 holds pages: refused as a whole.
+    before = fast.lens.clone()
+    store(triton_ops, fast, 1)
+    assert int(fast.error) == pages_module.ERROR_ROW_NOT_EMPTY
+    assert torch.equal(fast.lens, before)
+    fast.error.zero_()
+    same(fast, slow)
+    for module, pages in ((reference, slow), (triton_ops, fast)):
+        module.release(pages, torch.tensor([1, 2], device=pages.device))
+    same(fast, slow)
+    assert fast.num_used == 0
+
+
+def test_store_kept_into_a_full_arena_changes_nothing() -> None:
+    for num_pages, max_pages, bit in (
+        (2, 9, pages_module.ERROR_NO_FREE_PAGE),
+        (9, 1, pages_module.ERROR_ROW_FULL),
+    ):
+        pages = HeadPages.create(num_pages, 2, 2, max_pages, 16, torch.float32, DEVICE)
+        triton_ops.set_owned(pages, 1, torch.ones(2, dtype=torch.uint8, device=DEVICE))
+        pool = torch.ones((20, 2, 16), device=DEVICE)
+        at = torch.arange(20, device=DEVICE)
+        counts = torch.tensor([20, 3], device=DEVICE)
+        triton_ops.store_kept(pages, 1, 0, pool, pool, at, at.repeat(2, 1), counts)
+        assert int(pages.error) == bit
+        assert pages.num_used == 0
+        assert not bool(pages.lens.any())
+        pages.error.zero_()
+        pages.check_integrity()
+
+
+@pytest.mark.parametrize(("group", "dim"), [(1, 16), (5, 24), (8, 32)])
+def test_decode(filled: Callable[..., HeadPages], group: int, dim: int) -> None:
+    owned = [[0, 0, 0], [1, 1, 1], [1, 0, 1], [1, 1, 1]]
+    slow = filled(LENS, dim, owned=owned)
+    fast = on_device(slow)
+    fused = torch.randn((4, 3 * (group + 2), dim), generator=torch.Generator().manual_seed(1))
+    rows = torch.tensor([2, 0, 3, 1])
+    for lane_lo, n in ((0, 3), (1, 1)):
+        q = fused[:, : n * group]
+        out = torch.full(q.shape, torch.nan, device=DEVICE)
+        want = torch.empty(q.shape)
+        args = (lane_lo, n, dim**-0.5)
+        triton_decode.decode(fast, fused.to(DEVICE)[:, : n * group], rows.to(DEVICE), *args, out)
+        reference.decode(slow, q, rows, *args, want)
+        torch.testing.assert_close(out.cpu(), want, atol=3e-6, rtol=3e-6)
+        assert bool((out[1] == 0).all())
+
+
+@pytest.mark.parametrize(
+    ("window", "total", "n", "group", "dim"),
+    [(4, 70, 2, 3, 24), (32, 100, 1, 2, 16), (5, 6, 1, 1, 16), (8, 8, 1, 1, 16)],
+)
+def test_snapkv_score(window: int, total: int, n: int, group: int, dim: int) -> None:
+    make = torch.Generator().manual_seed(2)
+    q = torch.randn((window, n, group + 1, dim), generator=make)[:, :, 1:]
+    k = 3 * torch.randn((total, n + 1, dim), generator=make)[:, 1:]
+    for kernel, pooling in ((7, "max"), (5, "avg"), (1, "max")):
+        got = triton_score.snapkv_score(q.to(DEVICE), k.to(DEVICE), 0.4, kernel, pooling)
+        want = reference.snapkv_score(q, k, 0.4, kernel, pooling)
+        assert got.shape == (n, total - window)
+        torch.testing.assert_close(got.cpu(), want, atol=1e-6, rtol=1e-5)
+
+
+def test_warm_up_leaves_nothing_behind() -> None:
+    assert triton_ops.warm_up(torch.float32, 16, 2, DEVICE) > 0
