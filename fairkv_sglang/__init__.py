@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fairkv_sglang import source_tree
+
 if TYPE_CHECKING:
     from fairkv_sglang.config import FairKVConfig
     from fairkv_sglang.engine import Engine
+
+source_tree.settle(__path__)
 
 __version__ = "0.1.0"
 

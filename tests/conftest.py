@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,12 +15,9 @@ os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 for _variable in ("FAIRKV_CONFIG", "FAIRKV_RESOLVED", "SGLANG_PLUGINS", "SGLANG_PLATFORM"):
     os.environ.pop(_variable, None)
 
-# `python -m pytest` puts the repository on the path, where kernels/ and patches/ would be
-# importable under their bare names.
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-
 import pytest  # noqa: E402
+
+import fairkv_sglang  # noqa: E402, F401  (takes the repository off the import path)
 
 
 @pytest.fixture(scope="session")

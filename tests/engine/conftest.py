@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,3 +63,47 @@ def start_server(
     yield start
     for server in servers:
         server.close()
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What stock SGLang did: the reference of the identity tests."""
+
+    model: Path
+    outputs: list[list[int]]
+    stress_outputs: list[list[int]]
+    state: dict[str, Any]
+    log: str
+
+
+@pytest.fixture(scope="session")
+def stock(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Stock]:
+    """``stock("llama")``: stock SGLang at TP 1, run once per architecture and closed at once."""
+    folder = tmp_path_factory.mktemp("stock")
+    probe = install_plugin(folder / "probe", "probe", PROBE)
+    done: dict[str, Stock] = {}
+
+    def run(architecture: str) -> Stock:
+        if architecture not in done:
+            model = tiny_model(architecture=architecture, **MODEL)
+            engine = EngineProcess(
+                model,
+                folder / f"{architecture}.log",
+                environment={"PYTHONPATH": str(probe)},
+                **ENGINE,
+            )
+            try:
+                done[architecture] = Stock(
+                    model,
+                    engine.generate(BATCH, NEW_TOKENS),
+                    engine.generate_each(STRESS, STRESS_TOKENS),
+                    engine.internal_states()[0],
+                    engine.log,
+                )
+            finally:
+                engine.close()
+        return done[architecture]
+
+    return run

@@ -124,6 +124,22 @@ class EngineProcess(_Process):
         results = self.call("generate", input_ids=prompts, sampling_params=parameters)
         return [result["output_ids"] for result in results]
 
+    def generate_each(self, prompts: list[list[int]], new_tokens: list[int]) -> list[list[int]]:
+        """The same with a length of its own for each output."""
+        parameters = [
+            {"temperature": 0, "max_new_tokens": count, "ignore_eos": True} for count in new_tokens
+        ]
+        results = self.call("generate", input_ids=prompts, sampling_params=parameters)
+        return [result["output_ids"] for result in results]
+
+    def fairkv(self) -> dict[str, Any]:
+        """FairKV's part of the first internal state; every hook is in effect on every rank."""
+        state = self.internal_states()[0]["fairkv"]
+        assert [rank["rank"] for rank in state["ranks"]] == list(range(len(state["ranks"])))
+        assert {rank["hooks"] for rank in state["ranks"]} == {self.call("count_hooks")}
+        assert state["enabled"] and state["decisions_agree"]
+        return dict(state)
+
     def internal_states(self) -> list[dict[str, Any]]:
         """``internal_states`` of ``/server_info``."""
         states = self.call("get_server_info")["internal_states"]

@@ -13,6 +13,8 @@ import os
 import sys
 import traceback
 
+from engine_calls import CALLS
+
 
 def main() -> None:
     """Start the engine, then serve until standard input ends."""
@@ -40,7 +42,10 @@ def main() -> None:
     for line in sys.stdin:
         call = json.loads(line)
         try:
-            answer(result=getattr(engine, call["method"])(**call["arguments"]))
+            if call["method"] in CALLS:
+                answer(result=CALLS[call["method"]](engine, **call["arguments"]))
+            else:
+                answer(result=getattr(engine, call["method"])(**call["arguments"]))
         except Exception as error:
             traceback.print_exc()
             answer(error=f"{type(error).__name__}: {error}")

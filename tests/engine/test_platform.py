@@ -52,10 +52,13 @@ def test_stock_engine_equals_hugging_face(
     engine.close()
 
 
-def _python(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def _python(
+    *command: str, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command],
         env={**os.environ, **environment},
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=240,
@@ -78,13 +81,14 @@ print(json.dumps({
     "attention": "fairkv" in attention,
     "cpu": attention["torch_native"].__module__,
     "found": [name for name in ("kernels", "patches") if importlib.util.find_spec(name)],
+    "package": [fairkv_sglang.kernels.__file__, fairkv_sglang.patches.__file__],
 }))
 """
 
 
 def test_plugin_changes_nothing_when_fairkv_is_off() -> None:
     """Only the argument hooks are there, and the one that the CPU platform needs."""
-    result = _python("-P", "-c", _INSTALLED)
+    result = _python("-c", _INSTALLED, cwd=LAUNCH.parent)  # where kernels/ and patches/ are
     assert result.returncode == 0, result.stderr
     state = json.loads(result.stdout.splitlines()[-1])
     server_args = "sglang.srt.server_args.ServerArgs"
@@ -97,6 +101,11 @@ def test_plugin_changes_nothing_when_fairkv_is_off() -> None:
     assert state["applied"] == state["hooks"]
     assert "fairkv" not in state["radix"] and not state["attention"]
     assert state["cpu"] == "sglang.srt.layers.attention.attention_registry"
+    root = LAUNCH.parent
+    assert state["package"] == [
+        str(root / "kernels/__init__.py"),
+        str(root / "patches/__init__.py"),
+    ]
     assert state["found"] == [], "kernels/ and patches/ must not be top-level modules"
 
 

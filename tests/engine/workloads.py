@@ -24,6 +24,19 @@ ENGINE: dict[str, Any] = {"max_total_tokens": 40_000, "chunked_prefill_size": 51
 """Memory for the whole batch at once, and chunks that cut the longer prompts."""
 
 
+def _stress() -> tuple[list[list[int]], list[int]]:
+    rng = np.random.default_rng(2)
+    shared = random_prompts([150], vocab=500, seed=3)[0]
+    lengths = rng.choice([1, 5, 20, 40, 90, 150, 300, 500], size=32).tolist()
+    prompts = random_prompts(lengths, vocab=500, seed=4)
+    prompts = [shared + prompt if i % 3 == 0 else prompt for i, prompt in enumerate(prompts)]
+    return prompts, rng.choice([1, 2, 3, 40, 90], size=32).tolist()
+
+
+STRESS, STRESS_TOKENS = _stress()
+"""Many requests of mixed lengths, a third of them with a common prefix."""
+
+
 def random_plan(tp_size: int, seed: int, layers: int = LAYERS, heads: int = KV_HEADS) -> Plan:
     """A placement that no policy would make: uneven counts, permuted heads, uneven copies.
 

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests do to an engine beyond calling its methods: runs inside the worker's process.
+
+Arguments and results are JSON. The worker offers every function of :data:`CALLS` like a method.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STEP = 0.005  # seconds between two looks at something that another process does
+
+
+async def _stream(engine: Any, prompt: list[int], parameters: dict[str, Any], seen: Any) -> Any:
+    """Final output of one request; ``seen(tokens)`` after each of its outputs."""
+    name = uuid.uuid4().hex
+    stream = await engine.async_generate(
+        input_ids=prompt, sampling_params={"temperature": 0, **parameters}, stream=True, rid=name
+    )
+    last = None
+    async for last in stream:
+        seen(name, last["meta_info"]["completion_tokens"])
+    return last
+
+
+def states_while_running(
+    engine: Any, prompts: list[list[int]], new_tokens: int, after: int
+) -> dict[str, Any]:
+    """Internal states when every prompt has ``after`` new tokens and none has ended.
+
+    Returns:
+        ``states`` at that moment and the ``outputs`` of all prompts.
+    """
+
+    async def run() -> dict[str, Any]:
+        progress: dict[str, int] = {}
+        tasks = [
+            asyncio.create_task(
+                _stream(
+                    engine,
+                    prompt,
+                    {"max_new_tokens": new_tokens, "ignore_eos": True},
+                    progress.__setitem__,
+                )
+            )
+            for prompt in prompts
+        ]
+        while len(progress) < len(prompts) or min(progress.values()) < after:
+            if any(task.done() for task in tasks):
+                raise RuntimeError(f"a request ended early, progress {sorted(progress.values())}")
+            await asyncio.sleep(STEP)
+        states = await engine.tokenizer_manager.get_internal_state()
+        outputs = [result["output_ids"] for result in await asyncio.gather(*tasks)]
+        return {"states": states, "outputs": outputs}
+
+    return dict(engine.loop.run_until_complete(run()))
+
+
+def generate_and_abort(
+    engine: Any, prompts: list[list[int]], new_tokens: int, abort_after: list[int | None]
+) -> list[str]:
+    """Send all prompts at once and abort some.
+
+    Args:
+        engine: The engine.
+        prompts: Token ids.
+        new_tokens: Length of the outputs.
+        abort_after: Per prompt, abort it when it has that many new tokens (0: as soon as the
+            engine has it), or None.
+
+    Returns:
+        Per prompt how it ended: the type of its finish reason.
+    """
+
+    async def one(prompt: list[int], limit: int | None) -> str:
+        def seen(name: str, tokens: int) -> None:
+            if limit and tokens >= limit:
+                engine.tokenizer_manager.abort_request(name)
+
+        name = uuid.uuid4().hex
+        stream = await engine.async_generate(
+            input_ids=prompt,
+            sampling_params={"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
+            stream=True,
+            rid=name,
+        )
+
+        async def drain() -> str:
+            reason = ""
+            async for output in stream:
+                seen(name, output["meta_info"]["completion_tokens"])
+                reason = (output["meta_info"]["finish_reason"] or {}).get("type", "")
+            return reason
+
+        task = asyncio.create_task(drain())
+        if limit == 0:
+            while name not in engine.tokenizer_manager.rid_to_state:
+                await asyncio.sleep(STEP)
+            await asyncio.sleep(STEP)
+            engine.tokenizer_manager.abort_request(name)
+        try:
+            return await task
+        except ValueError:  # SGLang raises for requests that were aborted before their first token
+            return "abort"
+
+    async def run() -> list[str]:
+        return await asyncio.gather(*map(one, prompts, abort_after))
+
+    return list(engine.loop.run_until_complete(run()))
+
+
+def abort_in_prefill(engine: Any, prompt: list[int], log: str, sign: str) -> str:
+    """Send one prompt and abort it as soon as ``sign`` turns up once more in the file ``log``.
+
+    Returns:
+        The type of its finish reason.
+    """
+
+    def count() -> int:
+        return Path(log).read_text(errors="replace").count(sign)
+
+    async def run() -> str:
+        before = count()
+        name = uuid.uuid4().hex
+
+        async def drain() -> str:
+            stream = await engine.async_generate(
+                input_ids=prompt,
+                sampling_params={"temperature": 0, "max_new_tokens": 4, "ignore_eos": True},
+                stream=True,
+                rid=name,
+            )
+            reason = ""
+            async for output in stream:
+                reason = (output["meta_info"]["finish_reason"] or {}).get("type", "")
+            return reason
+
+        task = asyncio.create_task(drain())
+        while count() == before and not task.done():
+            await asyncio.sleep(STEP)
+        engine.tokenizer_manager.abort_request(name)
+        try:
+            return await task
+        except ValueError:
+            return "abort"
+
+    return str(engine.loop.run_until_complete(run()))
+
+
+def count_hooks(engine: Any) -> int:
+    """Rows of the ledger."""
+    from fairkv_sglang.patches import all_hooks
+
+    return len(all_hooks())
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (states_while_running, generate_and_abort, abort_in_prefill, count_hooks)
+}
