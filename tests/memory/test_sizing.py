@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Division of the KV memory: parts fit, and what SGLang needs equal is equal on all ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from core_cases import QUICK, random_plan, seeds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairkv_sglang.memory import PAGE_TOKENS, divide_memory
+from fairkv_sglang.memory.sizing import LEAST_PAGES
+from fairkv_sglang.placement import Plan
+
+
+def division(plan: Plan, **options: object):
+    values: dict = {
+        "total_tokens": 20_000,
+        "stock_heads": 2,
+        "head_dim": 64,
+        "dtype_bytes": 2,
+        "page_size": 1,
+        "context_len": 4096,
+        "chunk": 512,
+        "max_requests": 64,
+    }
+    return divide_memory(plan=plan, **{**values, **options})
+
+
+@settings(QUICK, max_examples=150)
+@given(
+    seed=seeds,
+    ranks=st.integers(1, 4),
+    total_tokens=st.integers(100, 100_000),
+    page_size=st.sampled_from([1, 16, 64]),
+    context_len=st.integers(64, 40_000),
+    chunk=st.sampled_from([None, -1, 64, 2048]),
+    max_requests=st.integers(1, 300),
+    prefill_pool=st.one_of(st.none(), st.integers(1, 50_000)),
+    max_head_tokens=st.one_of(st.none(), st.integers(1, 50_000)),
+)
+def test_parts_fit(seed: int, ranks: int, **options) -> None:
+    plan = random_plan(np.random.default_rng(seed), 2, ranks, 4)
+    lanes = np.array([int(plan.lane_start(rank)[-1]) for rank in range(ranks)])
+    stock_heads = -(-4 // ranks)
+    try:
+        parts = division(plan, stock_heads=stock_heads, **options)
+    except ValueError as error:
+        assert "\n" not in str(error) and len(str(error)) < 300
+        return
+    vector = 2 * 64 * 2
+    assert parts.total_bytes == options["total_tokens"] * stock_heads * vector * 2
+    used = parts.pool_bytes + parts.table_bytes + parts.arena_pages * parts.page_bytes
+    assert np.all(used <= parts.total_bytes)
+    # Nothing is left over that a page would fit in.
+    assert np.all(parts.total_bytes - used < parts.page_bytes)
+    assert np.all(parts.arena_pages >= LEAST_PAGES * lanes)
+    assert parts.page_bytes == PAGE_TOKENS * vector
+    assert parts.pool_tokens > 0 and parts.pool_tokens % options["page_size"] == 0
+    slots = parts.pool_tokens + options["page_size"]
+    assert np.array_equal(parts.pool_bytes, slots * lanes * vector)
+    assert 1 <= parts.max_requests <= options["max_requests"]
+    assert parts.max_head_tokens <= options["context_len"]
+    assert parts.max_pages * PAGE_TOKENS >= parts.max_head_tokens + 1
+    rows = (parts.max_requests + 1) * lanes * parts.max_pages * 4
+    assert np.array_equal(parts.table_bytes, rows)
+    for rank in range(ranks):
+        text = parts.describe(rank, int(lanes[rank]))
+        assert "\n" not in text and f"{parts.pool_tokens} tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"prefill_pool": 19_990}, "smaller --fairkv-prefill-pool"),
+        ({"prefill_pool": 10**9}, "smaller --fairkv-prefill-pool"),
+        ({"page_size": 64, "prefill_pool": 63}, "prefill pool of 0 tokens"),
+        ({"context_len": 10**9}, "smaller --fairkv-max-head-tokens"),
+        ({"arena_pages": 11}, "room for 11 head pages"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line(options: dict, says: str) -> None:
+    plan = Plan.from_shares(np.ones((2, 1, 2)), "one")  # four lanes
+    with pytest.raises(ValueError, match=says) as caught:
+        division(plan, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rank_with_more_lanes_has_fewer_pages() -> None:
+    shares = np.zeros((1, 2, 4))
+    shares[0, 0, :3], shares[0, 1, 3] = 1, 1
+    parts = division(Plan.from_shares(shares, "uneven"), stock_heads=2)
+    assert parts.arena_pages[0] < parts.arena_pages[1]
+    assert parts.pool_bytes[0] == 3 * parts.pool_bytes[1]
+
+
+def test_the_arena_can_be_given() -> None:
+    plan = Plan.from_shares(np.ones((2, 1, 2)), "one")
+    assert division(plan, arena_pages=12).arena_pages.tolist() == [12]
