@@ -49,8 +49,7 @@ lint: $(VENV)/developing  ## ruff
 # mypy sees the layout of the installed package: kernels/ and patches/ inside fairkv_sglang
 types: $(VENV)/developing  ## mypy
 	@rm -rf build/types && mkdir -p build/types/fairkv_sglang
-	@ln -s ../../../fairkv_sglang/* ../../../kernels ../../../patches build/types/fairkv_sglang/
-	@rm -rf build/types/fairkv_sglang/__pycache__
+	@cd build/types/fairkv_sglang && ln -s ../../../fairkv_sglang/* ../../../kernels ../../../patches . && rm -f __pycache__
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
 
 pytest: $(VENV)/developing  ## the tests alone; options in PYTEST_ARGS

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from engine_process import LAUNCH, EngineProcess
 from tiny_models import hugging_face_outputs, random_prompts
 
