@@ -14,6 +14,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # engine_process, for the tests beside
 
 from engine_process import EngineProcess, ServerProcess
+from probe import PROBE, install_plugin
+from workloads import BATCH, ENGINE, MODEL, NEW_TOKENS, STRESS, STRESS_TOKENS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
