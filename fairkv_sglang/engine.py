@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-from fairkv_sglang.config import RESOLVED_VARIABLE, FairKVConfig, from_mapping
+from fairkv_sglang.config import FairKVConfig, from_mapping
 from fairkv_sglang.plugin import check_visible
 
 check_visible()  # a hidden plugin would fail the next import on a machine without GPU
 
 import sglang  # noqa: E402, F401  (brings SGLang's platform, which the next import needs)
 from sglang.srt.entrypoints.engine import Engine as StockEngine  # noqa: E402
+
+from fairkv_sglang.patches.server_args import starting  # noqa: E402
 
 
 class Engine(StockEngine):  # type: ignore[misc]
@@ -38,22 +38,5 @@ class Engine(StockEngine):  # type: ignore[misc]
             config = fairkv
         elif fairkv is not None:
             config = from_mapping({"enabled": True, **fairkv}, "Engine(fairkv=...)")
-        with _handed_down(config):
+        with starting(config):
             super().__init__(**kwargs)
-
-
-@contextmanager
-def _handed_down(config: FairKVConfig | None) -> Iterator[None]:
-    """Put ``config`` where child processes find it, as long as they are being started."""
-    if config is None:
-        yield
-        return
-    before = os.environ.get(RESOLVED_VARIABLE)
-    os.environ[RESOLVED_VARIABLE] = config.to_json()
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(RESOLVED_VARIABLE, None)
-        else:
-            os.environ[RESOLVED_VARIABLE] = before

@@ -11,9 +11,12 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from fairkv_sglang.config import (
+    FILE_VARIABLE,
     RESOLVED_VARIABLE,
     ConfigError,
     FairKVConfig,
@@ -30,10 +33,28 @@ BACKEND = "fairkv"
 
 
 class _State:
-    """What this process knows of its own start."""
+    """What this process has been told; the environment is asked only when it was nothing."""
 
-    command_line: FairKVConfig | None = None  # configuration of a parsed command line
-    exported: str | None = None  # what this process itself put into the environment
+    engine: FairKVConfig | None = None  # by the FairKV engine that is being started
+    command_line: FairKVConfig | None = None  # by a parsed command line
+
+
+@contextmanager
+def starting(config: FairKVConfig | None) -> Iterator[None]:
+    """Use ``config`` for the engine that is started inside; None leaves the environment's.
+
+    The environment that child processes read is put back afterwards.
+    """
+    before = os.environ.get(RESOLVED_VARIABLE)
+    _State.engine = config
+    try:
+        yield
+    finally:
+        _State.engine = None
+        if before is None:
+            os.environ.pop(RESOLVED_VARIABLE, None)
+        else:
+            os.environ[RESOLVED_VARIABLE] = before
 
 
 def after_add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
@@ -62,7 +83,7 @@ def around_resolve(original: Any, server_args: Any) -> None:
     try:
         _resolve(original, server_args)
     except ConfigError as error:
-        if _State.command_line is not None:
+        if _State.engine is None and _State.command_line is not None:
             _exit(error)
         raise
 
@@ -72,6 +93,7 @@ def _resolve(original: Any, server_args: Any) -> None:
     from fairkv_sglang.platform_cpu import is_active
 
     config = _configuration()
+    _export(config)
     on_cpu = is_active()
     if on_cpu:
         _settle_cpu(server_args)
@@ -89,24 +111,22 @@ def _resolve(original: Any, server_args: Any) -> None:
         support.check_split(model, view.tp_size, config.enabled)
     if config.enabled:
         support.check_model(config, model, view.tp_size)
-        _export(config)
         logger.info("FairKV is on: %s", config.model_dump_json(exclude_defaults=True))
 
 
 def _configuration() -> FairKVConfig:
-    """The command line's configuration, else the environment's, else FairKV off."""
-    if _State.exported is not None and os.environ.get(RESOLVED_VARIABLE) == _State.exported:
-        # left over from an earlier start in this process
-        del os.environ[RESOLVED_VARIABLE]
-    _State.exported = None
-    return _State.command_line or from_environment() or FairKVConfig()
+    """This start's configuration, FairKV off if nobody asked for it.
+
+    A resolved configuration that is in the environment already is some other start's.
+    """
+    user = {key: value for key, value in os.environ.items() if key == FILE_VARIABLE}
+    return _State.engine or _State.command_line or from_environment(user) or FairKVConfig()
 
 
 def _export(config: FairKVConfig) -> None:
-    text = config.to_json()
-    if os.environ.get(RESOLVED_VARIABLE) != text:
-        os.environ[RESOLVED_VARIABLE] = text
-        _State.exported = text
+    """Tell the children; also that FairKV is off, if the environment says anything else."""
+    if config.enabled or FILE_VARIABLE in os.environ or RESOLVED_VARIABLE in os.environ:
+        os.environ[RESOLVED_VARIABLE] = config.to_json()
 
 
 def _settle(server_args: Any, on_cpu: bool) -> None:
