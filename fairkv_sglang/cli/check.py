@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fairkv check``: does this installation work? One line per check; ``--ledger`` lists the hooks."""
+"""``fairkv check``: does this installation work? ``--ledger`` lists the hooks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ TESTED_SGLANG = ("0.5.21",)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     parser.add_argument("--ledger", action="store_true", help="list every hook on SGLang")
+    parser.add_argument("--markdown", action="store_true", help="the ledger as a Markdown page")
     parser.add_argument("--json", action="store_true", help="print as JSON")
 
 
@@ -23,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     import sglang  # noqa: F401  brings its platform, which must precede its other modules
 
     if args.ledger:
-        _print_ledger(args.json)
+        _print_ledger(args.json, args.markdown)
         return 0
     results = [_run(name, check) for name, check in _CHECKS.items()]
     if args.json:
@@ -93,14 +94,15 @@ _CHECKS: dict[str, Callable[[], str]] = {
 }
 
 
-def _print_ledger(as_json: bool) -> None:
-    from fairkv_sglang.patches import all_hooks, cpu
-    from fairkv_sglang.patches.server_args import flag_hooks
+def _print_ledger(as_json: bool, as_markdown: bool) -> None:
+    from fairkv_sglang.cli.ledger_page import hook_groups, ledger_markdown
 
-    groups = {"flags": flag_hooks(), "CPU platform": cpu.HOOKS, "serving rank": all_hooks()}
+    if as_markdown:
+        print(ledger_markdown(), end="")
+        return
     rows = [
         [hook.target.removeprefix("sglang.srt."), hook.kind, group, hook.since, hook.why, hook.test]
-        for group, hooks in groups.items()
+        for group, hooks in hook_groups().items()
         for hook in hooks
     ]
     columns = ["target", "kind", "group", "since", "why", "test"]

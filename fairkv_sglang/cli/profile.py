@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ratio", type=float, default=0.25, help="budget as a share of the prompt")
     parser.add_argument("--scorer", default="snapkv", help="scorer (default snapkv)")
     parser.add_argument("--window", type=int, default=32, help="observation window in tokens")
+    parser.add_argument("--kernel-size", type=int, default=7, help="snapkv: pooling width (odd)")
     parser.add_argument(
         "--max-total-tokens", type=int, help="KV memory in tokens (needed on CPU, default 65536)"
     )
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
             "scope": "layer",
             "ratio": args.ratio,
             "window": args.window,
+            "kernel_size": args.kernel_size,
             "prompts": kept["prompts"],
             "mean_prompt_tokens": kept["prompt_tokens"] / kept["prompts"],
         },
@@ -134,6 +136,7 @@ def _measure(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> dict[st
         "scope": "layer",
         "scorer": args.scorer,
         "window": args.window,
+        "kernel_size": args.kernel_size,
         "placement": "contiguous",
     }
     engine = Engine(fairkv=fairkv, **arguments)

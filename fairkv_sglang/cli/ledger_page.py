@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The patch ledger as a page: ``docs/patch-ledger.md`` is this text, and a test compares them."""
+
+from __future__ import annotations
+
+from fairkv_sglang.patches.ledger import Hook
+
+_HEAD = """\
+# Patch ledger
+
+Every touch on SGLang, made by `fairkv check --ledger --markdown`. Hooks are registered with SGLang's own
+hook registry; every rank checks that all of its hooks took effect and stops, naming the hook, when
+one did not (`patches/ledger.py`). Two of SGLang's registries need no hook and get an entry each:
+the attention backend and the prefix cache (`patches/registries.py`).
+"""
+
+
+def hook_groups() -> dict[str, tuple[Hook, ...]]:
+    """The hooks by the moment at which a process gets them."""
+    from fairkv_sglang.patches import all_hooks, cpu
+    from fairkv_sglang.patches.server_args import flag_hooks
+
+    return {
+        "Every process, FairKV on or off: flags": tuple(flag_hooks()),
+        "Every process on the CPU platform": tuple(cpu.HOOKS),
+        "Ranks of a server with FairKV": all_hooks(),
+    }
+
+
+def ledger_markdown() -> str:
+    """The whole page."""
+    parts = [_HEAD]
+    for title, hooks in hook_groups().items():
+        rows = [
+            f"| `{hook.target.removeprefix('sglang.srt.')}` | {hook.kind} | {hook.why} | "
+            f"{hook.since} | `{hook.upstream}` | `{hook.test}` |"
+            for hook in hooks
+        ]
+        header = "| target | kind | why | since SGLang | where upstream | test |\n"
+        parts.append(f"\n## {title}\n\n{header}|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n")
+    return "".join(parts)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the pages say is what the code does: generated parts, commands and links."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fairkv_sglang.cli.main import COMMANDS
+from fairkv_sglang.config import FairKVConfig
+from fairkv_sglang.support import table
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+def test_readme_lists_every_refusal() -> None:
+    assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_ledger_page_is_the_ledger() -> None:
+    made = subprocess.run(
+        [sys.executable, "-m", "fairkv_sglang.cli.main", "check", "--ledger", "--markdown"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    ).stdout
+    page = (ROOT / "docs" / "patch-ledger.md").read_text(encoding="utf-8")
+    assert made == page, "run `fairkv check --ledger --markdown > docs/patch-ledger.md`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_and_commands_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    known = {name.replace("_", "-") for name in FairKVConfig.model_fields} | {"config"}
+    for flag in re.findall(r"--fairkv-([a-z-]*[a-z])", text):
+        assert flag in known, f"{page.name}: --fairkv-{flag}"
+    for command in re.findall(r"`fairkv ([a-z]+)", text):
+        assert command in COMMANDS, f"{page.name}: fairkv {command}"
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    for target in re.findall(r"`make ([a-z]+)", text):
+        assert target in targets, f"{page.name}: make {target}"
