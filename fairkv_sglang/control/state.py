@@ -20,24 +20,38 @@ from fairkv_sglang.runtime import FairKVRuntime, budget_text, get_runtime
 def collect_state(scheduler: Any) -> dict[str, Any]:
     """State of all ranks, in plain JSON types.
 
+    The names down to ``rank_loads`` are stable; ``head_pages_*`` are those of ``rank``, the rank
+    that answers. ``kept_tokens`` of all heads came out of ``prompt_tokens`` in ``compactions``
+    prompts, so ``kept_tokens / (prompt_tokens * layers * heads)`` is the part that was kept.
+
     Args:
         scheduler: SGLang's scheduler of this rank.
     """
     runtime = get_runtime()
     mine = rank_state(runtime)
+    mine["pool_tokens_held"] = pool_tokens_held(scheduler)
     ranks: list[Any] = [mine]
     if runtime.tp_size > 1:
         ranks = [None] * runtime.tp_size
         dist.all_gather_object(ranks, mine, group=scheduler.tp_cpu_group)
     config = runtime.config
     loads = runtime.router.loads()
+    resident = [int(x) for x in loads.sum(axis=0)]
     return {
-        "version": fairkv_sglang.__version__,
         "enabled": True,
         "scorer": config.scorer,
         "scope": config.scope,
-        "budget": budget_text(config),
         "placement": runtime.plan.policy,
+        "rank": mine["rank"],
+        "head_pages_total": mine["pages"],
+        "head_pages_used": mine["pages_used"],
+        "kept_tokens": int(runtime.book.kept_sum.sum()),
+        "prompt_tokens": runtime.book.kept_prompt_tokens,
+        "compactions": runtime.book.kept_prompts,
+        "balancedness": balancedness(loads),
+        "rank_loads": resident,
+        "version": fairkv_sglang.__version__,
+        "budget": budget_text(config),
         "copies": int(runtime.plan.copy_counts().sum()),
         "planned": _plain(runtime.plan.info),
         "plan": runtime.plan.to_json(),
@@ -46,8 +60,7 @@ def collect_state(scheduler: Any) -> dict[str, Any]:
             "prompt_tokens": runtime.book.kept_prompt_tokens,
             "tokens": runtime.book.kept_sum.tolist(),
         },
-        "balancedness": balancedness(loads),
-        "resident_tokens": [int(x) for x in loads.sum(axis=0)],
+        "resident_tokens": resident,
         "ranks": ranks,
         "decisions_agree": len({rank["decisions"]["digest"] for rank in ranks}) == 1,
     }
@@ -68,6 +81,7 @@ def rank_state(runtime: FairKVRuntime) -> dict[str, Any]:
         "page_bytes": pages.page_bytes,
         "pages": pages.num_pages,
         "pages_used": pages.num_used,
+        "tokens_stored": int(pages.lens.sum()),
         "pages_charged": int(ledger.held[rank]),
         "peak_pages_charged": int(book.peak_pages[rank]),
         "requests": book.live_requests,
@@ -79,6 +93,13 @@ def rank_state(runtime: FairKVRuntime) -> dict[str, Any]:
         "hooks": len(runtime.verify_hooks()),
         "decisions": {"count": book.log.count, "digest": book.log.digest},
     }
+
+
+def pool_tokens_held(scheduler: Any) -> int:
+    """Slots of the prefill pool that requests hold; those of cached prefixes can be evicted."""
+    cache = scheduler.tree_cache
+    free = scheduler.token_to_kv_pool_allocator.available_size() + cache.evictable_size()
+    return int(scheduler.max_total_num_tokens - free)
 
 
 def balancedness(loads: np.ndarray[Any, Any]) -> float:

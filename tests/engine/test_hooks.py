@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every hook is in effect in every rank, and a rank in which one is not refuses to serve.
+
+That a *served* rank has all hooks is asserted wherever a test reads FairKV's state
+(``EngineProcess.fairkv``); here each hook is taken away.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_process import EngineProcess
+from probe import install_plugin
+from workloads import ENGINE, MODEL
+
+_TAKE_AWAY = """
+import json, pkgutil
+import sglang
+from sglang.srt.plugins.hook_registry import HookRegistry
+from fairkv_sglang.patches import HookError, all_hooks, ledger, verify_hooks
+from fairkv_sglang.runtime import get_runtime
+
+hooks = all_hooks()
+before = 0
+try:
+    verify_hooks()
+except HookError as error:
+    before = str(error)
+ledger.register(hooks)
+HookRegistry.apply_hooks()
+results = {"targets": verify_hooks(), "before": before, "hooks": {}}
+try:
+    get_runtime()
+except RuntimeError as error:
+    results["no runtime"] = str(error)
+
+def refusal():
+    try:
+        verify_hooks()
+    except HookError as error:
+        return str(error)
+
+for hook in hooks:
+    owner_name, _, name = hook.target.rpartition(".")
+    owner = pkgutil.resolve_name(owner_name)
+    patched = vars(owner)[name]
+    setattr(owner, name, lambda *args, **kwargs: None)
+    replaced = refusal()
+    delattr(owner, name)
+    deleted = refusal()
+    setattr(owner, name, patched)
+    results["hooks"][f"{hook.kind} {hook.target}"] = [replaced, deleted, hook.why, hook.test]
+results["after"] = verify_hooks()
+print(json.dumps(results))
+"""
+
+
+@cache
+def _results() -> dict[str, Any]:
+    """What a process says from which each hook was taken away in turn."""
+    done = subprocess.run(
+        [sys.executable, "-c", _TAKE_AWAY], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_all_hooks_apply_to_this_sglang() -> None:
+    """From none to all; the check sees the difference."""
+    results = _results()
+    assert "FairKV cannot run" in results["before"]
+    assert len(results["targets"]) == len(results["hooks"])
+    assert results["after"] == results["targets"]
+
+
+def test_each_hook_taken_away_is_named() -> None:
+    """Overwritten by other code, or without a target in this SGLang: name and reason."""
+    for label, (replaced, deleted, why, _) in _results()["hooks"].items():
+        target = label.split()[1]
+        assert replaced and target in replaced and "did not take effect" in replaced, label
+        # a base class may still have an attribute of that name, which then lacks the hook
+        assert deleted and target in deleted, label
+        assert "has no target in this SGLang" in deleted or "did not take effect" in deleted
+        first = next(w for k, (_, _, w, _) in _results()["hooks"].items() if target in k.split())
+        assert why in replaced or first in replaced
+
+
+def test_the_hook_that_checks_the_others_is_missed_too() -> None:
+    """Without the hook on ``load_model`` there is no rank state, and who asks for it says why."""
+    assert "ModelRunner.load_model did not take effect" in _results()["no runtime"]
+
+
+def test_each_hook_names_a_test_that_exists() -> None:
+    """The ledger's last column."""
+    root = Path(__file__).parents[2]
+    tests = {row[3] for row in _results()["hooks"].values()}
+    assert tests and all((root / test).is_file() for test in tests)
+
+
+_MISSING = """
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+MHATokenToKVPool._store_the_layer = MHATokenToKVPool._store_kv_layer
+del MHATokenToKVPool._store_kv_layer
+"""
+_DROPPED = """
+from sglang.srt.plugins.hook_registry import HookRegistry
+register = HookRegistry.register
+def drop(target, function, kind):
+    if not target.endswith("check_decode_capacity"):
+        register(target, function, kind)
+HookRegistry.register = drop
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "target"),
+    [(_MISSING, "MHATokenToKVPool._store_kv_layer"), (_DROPPED, "check_decode_capacity")],
+    ids=["renamed-upstream", "never-registered"],
+)
+def test_start_stops_with_the_hooks_name(
+    tiny_model: Callable[..., Path], tmp_path: Path, code: str, target: str
+) -> None:
+    """A changed SGLang, as another plugin makes it: no engine, and the log says which hook."""
+    # named to come before `fairkv`, should plugins ever be sorted
+    folder = install_plugin(tmp_path / "plugin", "changed_sglang", code)
+    log = tmp_path / "log"
+    with pytest.raises((AssertionError, RuntimeError)):
+        EngineProcess(
+            tiny_model(**MODEL),
+            log,
+            fairkv={"ratio": 0.25},
+            environment={"PYTHONPATH": str(folder)},
+            **ENGINE,
+        )
+    lines = [line for line in log.read_text().splitlines() if "FairKV cannot run: hook" in line]
+    assert lines and all(target in line and "it is needed because" in line for line in lines)

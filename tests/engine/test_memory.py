@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compressed prompts make room for more requests, and every page and slot comes back."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_process import EngineProcess
+from tiny_models import random_prompts
+from workloads import KV_HEADS, LAYERS, STRESS, STRESS_TOKENS, write_plan
+
+CHECKS = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+}
+"""SGLang ends a rank that leaks a slot; FairKV adds head pages to the same check."""
+
+HELD = ("pages_used", "pages_charged", "tokens_stored", "requests", "pool_tokens_held")
+"""What a rank must not have at idle; slots of cached prefixes belong to no request."""
+
+
+def _idle_state(engine: EngineProcess) -> dict[str, Any]:
+    """State after SGLang's idle check had its turn; nothing may be held."""
+    time.sleep(2)
+    state = engine.fairkv()
+    for rank in state["ranks"]:
+        held = {key: rank[key] for key in HELD}
+        assert held == dict.fromkeys(HELD, 0)
+    assert state["rank_loads"] == [0] * len(state["ranks"])
+    assert "leak" not in engine.log
+    return state
+
+
+# -- more requests at once ------------------------------------------------------------------------
+
+POOL = 32_768
+"""Tokens of full KV that both engines have memory for."""
+PROMPT, OUTPUT, REQUESTS = 2000, 32, 72
+
+
+def _most_decoding(engine: EngineProcess) -> int:
+    """Largest batch of a decode step, as SGLang itself logs every one of them."""
+    sizes = re.findall(r"Decode batch[^\n]*?#running-req: (\d+)", engine.log)
+    assert len(sizes) >= OUTPUT - 1
+    return max(map(int, sizes))
+
+
+def test_three_times_as_many_requests_decode_together(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Equal KV bytes, 2,000-token prompts, a quarter kept; the same flags for both engines."""
+    model = tiny_model(layers=2, q_heads=8, kv_heads=4)
+    prompts = random_prompts([PROMPT] * REQUESTS, vocab=500, seed=5)
+    peaks = {}
+    for name, fairkv in (
+        ("stock", None),
+        ("fairkv", {"ratio": 0.25, "prefill_pool": 4200}),
+    ):
+        engine = EngineProcess(
+            model,
+            tmp_path / name,
+            fairkv=fairkv,
+            environment=CHECKS,
+            max_total_tokens=POOL,
+            max_running_requests=REQUESTS,
+            chunked_prefill_size=2048,
+            disable_radix_cache=True,
+            decode_log_interval=1,
+        )
+        try:
+            outputs = engine.generate(prompts, OUTPUT)
+            assert [len(output) for output in outputs] == [OUTPUT] * REQUESTS
+            peaks[name] = _most_decoding(engine)
+            if fairkv is not None:
+                state = _idle_state(engine)
+                rank = state["ranks"][0]
+                # both had the same bytes: 2 x 4 bytes x 32 x 4 heads x 2 layers for a token
+                assert rank["total_bytes"] == POOL * 2 * 4 * 32 * 4 * 2
+                assert (
+                    rank["pool_bytes"] + rank["pages"] * rank["page_bytes"] <= (rank["total_bytes"])
+                )
+                assert state["compactions"] == REQUESTS
+        finally:
+            engine.close()
+    print(f"requests decoding together: {peaks}")
+    assert peaks["fairkv"] >= 3 * peaks["stock"]
+    assert peaks["stock"] == POOL // (PROMPT + OUTPUT)  # stock used all that it had
+
+
+# -- stress ---------------------------------------------------------------------------------------
+
+ADMIT = re.compile(r"TP(\d)\] FairKV decision (\d+) (\w+) row (\d+) (\w+)")
+
+
+def _decisions(engine: EngineProcess) -> dict[str, list[tuple[str, ...]]]:
+    """Per rank what it logged: (number, what, row, digest of the details)."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for rank, *decision in ADMIT.findall(engine.log):
+        found.setdefault(rank, []).append(tuple(decision))
+    return found
+
+
+def _unsettled(decisions: list[tuple[str, ...]]) -> int:
+    """Rows that were freed in the middle of their prefill."""
+    last: dict[str, str] = {}
+    count = 0
+    for _, what, row, _ in decisions:
+        count += what == "free" and last.get(row) == "admit"
+        last[row] = what
+    return count
+
+
+@pytest.fixture(scope="module")
+def stress(stock: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """TP 2, a copied placement, full budgets, small chunks in mixed batches, and an arena that is
+    too small for what SGLang is told to admit.
+    """
+    folder = tmp_path_factory.mktemp("stress")
+    engine = EngineProcess(
+        stock("llama").model,
+        folder / "log",
+        fairkv={
+            "ratio": 1.0,
+            "plan": write_plan(folder, 2, 21),
+            "arena_pages": 1400,
+            "prefill_pool": 2600,
+            "log_decisions": True,
+        },
+        environment=CHECKS,
+        tp_size=2,
+        max_total_tokens=16_384,
+        max_running_requests=12,
+        chunked_prefill_size=64,
+        enable_mixed_chunk=True,
+        schedule_conservativeness=0.01,
+    )
+    yield engine
+    engine.close()
+
+
+@pytest.mark.timeout(900)
+def test_stress_leaves_nothing_behind(stock: Callable[[str], Any], stress: EngineProcess) -> None:
+    """Retractions, prefix hits, chunks of 64, mixed batches and aborts at every stage."""
+    expected = stock("llama").stress_outputs
+    assert stress.generate_each(STRESS, STRESS_TOKENS) == expected
+    assert "Retract requests" in stress.log
+
+    # while decoding (after 1 to 6 tokens), and in the queue (12 run at a time)
+    prompts = [prompt for prompt in STRESS if len(prompt) > 30][:20]
+    limits: list[int | None] = [1 + i % 6 for i in range(8)] + [None] * 6 + [0] * 6
+    reasons = stress.call("generate_and_abort", prompts=prompts, new_tokens=60, abort_after=limits)
+    assert reasons == ["length" if limit is None else "abort" for limit in limits]
+
+    # in chunked prefill: 2,000 tokens are 32 passes
+    for prompt in random_prompts([2000] * 3, vocab=500, seed=6):
+        sign = "FairKV decision"
+        reason = stress.call("abort_in_prefill", prompt=prompt, log=str(stress.log_file), sign=sign)
+        assert reason == "abort"
+    decisions = _decisions(stress)
+    assert _unsettled(decisions["0"]) >= 1
+
+    state = _idle_state(stress)
+    assert state["ranks"][0]["handed_over_tokens"] >= sum(map(len, STRESS))
+    assert max(rank["peak_pages_charged"] for rank in state["ranks"]) > 1300
+    stress.call("flush_cache")
+    assert stress.generate_each(STRESS, STRESS_TOKENS) == expected
+    _idle_state(stress)
+
+
+def test_ranks_take_the_same_decisions(stress: EngineProcess) -> None:
+    """The logs of both ranks: the same admissions, kept counts, owners and releases, in order."""
+    stress.generate_each(STRESS[:6], STRESS_TOKENS[:6])
+    _idle_state(stress)
+    decisions = _decisions(stress)
+    assert set(decisions) == {"0", "1"}
+    assert decisions["0"] == decisions["1"]
+    kinds = [what for _, what, _, _ in decisions["0"]]
+    assert {"admit", "settle", "free"} == set(kinds)
+    assert kinds.count("admit") == kinds.count("free") >= kinds.count("settle") > 0
+
+
+def test_pages_hold_the_kept_tokens_and_no_more(stress: EngineProcess) -> None:
+    """While requests decode: tokens of all lanes fill their pages but for less than a page each."""
+    prompts = [prompt for prompt in STRESS if len(prompt) > 80][:5]
+    seen = stress.call("states_while_running", prompts=prompts, new_tokens=60, after=8)
+    state = seen["states"][0]["fairkv"]
+    assert state["decisions_agree"]
+    assert state["rank_loads"] == state["resident_tokens"]
+    # every (layer, head) of every request is on exactly one rank
+    assert sum(state["rank_loads"]) == sum(map(len, prompts)) * LAYERS * KV_HEADS
+    stored = sum(rank["tokens_stored"] for rank in state["ranks"])
+    decoded = stored - sum(state["rank_loads"])
+    assert decoded % (LAYERS * KV_HEADS) == 0
+    assert 8 * len(prompts) - len(prompts) <= decoded // (LAYERS * KV_HEADS) <= 60 * len(prompts)
+    for rank in state["ranks"]:
+        assert rank["pages_used"] == rank["pages_charged"]
+        spare = rank["pages_used"] * 16 - rank["tokens_stored"]
+        assert 0 <= spare <= 15 * rank["lanes"] * len(prompts)
+    _idle_state(stress)
