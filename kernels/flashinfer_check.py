@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start-up checks that FlashInfer still reads the plan that `plan` writes. UNTESTED ON A GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from . import reference
+from .flashinfer_decode import PLAN_FIELDS, TESTED, FlashInferDecode, Workspace, load_module
+from .pages import PAGE_TOKENS, HeadPages
+from .plan import plan_tiles
+
+LENS = (700, 16, 129, 1, 2050, 300)
+"""No empty row, which FlashInfer gives a tile, and rows of several tiles, without which FlashInfer
+clears split_kv."""
+
+
+def assert_plan_matches_flashinfer(
+    dtype: torch.dtype, head_dim: int, group: int, device: torch.device | str = "cuda"
+) -> None:
+    """Raise RuntimeError unless FlashInfer's planner gives our arrays and our call works.
+
+    Plans one problem with FlashInfer in CUDA-graph mode at our chunk size, reads the arrays back
+    through its offsets and compares them with `plan.plan_tiles`; then compares a small decode, one
+    row of it empty, with torch.
+    """
+    import flashinfer
+
+    if flashinfer.__version__ not in TESTED:
+        raise RuntimeError(
+            f"FlashInfer {flashinfer.__version__} is not one of {', '.join(TESTED)}, whose private "
+            "plan layout FairKV knows"
+        )
+    device = torch.device(device)
+    spare = 8
+    lens = torch.tensor([LENS])
+    ours = plan_tiles(lens, spare, longest_first=False)
+    rows, chunk, count = len(LENS), int(ours.chunk), int(ours.valid.sum())
+    info, ints = _flashinfer_plan(dtype, head_dim, group, ours.pages[0], chunk, device)
+    if len(info) != PLAN_FIELDS:
+        raise RuntimeError(f"FlashInfer's plan has {len(info)} fields, not {PLAN_FIELDS}")
+    mine = Workspace((rows,), spare, "cpu").plan_info(0, group, head_dim, 2)
+    for field in (1, 3, 13, 14):
+        if info[field] != mine[field]:
+            raise RuntimeError(f"FlashInfer's plan field {field}: {info[field]}, not {mine[field]}")
+
+    def array(field: int, length: int) -> list[int]:
+        part = ints[info[field] : info[field] + 4 * length]
+        return part.clone().view(torch.int32).tolist()  # type: ignore[no-any-return]
+
+    expected = {
+        2: ("total_num_rows", [rows]),
+        4: ("request_indices", ours.request[0, :count].tolist()),
+        5: ("qo_tile_indices", [0] * count),
+        6: ("kv_tile_indices", ours.kv_tile[0, :count].tolist()),
+        7: ("merge_indptr", ours.o_indptr[0].tolist()),
+        8: ("o_indptr", ours.o_indptr[0].tolist()),
+        9: ("kv_chunk_size", [chunk]),
+    }
+    for field, (name, want) in expected.items():
+        got = array(field, len(want))
+        if got != want:
+            raise RuntimeError(f"FlashInfer's plan differs in {name}: {got}, ours {want}")
+    valid = ints[info[12] : info[12] + info[0]].tolist()
+    if valid != [1] * count + [0] * (info[0] - count):
+        raise RuntimeError("FlashInfer's plan differs in block_valid_mask")
+    _assert_decode_matches_torch(dtype, head_dim, group, device)
+
+
+def _flashinfer_plan(
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int,
+    pages: torch.Tensor,
+    chunk: int,
+    device: torch.device,
+) -> tuple[list[int], torch.Tensor]:
+    """FlashInfer's own plan_info and its int workspace (uint8, on the host)."""
+    from flashinfer import __version__
+
+    rows = len(LENS)
+    floats = torch.empty(64 << 20, dtype=torch.uint8, device=device)
+    ints = torch.zeros(8 << 20, dtype=torch.uint8, device=device)
+    pinned = torch.zeros(8 << 20, dtype=torch.uint8, pin_memory=True)
+    indptr = torch.zeros(rows + 1, dtype=torch.int32)
+    indptr[1:] = pages.cumsum(0)
+    arguments = [
+        floats, ints, pinned, torch.arange(rows + 1, dtype=torch.int32), indptr,
+        torch.tensor(LENS, dtype=torch.int32), rows, rows, group, 1, PAGE_TOKENS,
+        True,  # CUDA graph
+        head_dim, head_dim,
+        False,  # causal
+        -1,  # window
+        chunk // PAGE_TOKENS,  # fixed_split_size, in pages
+        False,  # disable_split_kv
+        0,  # num_colocated_ctas
+    ]  # fmt: skip
+    if __version__ != "0.6.15.post1":
+        arguments.append(0)  # uniform_q_len
+    info = [int(x) for x in load_module(dtype, head_dim).plan(*arguments)]
+    torch.cuda.synchronize(device)
+    return info, ints.cpu()
+
+
+def _assert_decode_matches_torch(
+    dtype: torch.dtype, head_dim: int, group: int, device: torch.device
+) -> None:
+    lens = [[0, 0], [300, 17], [5, 0]]
+    pages = HeadPages.create(64, 3, 2, 32, head_dim, dtype, device)
+    make = torch.Generator(device).manual_seed(0)
+    pages.k_pages.normal_(generator=make)
+    pages.v_pages.normal_(generator=make)
+    pages.page_table.copy_(torch.arange(3 * 2 * 32).view(3, 2, 32) % 64)
+    pages.lens.copy_(torch.tensor(lens))
+    pages.owned[1:] = 1
+    rows = torch.tensor([1, 0, 2], device=device)
+    q = torch.randn((3, 2 * group, head_dim), generator=make, device=device).to(dtype)
+    scale = head_dim**-0.5
+    runner = FlashInferDecode(pages, 3, [0, 2], group, scale)
+    out, want = torch.empty_like(q), torch.empty_like(q)
+    runner.plan(rows)
+    runner.run(0, q, out)
+    reference.decode(pages, q, rows, 0, 2, scale, want)
+    if bool((out[want == 0] != 0).any()):
+        raise RuntimeError("FlashInfer decode: a row without pages is not exactly zero")
+    worst = float((out.float() - want.float()).abs().max())
+    if not worst <= 2e-2:
+        raise RuntimeError(f"FlashInfer decode differs from torch by {worst:.3g}")
