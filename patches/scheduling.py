@@ -11,8 +11,9 @@ import torch
 
 from fairkv_sglang.attention.forward_plan import plan_forward
 from fairkv_sglang.memory.ledger import PAGE_TOKENS
+from fairkv_sglang.memory.sizing import MemoryDivision
 from fairkv_sglang.patches.ledger import Hook
-from fairkv_sglang.runtime import get_runtime
+from fairkv_sglang.runtime import FairKVRuntime, get_runtime
 
 
 def after_alloc_for_extend(result: Any, batch: Any) -> None:
@@ -83,7 +84,34 @@ def around_max_new_tokens(
         return None
     # A retracted request prefills its output again, in whole pages of the pool and one to spare.
     by_pool = division.pool_tokens - allocator.page_size - input_tokens
-    return max(0, min(max_new_tokens, by_pages, by_table, by_pool))
+    longest = max(0, min(max_new_tokens, by_pages, by_table, by_pool))
+    return _longest_return(runtime, division, input_tokens, longest)
+
+
+def _longest_return(
+    runtime: FairKVRuntime, division: MemoryDivision, input_tokens: int, longest: int
+) -> int:
+    """Most output, up to ``longest``, with which a prompt can still be admitted anew.
+
+    The bound of a compressed prompt may rise faster than the prompt, but not without end, so nearly
+    always this is ``longest`` and costs one look.
+    """
+    book = runtime.book
+
+    def fits(output: int) -> bool:
+        length = input_tokens + output
+        return bool(
+            np.all(book.demand.lone_request(length) <= book.ledger.capacity)
+            and runtime.scope.per_head_bound(length).max() <= division.max_head_tokens
+        )
+
+    if fits(longest):
+        return longest
+    low, high = 0, longest  # fits, does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def after_verify_byte_accounting(result: list[str], allocator: Any) -> list[str]:

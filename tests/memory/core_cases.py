@@ -96,7 +96,7 @@ def random_scores(rng: np.random.Generator, heads: int, prompt_len: int, window:
 
 
 def kept_counts(
-    scope: BudgetScope, plan: Plan, owners: np.ndarray, prompt_len: int, scores: list[torch.Tensor]
+    scope: BudgetScope, plan: Plan, prompt_len: int, scores: list[torch.Tensor]
 ) -> np.ndarray:
     """[L, H] kept tokens as the ranks find them from scores [H, M] of each layer."""
     kept = np.zeros((plan.num_layers, plan.num_kv_heads), dtype=np.int64)

@@ -34,7 +34,7 @@ def test_no_scores_need_more_pages_than_the_bound(
     demand = PageDemand(scope, plan)
     owners = random_owners(rng, plan)
     scores = [random_scores(rng, 5, prompt_len, scope.window) for _ in range(2)]
-    kept = kept_counts(scope, plan, owners, prompt_len, scores)
+    kept = kept_counts(scope, plan, prompt_len, scores)
     actual = pages_by_rank(kept, owners, ranks)
     bound = demand.with_owners(prompt_len, owners)
     anyone = demand.any_owner(prompt_len)

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model of SGLang's scheduler loop over real row books and head pages of several ranks.
+
+It does what the loop does to memory, in its order: choose the next batch (admission, retraction,
+growth), launch it (release, take pages), then process the result of this batch or, under overlap
+scheduling, of the one before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+from core_cases import kept_counts, make_books, random_scores
+
+import fairkv_sglang.runtime
+from fairkv_sglang.budgets import BudgetScope, pick
+from fairkv_sglang.kernels import ops
+from fairkv_sglang.memory.prefill_budget import FairKVPrefillBudget
+from fairkv_sglang.memory.rows import RowBook
+from fairkv_sglang.patches import scheduling
+from fairkv_sglang.placement import Plan
+
+ROWS, MAX_HEAD_TOKENS, POOL = 7, 420, 460
+
+
+@dataclass(eq=False)
+class Request:
+    prompt: int  # tokens to prefill: the prompt, after a retraction with the output so far
+    want: int  # tokens of output
+    outputs: int = 0
+    prefilled: int = 0  # tokens of output that are part of ``prompt``
+    row: int = 0
+    done: int = 0  # tokens prefilled
+    slots: int = 0  # held in the prefill pool
+    life: int = 0  # +1 when it loses its row: results of an earlier life are skipped
+    kept: np.ndarray | None = None  # [L, H] once the device holds its pages
+
+
+@dataclass
+class Batch:
+    ended: list[tuple[Request, int]] = field(default_factory=list)  # prompts that end, life
+    decoded: list[tuple[Request, int]] = field(default_factory=list)
+    prefill: bool = False
+
+
+class Allocator:
+    """What the admission asks of SGLang's allocator and tree."""
+
+    def __init__(self, engine: Engine, page_size: int) -> None:
+        self.engine, self.page_size = engine, page_size
+
+    def available_size(self) -> int:
+        used = sum(-(-r.slots // self.page_size) * self.page_size for r in self.engine.alive)
+        return POOL // self.page_size * self.page_size - used
+
+    def evictable_size(self) -> int:
+        return 0
+
+    def supports_mamba(self) -> bool:
+        return False
+
+
+class Engine:
+    """Runs random requests; every step checks the ranks' pages against their ledgers."""
+
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        plan: Plan,
+        scope: BudgetScope,
+        *,
+        overlap: bool,
+        mixed: bool,
+        chunk: int,
+        page_size: int,
+    ) -> None:
+        self.rng, self.plan, self.scope = rng, plan, scope
+        self.overlap, self.mixed, self.chunk = overlap, mixed, chunk
+        lanes = (plan.shares() > 0).sum(axis=(0, 2))
+        capacity = lanes * int(rng.integers(4, 30)) + rng.integers(0, 5, plan.tp_size)
+        max_pages = -(-MAX_HEAD_TOKENS // 16) + 1
+        self.books: list[RowBook] = make_books(
+            plan, scope, capacity, rows=ROWS, max_pages=max_pages, pool_tokens=POOL
+        )
+        self.allocator = Allocator(self, page_size)
+        self.free_rows = list(range(1, ROWS))
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.chunked: Request | None = None
+        self.alive: list[Request] = []  # requests that hold a row
+        self.last: Batch | None = None
+        self.pending: list[Batch] = []
+        self.finished = self.retractions = self.aborts = self.overshoot = 0
+        self.zeros = torch.zeros((POOL, plan.num_kv_heads, 8))
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def submit(self) -> None:
+        """A new request, clipped as at its arrival; dropped if it can never be served."""
+        rng = self.rng
+        prompt = int(rng.choice([1, 3, 17, 40, 90, 200]) + rng.integers(0, 16))
+        want = int(rng.choice([1, 2, 10, 40, 1 << 30]))
+        runtime = SimpleNamespace(
+            book=self.books[0],
+            scope=self.scope,
+            division=SimpleNamespace(
+                pool_tokens=POOL // self.page_size * self.page_size,
+                max_head_tokens=MAX_HEAD_TOKENS,
+            ),
+        )
+        with mock.patch.object(fairkv_sglang.runtime, "_runtime", runtime):
+            clipped = scheduling.around_max_new_tokens(None, self.allocator, prompt, want)
+        if clipped is not None:
+            self.waiting.append(Request(prompt, clipped))
+
+    @property
+    def page_size(self) -> int:
+        return self.allocator.page_size
+
+    def lose_row(self, request: Request) -> None:
+        for book in self.books:
+            book.free(request.row)
+        self.free_rows.append(request.row)
+        self.alive.remove(request)
+        request.row, request.slots, request.done = 0, 0, 0
+        request.kept = None
+        request.life += 1
+
+    def retract(self, request: Request) -> None:
+        self.lose_row(request)
+        request.prompt += request.outputs - request.prefilled
+        request.prefilled = request.outputs
+        self.waiting.append(request)
+        self.retractions += 1
+
+    # -- one turn of the loop -------------------------------------------------------------------
+
+    def turn(self) -> None:
+        if self.chunked is not None and self.rng.random() < 0.05:
+            self.lose_row(self.chunked)  # abort inside a chunked prefill
+            self.chunked = None
+            self.aborts += 1
+        batch = self.choose()
+        if batch is not None:
+            self.launch(batch)
+            self.pending.append(batch)
+        if self.overlap:
+            if self.last is not None:
+                self.process(self.pending.pop(0))
+        elif batch is not None:
+            self.process(self.pending.pop(0))
+        self.last = batch
+        self.check()
+
+    def choose(self) -> Batch | None:
+        if self.last is not None:
+            self.running += [r for r, life in self.last.ended if r.life == life]
+            if self.last.prefill and self.mixed:
+                self.running += [
+                    r for r, life in self.last.decoded if r.life == life and r not in self.running
+                ]
+        batch = self.choose_prefill()
+        return batch if batch is not None else self.choose_decode()
+
+    def choose_prefill(self) -> Batch | None:
+        if not self.waiting and self.chunked is None:
+            return None
+        budgets = [
+            FairKVPrefillBudget(
+                self.allocator,
+                self.allocator,
+                book,
+                num_mixed_decode_tokens=len(self.running) if self.mixed else 0,
+            )
+            for book in self.books
+        ]
+        for budget in budgets:
+            budget.total_offset += sum(r.want - r.outputs for r in self.running) * 0.3
+        left = self.chunk
+        chosen: list[tuple[Request, int]] = []
+        postponed = False
+        if self.chunked is not None:
+            most = same(budget.available_chunk_tokens(left) for budget in budgets)
+            if most is None:
+                postponed = True
+            else:
+                request = self.chunked
+                take = min(most, request.prompt - request.done)
+                chosen.append((request, take))
+                left -= take
+                for budget in budgets:
+                    budget.reserve(take, 0, is_chunked_continuation=True)
+                self.chunked = None
+        for request in list(self.waiting):
+            if left <= 0 or len(chosen) >= len(self.free_rows):
+                break
+            fits = same(
+                budget.has_capacity()
+                and budget.check_prefill(
+                    extend_input_len=request.prompt,
+                    total_tokens=request.prompt,
+                    max_new_tokens=max(request.want - request.outputs, 0),
+                    input_tokens=request.prompt,
+                    swa_host_hit_length=0,
+                    chunk_limit=left,
+                )[0]
+                for budget in budgets
+            )
+            if not fits:
+                alone = not (self.alive or self.pending or self.running or chosen)
+                assert not alone, f"{request} can never be admitted"
+                break
+            take = min(request.prompt, left)
+            if take < request.prompt:
+                take = take // self.page_size * self.page_size
+                if not take:
+                    break
+            assert not postponed, "a second chunked prompt beside a postponed one"
+            for budget in budgets:
+                budget.reserve(take, 0)
+            request.row = self.free_rows.pop()
+            self.alive.append(request)
+            self.waiting.remove(request)
+            chosen.append((request, take))
+            left -= take
+        if not chosen:
+            return None
+        batch = Batch(prefill=True)
+        for request, take in chosen:
+            request.done += take
+            request.slots += take
+            assert self.allocator.available_size() >= 0, "prefill pool overcommitted"
+            for book in self.books:
+                book.admit(request.row, request.prompt)
+            if request.done == request.prompt:
+                batch.ended.append((request, request.life))
+            else:
+                assert self.chunked is None
+                self.chunked = request
+        if self.mixed:
+            self.running = [r for r in self.running if r.row]
+            batch.decoded = [(r, r.life) for r in self.running]
+            for book in self.books:
+                book.grow([r.row for r in self.running])
+            self.running = []
+        return batch
+
+    def choose_decode(self) -> Batch | None:
+        self.running = [r for r in self.running if r.row]
+        if not self.running:
+            return None
+        forced = self.rng.random() < 0.05 and len(self.running) > 1
+        while forced or not self.decode_fits():
+            forced = False
+            if len(self.running) == 1:
+                # Alone it always fits: the clip at its arrival saw to that.
+                assert self.chunked is not None, "the last request would be aborted"
+                self.lose_row(self.running.pop())
+                self.aborts += 1
+                return None
+            self.retract(self.running.pop())
+        for book in self.books:
+            book.grow([r.row for r in self.running])
+        return Batch(decoded=[(r, r.life) for r in self.running])
+
+    def decode_fits(self) -> bool:
+        rows = [r.row for r in self.running]
+        return same(bool(np.all(b.ledger.growth(rows) <= b.ledger.free)) for b in self.books)
+
+    def launch(self, batch: Batch) -> None:
+        rows = torch.tensor([r.row for r, _ in batch.decoded], dtype=torch.int64)
+        for book in self.books:
+            book.begin_forward([r.row for r, _ in batch.ended])
+            if len(rows):
+                slots = torch.empty((len(rows), book.pages.lanes), dtype=torch.int64)
+                ops.grow(book.pages, rows, slots)
+                owned = torch.stack([book.owned_mask(int(row)) for row in rows])
+                assert torch.equal(slots >= 0, owned > 0)
+        for request, _ in batch.ended:
+            self.store(request)
+        for rank, book in enumerate(self.books):
+            assert book.pages.num_used <= book.ledger.held[rank]
+
+    def store(self, request: Request) -> None:
+        plan, scope, total = self.plan, self.scope, request.prompt
+        scores = [
+            random_scores(self.rng, plan.num_kv_heads, total, scope.window)
+            for _ in range(plan.num_layers)
+        ]
+        same(book.owners(request.row).tobytes() for book in self.books)
+        kept = kept_counts(scope, plan, total, scores)
+        for rank, book in enumerate(self.books):
+            for layer, table in enumerate(scores):
+                heads = list(plan.heads(layer, rank))
+                choice = pick(table[heads], torch.from_numpy(kept[layer, heads]), total)
+                pool = self.zeros[:, : len(heads)]
+                ops.store_kept(
+                    book.pages,
+                    request.row,
+                    book.heads.lane_start[layer],
+                    pool,
+                    pool,
+                    torch.arange(total),
+                    choice.indices,
+                    choice.counts,
+                )
+            if scope.input_dependent:
+                book.note_kept(request.row, torch.from_numpy(kept))
+        request.kept = kept
+
+    def process(self, batch: Batch) -> None:
+        for request, life in batch.ended + batch.decoded:
+            if request.life != life:
+                self.overshoot += 1
+                continue
+            request.outputs += 1
+            if request.outputs >= request.want or self.rng.random() < 0.03:
+                self.lose_row(request)
+                self.finished += 1
+            elif (request, life) in batch.ended:
+                for book in self.books:
+                    book.hand_over(request.row, request.slots)
+                request.slots = 0
+
+    # -- checks ---------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        ledgers = [book.ledger for book in self.books]
+        same(ledger.held.tobytes() for ledger in ledgers)
+        assert np.all(ledgers[0].held <= ledgers[0].capacity)
+        same(book.log.digest for book in self.books)
+        released = not self.books[0]._to_release
+        quiet = released and all(
+            r.kept is not None and ledgers[0].is_settled(r.row) for r in self.alive
+        )
+        for rank, book in enumerate(self.books):
+            assert book.live_requests == len(self.alive)
+            if quiet:  # every row is on the device, and known exactly
+                assert book.pages.num_used == book.ledger.held[rank]
+
+    def drain(self) -> None:
+        """Run until nothing is left, then look for leaks."""
+        for _ in range(4000):
+            if not (self.waiting or self.alive or self.pending or self.last):
+                break
+            self.turn()
+        else:
+            raise AssertionError("requests are stuck")
+        for book in self.books:
+            assert book.check_idle() == []
+            assert book.pages.num_used == 0 and not book.ledger.held.any()
+            book.pages.check_integrity()
+
+
+def same(values):
+    """The value that all ranks agree on."""
+    first, *others = list(values)
+    assert all(value == first for value in others), "ranks disagree"
+    return first

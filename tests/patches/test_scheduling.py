@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Admission: what is let in fits, also when it comes back after a retraction; nothing waits for
+ever.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+from core_cases import QUICK, SCOPES, make_books, random_plan, random_scope, seeds
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import fairkv_sglang.runtime
+from fairkv_sglang.memory.prefill_budget import FairKVPrefillBudget
+from fairkv_sglang.memory.sizing import LEAST_PAGES
+from fairkv_sglang.patches import scheduling
+
+MAX_HEAD_TOKENS = 600
+
+
+class Pool:
+    """SGLang's allocator and prefix cache, empty of prompts."""
+
+    def __init__(self, tokens: int, page_size: int) -> None:
+        self.tokens, self.page_size = tokens, page_size
+
+    def available_size(self) -> int:
+        return self.tokens
+
+    def evictable_size(self) -> int:
+        return 0
+
+    def supports_mamba(self) -> bool:
+        return False
+
+
+def server(seed: int, name: str, ranks: int, pages: int, page_size: int = 1, pool: int = 640):
+    """A runtime of one rank, its pool, and the random generator."""
+    rng = np.random.default_rng(seed)
+    plan = random_plan(rng, 2, ranks, 4, copies=name != "rank")
+    scope = random_scope(rng, name, 2, 4)
+    lanes = (plan.shares() > 0).sum(axis=(0, 2))
+    book = make_books(plan, scope, lanes * pages, max_pages=2)[0]
+    division = SimpleNamespace(pool_tokens=pool, max_head_tokens=MAX_HEAD_TOKENS)
+    runtime = SimpleNamespace(book=book, scope=scope, division=division)
+    return runtime, Pool(pool, page_size), rng
+
+
+def clip(runtime, pool: Pool, prompt: int, wanted: int) -> int | None:
+    with mock.patch.object(fairkv_sglang.runtime, "_runtime", runtime):
+        return scheduling.around_max_new_tokens(None, pool, prompt, wanted, token_capacity=0)
+
+
+def fits(budget: FairKVPrefillBudget, prompt: int, output: int) -> bool:
+    ok, limit = budget.check_prefill(
+        extend_input_len=prompt,
+        total_tokens=prompt + output,
+        max_new_tokens=output,
+        input_tokens=prompt,
+        swa_host_hit_length=0,
+        chunk_limit=77,
+    )
+    assert limit == (77 if ok else None)
+    return ok and budget.has_capacity()
+
+
+@pytest.mark.parametrize("name", SCOPES)
+@settings(QUICK, max_examples=60)
+@given(
+    seed=seeds,
+    ranks=st.integers(1, 3),
+    pages=st.integers(LEAST_PAGES, 45),
+    page_size=st.sampled_from([1, 16]),
+    prompt=st.integers(1, 620),
+    wanted=st.sampled_from([1, 30, 1 << 30]),
+)
+def test_whoever_is_taken_can_always_come_back(
+    name: str, seed: int, ranks: int, pages: int, page_size: int, prompt: int, wanted: int
+) -> None:
+    runtime, pool, _ = server(seed, name, ranks, pages, page_size)
+    output = clip(runtime, pool, prompt, wanted)
+    if output is None:
+        return
+    assert 0 <= output <= wanted
+    for so_far in range(output + 1):
+        budget = FairKVPrefillBudget(pool, pool, runtime.book)
+        assert fits(budget, prompt + so_far, output - so_far), so_far
+        longest_head = int(runtime.scope.per_head_bound(prompt + so_far).max())
+        assert longest_head + output - so_far <= MAX_HEAD_TOKENS + 16  # a page to spare in tables
+
+
+@pytest.mark.parametrize("name", SCOPES)
+@settings(QUICK, max_examples=60)
+@given(seed=seeds, ranks=st.integers(1, 3), prompt=st.integers(1, 300))
+def test_alone_nobody_runs_out_of_pages(name: str, seed: int, ranks: int, prompt: int) -> None:
+    """From admission to the last token, with the most pages that its scores could take."""
+    runtime, pool, _ = server(seed, name, ranks, 14)
+    output = clip(runtime, pool, prompt, 1 << 30)
+    assume(output)
+    book = runtime.book
+    book.admit(1, prompt)
+    assert np.all(book.ledger.held <= book.ledger.capacity)
+    owners = book.owners(1)
+    lanes = np.bincount(owners.ravel(), minlength=ranks)
+    bound = book.demand.with_owners(prompt, owners)
+    assert np.all(bound + lanes * -(-output // 16) <= book.ledger.capacity)
+
+
+@settings(QUICK, max_examples=60)
+@given(seed=seeds, name=st.sampled_from(SCOPES), ranks=st.integers(1, 3))
+def test_one_pass_does_not_promise_more_than_there_is(seed: int, name: str, ranks: int) -> None:
+    runtime, pool, rng = server(seed, name, ranks, 60, pool=100_000)
+    book = runtime.book
+    row, taken = 0, 0
+    for _ in range(3):  # passes
+        budget = FairKVPrefillBudget(pool, pool, book)
+        admitted = []
+        for _ in range(4):
+            prompt, output = int(rng.integers(1, 300)), int(rng.integers(0, 60))
+            if not fits(budget, prompt, output):
+                continue
+            budget.reserve(prompt, output)
+            admitted.append(prompt)
+        for prompt in admitted:
+            row, taken = row + 1, taken + 1
+            book.admit(row, prompt)
+        assert np.all(book.ledger.free >= 0)
+    assert taken > 0
+
+
+def test_a_chunk_of_a_known_prompt_is_not_charged_again() -> None:
+    runtime, pool, _ = server(1, "uniform", 2, 60)
+    budget = FairKVPrefillBudget(pool, pool, runtime.book)
+    assert fits(budget, 100, 10)
+    budget.reserve(64, 0)
+    promised = budget.promised.copy()
+    assert promised.any() and budget.current_offset == 65
+    budget.reserve(36, 10, is_chunked_continuation=True)
+    assert np.array_equal(budget.promised, promised) and budget.current_offset == 102
+
+
+def test_expected_growth_of_running_requests_is_set_aside() -> None:
+    runtime, pool, _ = server(1, "uniform", 2, 20)
+    runtime.book.admit(1, 20)
+    budget = FairKVPrefillBudget(pool, pool, runtime.book)
+    assert fits(budget, 16, 16)
+    budget.total_offset += 16 * 18  # SGLang's PrefillAdder adds what they are to decode
+    assert not fits(budget, 16, 16)
+
+
+def test_a_pass_with_running_requests_needs_their_pages_too() -> None:
+    runtime, pool, _ = server(3, "uniform", 1, 30)
+    book = runtime.book
+    book.admit(1, 40)
+    kept = int(runtime.scope.expected(40)[0, 0])
+    for _ in range(-kept % 16):
+        book.grow([1])
+    assert book.ledger.growth([1])[0] == 8
+    assert FairKVPrefillBudget(pool, pool, book).promised.tolist() == [0]
+    mixed = FairKVPrefillBudget(pool, pool, book, num_mixed_decode_tokens=1)
+    assert mixed.promised.tolist() == [8] and mixed.available_chunk_tokens(64) == 64
+    book.ledger.capacity = book.ledger.held + 7
+    short = FairKVPrefillBudget(pool, pool, book, num_mixed_decode_tokens=1)
+    assert short.available_chunk_tokens(64) is None and not fits(short, 1, 0)
+
+
+def test_a_prompt_longer_than_the_pool_is_rejected() -> None:
+    runtime, pool, _ = server(1, "uniform", 1, 200, page_size=16)
+    assert clip(runtime, pool, 640 - 16, 5) is None
+    assert clip(runtime, pool, 640 - 17, 5) == 1
+
+
+def test_decode_capacity_asks_the_fullest_rank() -> None:
+    runtime, _, _ = server(4, "uniform", 2, 30)
+    book = runtime.book
+    book.admit(1, 16)
+    while not book.ledger.growth([1]).all():
+        book.grow([1])
+    requests = [SimpleNamespace(kv=SimpleNamespace(req_pool_idx=1))]
+    with mock.patch.object(fairkv_sglang.runtime, "_runtime", runtime):
+        need = book.ledger.growth([1])
+        book.ledger.capacity = book.ledger.held + need
+        assert scheduling.around_check_decode_capacity(None, None, requests=requests)
+        book.ledger.capacity = book.ledger.held + need - np.array([0, 1])
+        assert not scheduling.around_check_decode_capacity(None, None, requests=requests)
+        assert scheduling.around_check_decode_capacity(None, None, requests=[])
+        with pytest.raises(RuntimeError, match="without naming the requests"):
+            scheduling.around_check_decode_capacity(None, None)
