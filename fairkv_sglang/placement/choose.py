@@ -24,9 +24,7 @@ def choose_copies(
     than ranks make unavoidable are over a limit.
     """
     least = max(problem.ranks - problem.heads, 0)
-    per_layer, total = limits(problem, options, least)
-    if most is not None:
-        total = min(total, most)
+    per_layer, total = limits(problem, options, least, most)
     levels = np.minimum.accumulate(curves.levels[least : per_layer + 1], axis=0)
     best, choice = _knapsack(levels, total - least * problem.layers)
     if problem.lane <= 0.0:
@@ -46,8 +44,13 @@ def choose_copies(
     return copies
 
 
-def limits(problem: Problem, options: PlanOptions, least: int) -> tuple[int, int]:
-    """Most copies in a layer and in total; ``least`` per layer are unavoidable."""
+def limits(
+    problem: Problem, options: PlanOptions, least: int, most: int | None = None
+) -> tuple[int, int]:
+    """Most copies in a layer and in total (at most ``most``); ``least`` per layer must be.
+
+    Raises ValueError if that is impossible.
+    """
     per_layer = problem.ranks - 1
     if options.max_copies_per_layer is not None:
         per_layer = min(per_layer, options.max_copies_per_layer)
@@ -56,6 +59,8 @@ def limits(problem: Problem, options: PlanOptions, least: int) -> tuple[int, int
         total = min(total, int(options.max_extra_bytes // problem.slice_bytes))
     if options.max_copies_per_rank is not None:
         total = min(total, options.max_copies_per_rank * problem.ranks)
+    if most is not None:
+        total = min(total, most)
     if per_layer < least or total < least * problem.layers:
         raise ValueError(
             f"the limits on copies cannot be met: {problem.heads} heads on {problem.ranks} ranks "

@@ -104,7 +104,7 @@ def figures(problem: Problem, shares: FloatArray) -> dict[str, Any]:
         "step_over_bound": _ratio(step, low),
         "copies_per_layer": float(copies.mean()),
         "max_copies_in_a_layer": int(copies.max()),
-        "copies_of_ranks": [int(x) for x in copies_of_ranks(shares)],
+        "copies_of_ranks": [round(float(x), 3) for x in copies_of_ranks(shares)],
         "extra_weight_bytes": float(copies.sum() * problem.slice_bytes),
         "rank_token_totals": [float(x) for x in totals],
         "capacity_imbalance": _ratio(float(totals.max()), float(totals.mean())),

@@ -16,15 +16,17 @@ Model = TypeVar("Model", bound=BaseModel)
 class PlanOptions(BaseModel):
     """Limits and targets of a plan; all are optional.
 
-    ``tolerance`` is the balance aimed at when a copy costs nothing: sum over layers of the fullest
-    rank over sum of the mean rank. Copies count lanes beyond one per head; with fewer heads than
-    ranks the unavoidable ones (ranks - heads per layer) count as well. A copy of a
-    rank is a lane that is not the largest share of its head; ``max_copies_per_rank`` counts
-    them over all layers. ``spread`` is the coefficient of variation of a head's load between
-    batches, for plans without samples of requests: above 0, ``fair_copying`` adds spare copies
-    that give the router room, until ``spare_tolerance`` is reached on average over the scenarios
-    (free copies) or no copy pays for itself. ``time_limit`` (seconds per layer) and ``gap`` are
-    for ``exact``.
+    tolerance: balance aimed at when a copy costs nothing: sum over layers of the fullest rank over
+        sum of the mean rank.
+    max_copies_per_layer, max_copies_per_rank, max_extra_bytes: limits on copies, lanes beyond
+        one per head; with fewer heads than ranks the unavoidable ones (ranks - heads per layer)
+        count as well. A rank's copies are summed over all layers, and a head on c ranks counts
+        (c - 1) / c on each.
+    spread: coefficient of variation of a head's load between batches. Above 0 (or with samples
+        of requests) ``fair_copying`` adds spare copies that give the router room, until
+        ``spare_tolerance`` is reached on average over the scenarios (free copies) or no copy
+        pays for itself.
+    time_limit, gap: of ``exact``, seconds per layer and relative gap.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -51,17 +51,15 @@ def even_totals(problem: Problem, shares: FloatArray, even_copies: bool = False)
     return np.take_along_axis(shares, where[:, :, None], axis=1)
 
 
-def copies_of_ranks(shares: FloatArray) -> NDArray[np.int64]:
-    """Copies ``[R]`` over all layers: lanes that are not the largest share of their head."""
-    count: NDArray[np.int64] = _copies(shares).sum(axis=0).astype(np.int64)
+def copies_of_ranks(shares: FloatArray) -> FloatArray:
+    """Copies ``[R]`` over all layers; a head on c ranks counts (c - 1) / c on each of them."""
+    count: FloatArray = _copies(shares).sum(axis=0)
     return count
 
 
 def _copies(shares: FloatArray) -> FloatArray:
     served = (shares > 0).astype(np.float64)
-    main = np.zeros_like(served)
-    np.put_along_axis(main, shares.argmax(axis=1)[:, None, :], 1.0, axis=1)
-    count: FloatArray = (served - main).sum(axis=2)
+    count: FloatArray = (served * (1.0 - 1.0 / served.sum(axis=1, keepdims=True))).sum(axis=2)
     return count
 
 

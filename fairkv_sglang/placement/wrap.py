@@ -45,7 +45,7 @@ def wrap(loads: FloatArray, ranks: int, lane: float) -> FloatArray:
             best, best_level = shares, level
         if best_level <= bound * (1 + 1e-6):
             break
-    if best is None:  # every order needs more than spreading each head over all ranks
+    if best is None:  # rounding only: every order fits one lane above the bound
         best = np.full((ranks, count), 1.0 / ranks)
     return best
 
@@ -85,7 +85,7 @@ def _fill_order(
     shares = _fill(loads, order, ranks, lane, bound)
     if shares is not None:
         return bound, shares
-    low, high = bound, min(stop, bound + lane * len(loads))
+    low, high = bound, min(stop, (bound + lane) * (1 + 1e-6))
     shares = _fill(loads, order, ranks, lane, high)
     if shares is None:
         return high, None
@@ -104,12 +104,12 @@ def _fill_order(
 def _fill(
     loads: FloatArray, order: tuple[int, ...], ranks: int, lane: float, level: float
 ) -> FloatArray | None:
-    """Wrap-around at ``level``; None if it does not fit or leaves a rank without a head."""
+    """Wrap-around at ``level``; None if it does not fit."""
     shares = np.zeros((ranks, len(loads)))
     slack = level * _EPS
     rank, used = 0, 0.0
-    for head in order:
-        load = float(loads[head])
+    for item in order:
+        load = float(loads[item])
         left = load
         placed = False
         while not placed or left > slack:
@@ -124,13 +124,17 @@ def _fill(
             piece = min(left, max(room, 0.0))
             if left - piece <= slack:
                 piece = left
-            shares[rank, head] += piece / load if load > 0.0 else 1.0
+            shares[rank, item] += piece / load if load > 0.0 else 1.0
             used += lane + piece
             left -= piece
             placed = True
-    if rank != ranks - 1:
-        return None
     shares /= shares.sum(axis=0, keepdims=True)
+    for empty in range(rank + 1, ranks):
+        # Half of the largest piece: no rank gets above the level, and the group stays a forest.
+        largest = int((shares * np.maximum(loads, _EPS)).argmax())
+        donor, head = divmod(largest, len(loads))
+        shares[donor, head] /= 2
+        shares[empty, head] = shares[donor, head]
     return shares
 
 

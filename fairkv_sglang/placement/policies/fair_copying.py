@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from fairkv_sglang.placement.choose import choose_copies
-from fairkv_sglang.placement.curves import layer_curves
+from fairkv_sglang.placement.curves import Curves, layer_curves
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
 from fairkv_sglang.placement.policies.contiguous import contiguous
 from fairkv_sglang.placement.problem import Problem
@@ -29,19 +29,30 @@ def fair_copying(problem: Problem, options: PlanOptions) -> FloatArray:
     curves = layer_curves(problem)
     most: int | None = None
     while True:
-        copies = choose_copies(curves, problem, options, most)
-        shares = np.stack([curves.build(layer, int(n)) for layer, n in enumerate(copies)])
+        shares = _build(problem, options, curves, most)
         shares = _not_worse_than_contiguous(problem, options, shares)
         shares = add_spares(problem, shares, options, most)
         limit = options.max_copies_per_rank
         if limit is None:
             return shares
         held = copies_of_ranks(even_totals(problem, shares, even_copies=True))
-        over = int(held.max()) - limit
-        if over <= 0:
+        if held.max() <= limit + 1e-9:
             return shares
-        total = int((shares > 0).sum()) - problem.layers * problem.heads
-        most = total - over
+        over = int(np.ceil(held.max() - limit - 1e-9))
+        most = int((shares > 0).sum()) - problem.layers * problem.heads - over
+
+
+def _build(problem: Problem, options: PlanOptions, curves: Curves, most: int | None) -> FloatArray:
+    """Chosen layers, built; where a tree's bound is out of reach the choice is made again."""
+    while True:
+        copies = choose_copies(curves, problem, options, most)
+        shares = np.stack([curves.build(layer, int(n)) for layer, n in enumerate(copies)])
+        layers = np.arange(problem.layers)
+        level = problem.rank_costs(shares).max(axis=1)
+        above = level > curves.levels[copies, layers] * (1 + 1e-6)
+        if not above.any():
+            return shares
+        curves.levels[copies[above], layers[above]] = level[above]
 
 
 def _not_worse_than_contiguous(

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairkv_sglang.placement import CostModel, Plan, Router, make_plan
+
+
+def make(layers: int, heads: int, ranks: int, seed: int, spread: float = 0.3) -> Plan:
+    loads = np.random.default_rng(seed).lognormal(0, 1, (layers, heads)) * 100
+    return make_plan("fair_copying", loads, ranks, spread=spread)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    heads=st.integers(1, 6),
+    ranks=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+    moves=st.lists(st.integers(0, 2), max_size=25),
+)
+def test_owners_serve_the_head_and_loads_add_up(
+    heads: int, ranks: int, seed: int, moves: list[int]
+) -> None:
+    plan = make(2, heads, ranks, seed)
+    router, again = Router(plan), Router(plan)
+    rng = np.random.default_rng(seed)
+    shares = plan.shares()
+    owners: dict[int, np.ndarray] = {}
+    tokens: dict[int, np.ndarray] = {}
+    key = 0
+    for move in moves:
+        if move == 0 or not owners:
+            expected = rng.integers(0, 1000, (2, heads)) * 1.0
+            owners[key] = router.admit(key, expected)
+            np.testing.assert_array_equal(owners[key], again.admit(key, expected))
+            tokens[key] = expected
+            key += 1
+        elif move == 1:
+            chosen = list(owners)[int(rng.integers(len(owners)))]
+            tokens[chosen] = rng.integers(0, 1000, (2, heads)) * 1.0
+            router.update(chosen, tokens[chosen])
+            again.update(chosen, tokens[chosen])
+        else:
+            chosen = list(owners)[int(rng.integers(len(owners)))]
+            router.release(chosen)
+            again.release(chosen)
+            del owners[chosen], tokens[chosen]
+    held = np.zeros((2, ranks), dtype=np.int64)
+    for chosen, rows in owners.items():
+        assert rows.dtype == np.int16
+        for layer in range(2):
+            for head in range(heads):
+                assert shares[layer, rows[layer, head], head] > 0
+                held[layer, rows[layer, head]] += int(tokens[chosen][layer, head])
+    np.testing.assert_array_equal(router.loads(), held)
+    np.testing.assert_array_equal(again.loads(), held)
+    for chosen in owners:
+        router.release(chosen)
+    assert not router.loads().any()
+
+
+def test_one_hot_head_is_dealt_out_evenly() -> None:
+    loads = np.array([[700.0, 100.0, 100.0, 100.0]])
+    plan = make_plan("fair_copying", loads, 4, spread=0.3)
+    router = Router(plan)
+    for key in range(64):
+        router.admit(key, loads)
+    held = router.loads()[0]
+    assert held.max() / held.mean() < 1.05
+
+
+def test_very_different_lengths_stay_balanced() -> None:
+    rng = np.random.default_rng(0)
+    loads = rng.lognormal(0, 1, (8, 8)) * 100
+    router = Router(make_plan("fair_copying", loads, 4, spread=0.5))
+    for key in range(64):
+        router.admit(key, loads * rng.lognormal(0, 1.5))
+    held = router.loads()
+    assert held.max(axis=1).sum() / held.mean(axis=1).sum() < 1.1
+
+
+def test_later_requests_make_up_for_what_residents_really_hold() -> None:
+    plan = Plan.from_shares(np.array([[[0.5], [0.5]]]), "test")
+    router = Router(plan)
+    first = int(router.admit(0, [[10.0]])[0, 0])
+    router.update(0, [[1000.0]])
+    later = [int(router.admit(key, [[10.0]])[0, 0]) for key in range(1, 6)]
+    assert set(later) == {1 - first}
+
+
+def test_weight_slices_count_where_the_plan_has_a_cost_model() -> None:
+    shares = np.array([[[0.5, 1.0, 1.0, 0.0], [0.5, 0.0, 0.0, 1.0]]])
+    plain = Router(Plan.from_shares(shares, "test"))
+    weighted = Router(Plan.from_shares(shares, "test", info={"lane_tokens": 100}))
+    expected = [[10.0, 1.0, 1.0, 3.0]]
+    assert plain.admit(0, expected)[0, 0] == 0
+    assert weighted.admit(0, expected)[0, 0] == 1
+    made = make_plan("fair_copying", np.ones((1, 2)), 2, CostModel())
+    assert made.info["lane_tokens"] == 20480  # 10.5 MB / 512 bytes
+
+
+def test_wrong_use_gives_one_line() -> None:
+    router = Router(make(2, 3, 2, 0))
+    router.admit(1, np.ones((2, 3)))
+    for call, message in (
+        (lambda: router.admit(1, np.ones((2, 3))), "request 1 is admitted already"),
+        (lambda: router.release(2), "request 2 is not admitted"),
+        (lambda: router.update(2, np.ones((2, 3))), "request 2 is not admitted"),
+        (lambda: router.update(1, np.ones((3, 2))), r"shape \(2, 3\), got \(3, 2\)"),
+        (lambda: router.admit(3, -np.ones((2, 3))), ">= 0"),
+        (lambda: router.admit(3, np.full((2, 3), np.nan)), "finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match="lane_tokens"):
+        Router(Plan.from_shares(np.ones((1, 1, 1)), "test", info={"lane_tokens": -1}))
+
+
+def test_same_owners_in_every_process() -> None:
+    code = (
+        "import numpy as np, hashlib\n"
+        "from fairkv_sglang.placement import Router, make_plan\n"
+        "rng = np.random.default_rng(3)\n"
+        "x = rng.lognormal(0, 1, (6, 8)) * 100\n"
+        "router = Router(make_plan('fair_copying', x, 8, spread=.3))\n"
+        "text = b''\n"
+        "for key in range(40):\n"
+        "    text += router.admit(key, x).tobytes()\n"
+        "    router.update(key, x * rng.lognormal(0, .3, x.shape))\n"
+        "    if key > 20: router.release(key - 20)\n"
+        "print(hashlib.sha256(text).hexdigest())\n"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(digests) == 1
