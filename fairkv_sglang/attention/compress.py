@@ -15,6 +15,7 @@ from torch import Tensor
 from fairkv_sglang.attention.exchange import LayerExchange, gather_counts
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
 from fairkv_sglang.budgets import Kept, pick
+from fairkv_sglang.budgets.scorers.snapkv import SnapKV
 from fairkv_sglang.kernels import ops
 from fairkv_sglang.runtime import FairKVRuntime
 
@@ -143,7 +144,11 @@ class PromptCompressor:
         if window is None:
             shape = (0, keys.shape[1], self.runtime.heads.group_size, keys.shape[2])
             window = keys.new_empty(shape)
-        return self.runtime.scorer.score(window, keys, scale=scale)
+        scorer = self.runtime.scorer
+        if keys.is_cuda and isinstance(scorer, SnapKV) and keys.shape[0] > scorer.window:
+            # One fused kernel over all heads; tests compare it with the scorer itself.
+            return ops.snapkv_score(window, keys, scale, scorer.kernel, scorer.pooling)
+        return scorer.score(window, keys, scale=scale)
 
     def _finish(self) -> None:
         """After the last layer: kept counts of all heads to the host, equal on all ranks."""
