@@ -9,6 +9,9 @@ device, so that a decode step needs no host synchronisation and can be captured 
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +40,21 @@ ERROR_TEXT = {
 def describe_error(bits: int) -> str:
     """One line for the error bits of ``HeadPages.error``."""
     return "; ".join(text for bit, text in ERROR_TEXT.items() if bits & bit) or "no error"
+
+
+def _huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeroed CPU memory in huge pages where the system has them.
+
+    The CPU's stream prefetcher stops at the border of a virtual page: decode reads about twice as
+    fast from 2 MiB pages as from 4 KiB pages.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
+        return torch.zeros(shape, dtype=dtype)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 @dataclass
@@ -87,11 +105,14 @@ class HeadPages:
         def zeros(shape: tuple[int, ...], of: torch.dtype) -> torch.Tensor:
             return torch.zeros(shape, dtype=of, device=device)
 
+        shape = (num_pages, PAGE_TOKENS, head_dim)
+        on_cpu = torch.device(device).type == "cpu"
+        arenas = [_huge(shape, dtype) if on_cpu else zeros(shape, dtype) for _ in range(2)]
         # Page 0 is on top of the stack, so that a fresh arena is filled from the front.
         free = torch.arange(num_pages - 1, -1, -1, dtype=torch.int32, device=device)
         return cls(
-            k_pages=zeros((num_pages, PAGE_TOKENS, head_dim), dtype),
-            v_pages=zeros((num_pages, PAGE_TOKENS, head_dim), dtype),
+            k_pages=arenas[0],
+            v_pages=arenas[1],
             page_table=zeros((rows, lanes, max_pages), torch.int32),
             lens=zeros((rows, lanes), torch.int32),
             owned=zeros((rows, lanes), torch.uint8),

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Head pages with the length distributions that benchmarks and checks use."""
+
+from __future__ import annotations
+
+import torch
+
+from .pages import PAGE_TOKENS, HeadPages
+
+KINDS = ("uniform", "lognormal", "heavy")
+
+
+def lengths(kind: str, rows: int, mean: int, seed: int = 0) -> torch.Tensor:
+    """int64 [rows] lengths of sum rows * mean, each at least 1.
+
+    uniform: all equal. lognormal: sigma 0.8. heavy: every tenth row is 32 times as long as the
+    others, as with a few retrieval heads among streaming heads.
+    """
+    if kind == "uniform":
+        weights = torch.ones(rows, dtype=torch.float64)
+    elif kind == "lognormal":
+        make = torch.Generator().manual_seed(seed)
+        weights = (0.8 * torch.randn(rows, generator=make, dtype=torch.float64)).exp()
+    elif kind == "heavy":
+        weights = torch.ones(rows, dtype=torch.float64)
+        weights[::10] = 32
+    else:
+        raise ValueError(f"lengths: unknown kind {kind!r}, one of {', '.join(KINDS)}")
+    total = rows * mean
+    ends = (weights.cumsum(0) / weights.sum() * (total - rows)).round().long()
+    return ends.diff(prepend=torch.zeros(1, dtype=torch.int64)) + 1
+
+
+def resident(
+    lens: torch.Tensor,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    scattered: bool = False,
+    seed: int = 0,
+) -> HeadPages:
+    """Random head pages in which row i + 1 holds lens[i, lane] tokens; row 0 pads.
+
+    Args:
+        lens: integer [bs, lanes].
+        scattered: pages of a lane at random places of the arena instead of in runs.
+    """
+    bs, lanes = lens.shape
+    held = (lens + (PAGE_TOKENS - 1)) // PAGE_TOKENS
+    total, widest = int(held.sum()), int(held.max()) + 1
+    pages = HeadPages.create(total + bs * lanes, bs + 1, lanes, widest, head_dim, dtype, device)
+    make = torch.Generator(pages.device).manual_seed(seed)
+    pages.k_pages.normal_(generator=make)
+    pages.v_pages.normal_(generator=make)
+    order = torch.arange(pages.num_pages, dtype=torch.int32)
+    if scattered:
+        order = torch.randperm(pages.num_pages, generator=torch.Generator().manual_seed(seed)).int()
+    table = torch.zeros((bs, lanes, widest), dtype=torch.int32)
+    table[torch.arange(widest) < held[..., None]] = order[:total]
+    pages.page_table[1:].copy_(table)
+    pages.lens[1:].copy_(lens)
+    pages.owned[1:] = 1
+    left = order[total:].flip(0)
+    pages.free_pages[: len(left)].copy_(left)
+    pages.free_count.fill_(len(left))
+    return pages
