@@ -15,9 +15,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import fairkv_sglang.runtime
+from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.memory.prefill_budget import FairKVPrefillBudget
 from fairkv_sglang.memory.sizing import LEAST_PAGES
 from fairkv_sglang.patches import scheduling
+from fairkv_sglang.placement import Plan
 
 MAX_HEAD_TOKENS = 600
 
@@ -91,6 +93,22 @@ def test_whoever_is_taken_can_always_come_back(
         assert fits(budget, prompt + so_far, output - so_far), so_far
         longest_head = int(runtime.scope.per_head_bound(prompt + so_far).max())
         assert longest_head + output - so_far <= MAX_HEAD_TOKENS + 16  # a page to spare in tables
+
+
+@pytest.mark.parametrize("pages", range(8, 20))
+def test_bounds_that_rise_faster_than_the_prompt(pages: int) -> None:
+    """One head of eight on each rank: near 130 tokens its bound rises by two for each token."""
+    plan = Plan.from_shares(np.eye(8)[None], "one head each")
+    spec = BudgetSpec(ratio=0.25, floor_alpha=0.0)
+    scope = make_scope("layer", spec, 1, 8, make_scorer("snapkv", window=32))
+    book = make_books(plan, scope, np.full(8, pages), max_pages=2)[0]
+    division = SimpleNamespace(pool_tokens=640, max_head_tokens=MAX_HEAD_TOKENS)
+    runtime, pool = SimpleNamespace(book=book, scope=scope, division=division), Pool(640, 1)
+    output = clip(runtime, pool, 130, 1 << 30)
+    assert output is not None and output >= 16
+    for so_far in range(output + 1):
+        budget = FairKVPrefillBudget(pool, pool, book)
+        assert fits(budget, 130 + so_far, output - so_far), so_far
 
 
 @pytest.mark.parametrize("name", SCOPES)
