@@ -81,7 +81,9 @@ def random_scope(
     return make_scope(name, spec, layers, heads, scorer, profile)
 
 
-def random_scores(rng: np.random.Generator, heads: int, prompt_len: int, window: int) -> torch.Tensor:
+def random_scores(
+    rng: np.random.Generator, heads: int, prompt_len: int, window: int
+) -> torch.Tensor:
     """[H, N - window]: sometimes one head wins everything, sometimes all scores are equal."""
     shape = (heads, max(prompt_len - window, 0))
     kind = rng.integers(4)

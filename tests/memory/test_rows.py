@@ -11,11 +11,12 @@ from engine_model import Engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fairkv_sglang.kernels import ops
 from fairkv_sglang.placement import Plan
 
 
 @pytest.mark.parametrize("name", SCOPES)
-@settings(QUICK, max_examples=25)
+@settings(QUICK, max_examples=15)
 @given(
     seed=seeds,
     ranks=st.integers(1, 3),
@@ -48,7 +49,7 @@ def test_pages_of_random_lives(
 def test_the_model_meets_what_it_is_for() -> None:
     """Retractions, aborts and overshoot happen in these runs."""
     totals = np.zeros(4, dtype=int)
-    for seed in range(12):
+    for seed in range(8):
         rng = np.random.default_rng(seed)
         plan = random_plan(rng, 2, 2, 4)
         engine = Engine(
@@ -65,4 +66,78 @@ def test_the_model_meets_what_it_is_for() -> None:
             engine.turn()
         engine.drain()
         totals += [engine.finished, engine.retractions, engine.aborts, engine.overshoot]
-    assert np.all(totals >= [50, 10, 3, 10]), totals
+    assert np.all(totals >= [40, 8, 2, 8]), totals
+
+
+def book_of_one_rank(name: str):
+    rng = np.random.default_rng(2)
+    scope = random_scope(rng, name, 1, 2)
+    plan = Plan.from_shares(np.ones((1, 1, 2)), "one rank")
+    return make_books(plan, scope, np.array([60]), rows=3)[0]
+
+
+def store(book, row: int, count: int) -> None:
+    """The last chunk of a prompt of which both heads keep ``count`` tokens."""
+    book.begin_forward([row])
+    pool = torch.zeros((count, 2, 8))
+    positions = torch.arange(count)
+    counts = torch.tensor([count, count])
+    ops.store_kept(book.pages, row, 0, pool, pool, positions, positions.expand(2, -1), counts)
+    if book.scope.input_dependent:
+        book.note_kept(row, counts[None])
+
+
+def test_a_row_is_reused_in_the_turn_that_frees_it() -> None:
+    """The host frees at once; the device at the next forward, before the new owner's pages."""
+    book = book_of_one_rank("layer")
+    book.admit(1, 50)
+    kept = book.scope.budget(50)
+    store(book, 1, kept)
+    used = book.pages.num_used
+    book.free(1)
+    assert book.ledger.held.tolist() == [0] and book.pages.num_used == used
+    book.admit(1, 50)  # the same row, in its first chunk
+    book.begin_forward([])
+    assert book.pages.num_used == 0
+    store(book, 1, kept)
+    book.hand_over(1, 50)
+    assert book.pages.num_used == book.ledger.held[0] == used
+    book.free(1)
+    book.free(1)  # nothing left to free
+    assert book.check_idle() == []
+
+
+def test_a_flush_gives_everything_back() -> None:
+    book = book_of_one_rank("uniform")
+    for row in (1, 2):
+        book.admit(row, 30)
+    store(book, 1, book.scope.budget(30))
+    book.clear()
+    assert book.live_requests == 0 and book.check_idle() == []
+
+
+def test_leaks_are_reported() -> None:
+    book = book_of_one_rank("layer")
+    book.admit(1, 50)
+    store(book, 1, 20)
+    problems = book.check_idle()
+    assert len(problems) == 3 and "leaked" in " ".join(problems)
+
+
+def test_a_prompt_cannot_end_without_counts() -> None:
+    book = book_of_one_rank("layer")
+    book.admit(1, 50)
+    with pytest.raises(RuntimeError, match="row 1 ended its prompt without kept counts"):
+        book.hand_over(1, 50)
+    book.hand_over(2, 50)  # a row that is gone is nobody's business
+
+
+def test_the_log_tells_sequences_apart() -> None:
+    def digest(prompts: list[int]) -> str:
+        book = book_of_one_rank("uniform")
+        for row, prompt in enumerate(prompts, 1):
+            book.admit(row, prompt)
+        return book.log.digest
+
+    assert digest([9, 12]) == digest([9, 12])
+    assert len({digest([9, 12]), digest([12, 9]), digest([9]), digest([9, 13])}) == 4

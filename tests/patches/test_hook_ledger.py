@@ -108,7 +108,7 @@ def test_a_missing_target_is_named(target: types.ModuleType, name: str) -> None:
 
 def test_a_missing_module_is_named() -> None:
     missing = Hook("no_such_module.f", "after", after, "why not", "0.5.17", "nowhere")
-    with pytest.raises(HookError, match="no_such_module.f"):
+    with pytest.raises(HookError, match=r"no_such_module\.f"):
         verify([missing])
 
 

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pass does with each prompt, read off SGLang's batch; decode implementations by name."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from fairkv_sglang.attention.decoders import PageTableDecoder, TorchDecoder, make_decoder
+from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan, plan_forward
+
+
+def request(row: int, end: int, prompt_len: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        kv=SimpleNamespace(req_pool_idx=row),
+        extend_range=SimpleNamespace(end=end),
+        full_untruncated_fill_ids=[0] * prompt_len,
+    )
+
+
+def batch(extend: bool, reqs: list, lengths: list[int], running: list | None) -> SimpleNamespace:
+    mode = SimpleNamespace(is_extend=lambda: extend)
+    return SimpleNamespace(forward_mode=mode, reqs=reqs, extend_lens=lengths, decoding_reqs=running)
+
+
+def test_chunks_and_running_requests_are_told_apart() -> None:
+    whole, chunk, last = request(3, 10, 10), request(1, 40, 90), request(5, 70, 70)
+    running = [request(2, 31, 30), request(4, 12, 12)]
+    plan = plan_forward(batch(True, [whole, chunk, last, *running], [4, 20, 6, 1, 1], running))
+    assert plan.spans == (
+        PromptSpan(row=3, start=0, length=4, end=10, prompt_len=10),
+        PromptSpan(row=1, start=4, length=20, end=40, prompt_len=90),
+        PromptSpan(row=5, start=24, length=6, end=70, prompt_len=70),
+    )
+    assert plan.decode_rows == (2, 4) and plan.prompt_tokens == 30
+    assert [span.row for span in plan.last] == [3, 5]
+
+
+def test_decode_has_no_prompts() -> None:
+    assert plan_forward(batch(False, [request(1, 3, 3)], [], None)) == ForwardPlan()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("auto", PageTableDecoder), ("numba", PageTableDecoder), ("torch", TorchDecoder)],
+)
+def test_decoders_on_cpu(name: str, kind: type) -> None:
+    assert type(make_decoder(runtime(name), "cpu")) is kind
+
+
+def test_a_decoder_of_another_device_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="flashinfer does not run on cpu: use auto or one of numba"
+    ):
+        make_decoder(runtime("flashinfer"), "cpu")
+
+
+def runtime(name: str):
+    return SimpleNamespace(
+        config=SimpleNamespace(decode_backend=name), heads=SimpleNamespace(lane_start=(0, 1))
+    )
