@@ -54,6 +54,17 @@ def around_create_prefill_budget(
     return FairKVPrefillBudget(allocator, tree_cache, get_runtime().book)
 
 
+def before_new_prefill(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Ask for new prompts again after a prompt gave its slots back.
+
+    SGLang stops asking when a prompt did not fit, until a running request ends. Its slots are free
+    much earlier here.
+    """
+    if get_runtime().book.take_made_room():
+        batch = args[0] if args else kwargs.get("running_batch", scheduler.running_batch)
+        batch.batch_is_full = False
+
+
 def around_check_decode_capacity(
     original: Any, allocator: Any, *, requests: Any = None, **kwargs: Any
 ) -> bool:
@@ -171,6 +182,15 @@ HOOKS: tuple[Hook, ...] = (
         why="decode appends to head pages and takes no slot of the pool",
         since="0.5.20",
         upstream="sglang/srt/mem_cache/allocation.py",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill",
+        kind="before",
+        function=before_new_prefill,
+        why="prompts give their slots back long before a request ends, and SGLang would not look",
+        since="0.5.17",
+        upstream="sglang/srt/managers/scheduler.py (batch_is_full)",
+        test="tests/engine/test_memory.py",
     ),
     Hook(
         target=f"{_ALLOCATOR}.create_prefill_budget",

@@ -108,6 +108,7 @@ class RowBook:
         self.kept_prompt_tokens = 0
         self._lives: dict[int, _Life] = {}
         self._to_release: list[int] = []
+        self._made_room = False
 
     # -- admission ------------------------------------------------------------------------------
 
@@ -164,12 +165,18 @@ class RowBook:
     def hand_over(self, row: int, slots: int) -> None:
         """The prompt's result is on the host and its ``slots`` go back: counts become exact."""
         self.handed_over_tokens += slots
+        self._made_room = True
         life = self._lives.get(row)
         if life is None or self.ledger.is_settled(row):
             return
         if life.kept is None:
             raise RuntimeError(f"FairKV: row {row} ended its prompt without kept counts")
         self._settle(row, life.kept.numpy())
+
+    def take_made_room(self) -> bool:
+        """Whether a prompt gave slots back since the last call."""
+        made, self._made_room = self._made_room, False
+        return made
 
     def _settle(self, row: int, kept: NDArray[np.integer]) -> None:
         counts = np.ascontiguousarray(kept, dtype=np.int64)
