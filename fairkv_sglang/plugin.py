@@ -40,7 +40,7 @@ def register() -> None:
 
 
 def _register_rank() -> None:
-    from fairkv_sglang.patches import cpu, ledger
+    from fairkv_sglang.patches import cpu, ledger, measure
     from fairkv_sglang.platform_cpu import is_active
 
     on_cpu = is_active()
@@ -56,6 +56,8 @@ def _register_rank() -> None:
             targets = {hook.target for hook in rank_hooks}
             hooks = [hook for hook in hooks if hook.target not in targets] + list(rank_hooks)
             register_backends(on_cpu)
+        if measure.is_asked_for():
+            hooks += measure.HOOKS
     ledger.register(hooks)
 
 

@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "profile": ("fairkv_sglang.cli.profile", "measure a head profile on your own prompts"),
     "plan": ("fairkv_sglang.cli.plan", "place heads on ranks: profile + model + TP -> plan"),
     "plot": ("fairkv_sglang.cli.plot", "draw a plan as PNG"),
+    "bench": ("fairkv_sglang.cli.bench", "throughput: stock SGLang and placements side by side"),
     "simulate": ("fairkv_sglang.cli.simulate", "replay requests through the router"),
 }
 

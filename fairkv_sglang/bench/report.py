@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and pictures of a result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fairkv_sglang.bench.stats import Spread
+
+COLUMNS = [
+    "variant", "out tok/s", "all tok/s", "vs stock", "TTFT s", "ITL ms", "decode ms", "wait ms",
+    "requests", "KV MiB", "copies", "balance plan/run",
+]  # fmt: skip
+
+
+def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """``(title, columns, rows)`` of each case: figures, then balancing."""
+    shown = []
+    for case in result["cases"]:
+        title = case_title(case)
+        rows = [_row(name, entry, case) for name, entry in case["variants"].items()]
+        shown.append((title, COLUMNS, rows))
+        if case["balancing"]:
+            columns = [
+                "decode step over contiguous", "speed-up", "allowed", "reached", "of the gain",
+                "CPU speed-up", "CPU allowed", "CPU reached",
+            ]  # fmt: skip
+            rows = [_balance_row(name, entry) for name, entry in case["balancing"].items() if entry]
+            shown.append((f"{title}: balancing", columns, rows))
+    return shown
+
+
+def case_title(case: Mapping[str, Any]) -> str:
+    """One line that says what a case is."""
+    budget = f"{case['budget']} tokens" if "budget" in case else f"{case['ratio']:.0%} kept"
+    return f"TP {case['tp']}, {budget}, {case['max_total_tokens']} tokens of KV memory"
+
+
+def _row(name: str, entry: Mapping[str, Any], case: Mapping[str, Any]) -> list[str]:
+    metrics = entry["metrics"]
+
+    def cell(metric: str, digits: int = 1) -> str:
+        return Spread(**metrics[metric]).show(digits) if metric in metrics else "-"
+
+    def median(metric: str, digits: int = 1) -> str:
+        return f"{metrics[metric]['median']:.{digits}f}" if metric in metrics else "-"
+
+    against = case["ratios"].get("stock", {}).get("output_tokens_per_s", {}).get(name)
+    waits = entry["ranks"].get("waiting_ms")
+    memory, plan = entry["memory"], entry["plan"]
+    planned, found = plan.get("planned_balancedness"), metrics.get("balancedness")
+    return [
+        name,
+        cell("output_tokens_per_s"),
+        median("total_tokens_per_s"),
+        Spread(**against).show() if against else "-",
+        median("ttft_s", 2),
+        median("itl_ms"),
+        cell("decode_period_ms"),
+        "/".join(f"{x:.1f}" for x in waits) if waits else "-",
+        median("peak_requests", 0),
+        f"{memory['page_bytes'] / 2**20:.0f}" if "page_bytes" in memory else "-",
+        str(plan.get("copies", "-")),
+        f"{planned:.3f}/{found['median']:.3f}" if planned and found else "-",
+    ]
+
+
+def _balance_row(name: str, entry: Mapping[str, Any]) -> list[str]:
+    def share(key: str) -> str:
+        return "-" if entry[key] is None else f"{entry[key]:.2f}"
+
+    return [
+        name,
+        Spread(**entry["speedup"]).show(3),
+        Spread(**entry["allowed"]).show(3),
+        Spread(**entry["reached"]).show(3),
+        share("reached_gain"),
+        Spread(**entry["cpu_speedup"]).show(3),
+        Spread(**entry["cpu_allowed"]).show(3),
+        Spread(**entry["cpu_reached"]).show(3),
+    ]
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Throughput of every variant and where a rank's decode step goes, one row per case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = result["cases"]
+    figure, axes = plt.subplots(
+        len(cases), 2, figsize=(11, 3.2 * len(cases)), squeeze=False, layout="constrained"
+    )
+    for row, case in zip(axes, cases, strict=True):
+        _draw_rates(row[0], case)
+        _draw_steps(row[1], case)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_rates(axis: Any, case: Mapping[str, Any]) -> None:
+    names = list(case["variants"])
+    rates = [case["variants"][name]["metrics"]["output_tokens_per_s"] for name in names]
+    medians = [rate["median"] for rate in rates]
+    low = [rate["median"] - rate["least"] for rate in rates]
+    high = [rate["most"] - rate["median"] for rate in rates]
+    axis.barh(names, medians, xerr=[low, high], color="tab:blue", capsize=3)
+    axis.invert_yaxis()
+    axis.set_xlabel("output tokens/s: median, least and most")
+    axis.set_title(case_title(case), fontsize=9, loc="left")
+
+
+def _draw_steps(axis: Any, case: Mapping[str, Any]) -> None:
+    labels, compute, waiting, rest = [], [], [], []
+    for name, entry in case["variants"].items():
+        ranks, metrics = entry["ranks"], entry["metrics"]
+        if "compute_ms" not in ranks or "decode_period_ms" not in metrics:
+            continue
+        for rank, (busy, wait) in enumerate(
+            zip(ranks["compute_ms"], ranks["waiting_ms"], strict=True)
+        ):
+            labels.append(f"{name} {rank}")
+            compute.append(busy)
+            waiting.append(wait)
+            rest.append(max(metrics["decode_period_ms"]["median"] - busy - wait, 0.0))
+    left = [0.0] * len(labels)
+    parts = (("compute", compute), ("waiting", waiting), ("communication, scheduling", rest))
+    for (text, values), colour in zip(parts, ("tab:blue", "tab:red", "lightgrey"), strict=True):
+        axis.barh(labels, values, left=left, color=colour, label=text)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", labelsize=7)
+    axis.set_xlabel("ms per decode step, by rank")
+    if labels:
+        axis.legend(fontsize=7)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a benchmark: every round runs all variants, in an order that rotates from round to round."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fairkv_sglang.bench.engines import BenchEngine, Engines, available_memory
+from fairkv_sglang.bench.model import build
+from fairkv_sglang.bench.result import FORMAT, VERSION, summarise_case
+from fairkv_sglang.bench.settings import Settings
+from fairkv_sglang.bench.shares import find_profile
+from fairkv_sglang.bench.stats import rotated
+from fairkv_sglang.bench.variants import by_name
+from fairkv_sglang.bench.workload import Workload
+
+Progress = Callable[[str], None]
+
+
+def run_bench(settings: Settings, folder: Path | None, progress: Progress) -> dict[str, Any]:
+    """All cases of a run.
+
+    Args:
+        settings: What to run.
+        folder: For model, profile and logs; None takes a temporary one.
+        progress: Called with a line after every run.
+
+    Returns:
+        The document of ``docs/performance.md``, plain JSON.
+
+    Raises:
+        EngineFailed: when an engine does not start or answer.
+    """
+    with _workplace(folder) as place:
+        if settings.model_path is None:
+            shape = settings.model.model_copy(update={"context": settings.context})
+            model = build(shape, place)
+        else:
+            model = settings.model_path
+        vocab, layers, heads = _facts(model)
+        profile = None
+        if settings.scope == "head" or settings.profile is not None:
+            profile = place / "profile.json"
+            find_profile(settings.profile, layers, heads).save(profile)
+        cases = [
+            _run_case(settings, tp, budget, model, profile, vocab, place, progress)
+            for tp, budget in settings.cases()
+        ]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "machine": machine(settings.device),
+        "settings": settings.model_dump(mode="json"),
+        "cases": cases,
+    }
+
+
+def _run_case(
+    settings: Settings,
+    tp: int,
+    budget: dict[str, Any],
+    model: Path,
+    profile: Path | None,
+    vocab: int,
+    place: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    label = " ".join([f"TP {tp}", *(f"{key} {value}" for key, value in budget.items())])
+
+    def start(name: str) -> BenchEngine:
+        progress(f"{label}: starting {name}")
+        options = settings.worker_options(by_name(name), tp, budget, model, profile)
+        log = place / f"{name}-tp{tp}-{'-'.join(map(str, budget.values()))}.log"
+        engine = BenchEngine(name, options, settings.environment(), log)
+        # Compile, fill caches, touch memory: nothing of a process's first run is counted.
+        longest = max(settings.workload.prompt_lengths)
+        engine.run(Workload(prompts=2, prompt_lengths=(longest,), output_length=4), vocab, 1 << 20)
+        return engine
+
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in settings.variants}
+    engines = Engines(start, settings.keep_alive, available_memory)
+    try:
+        for index in range(settings.rounds):
+            for name in rotated(settings.variants, index):
+                engine = engines.get(name)
+                load = os.getloadavg()[0]
+                result = engine.run(settings.workload, vocab, index)
+                rounds[name].append({"load": load, "at": time.time(), **result})
+                rate = result["output_tokens"] / result["seconds"]
+                progress(f"{label}: round {index + 1} {name} {rate:.1f} tok/s, load {load:.1f}")
+    finally:
+        engines.close()
+    return {
+        "tp": tp,
+        **budget,
+        "max_total_tokens": settings.total_tokens(budget),
+        "engine_starts": engines.starts,
+        **summarise_case(rounds, settings.workload),
+    }
+
+
+def _facts(model: Path) -> tuple[int, int, int]:
+    """Vocabulary, layers and KV heads of a checkpoint."""
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{model} is no checkpoint folder ({error.strerror})") from None
+    config = config.get("text_config", config)
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    return int(config["vocab_size"]), int(config["num_hidden_layers"]), int(heads)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures depend on."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        name = lines[0].split(":", 1)[1].strip() if lines else name
+    result = {
+        "cpu": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "device": device,
+        "load": list(os.getloadavg()),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    for package in ("sglang", "torch", "numba", "fairkv-sglang"):
+        try:
+            result[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if device == "cuda":
+        import torch
+
+        result["gpu"] = torch.cuda.get_device_name(0)
+    return result
+
+
+@contextmanager
+def _workplace(folder: Path | None) -> Iterator[Path]:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="fairkv-bench-") as name:
+        yield Path(name)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine in a process of its own: a JSON line in, a JSON line out.
+
+SGLang kills the process that holds an engine when a rank dies, and ranks take settings from the
+environment, so engines of different variants cannot share a process.
+
+    python -m fairkv_sglang.bench.worker '{"fairkv": {...} or null, "engine": {...}}'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from typing import Any
+
+from fairkv_sglang.bench.workload import Workload
+
+
+def main() -> None:
+    """Start the engine, answer until standard input ends."""
+    options = json.loads(sys.argv[1])
+    reply = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever SGLang prints goes to the log
+
+    def answer(**message: object) -> None:
+        reply.write(json.dumps(message, default=str) + "\n")
+        reply.flush()
+
+    try:
+        engine = _start(options)
+    except BaseException as error:
+        answer(error=f"{type(error).__name__}: {error}")
+        raise
+    answer(result=_state(engine))
+    for line in sys.stdin:
+        try:
+            call = json.loads(line)
+            answer(result=run(engine, Workload(**call["workload"]), call["vocab"], call["round"]))
+        except Exception as error:
+            traceback.print_exc()
+            answer(error=f"{type(error).__name__}: {error}")
+    engine.shutdown()
+
+
+def _start(options: dict[str, Any]) -> Any:
+    if options["fairkv"] is None:
+        from fairkv_sglang.plugin import check_visible
+
+        check_visible()
+        from sglang import Engine
+
+        return Engine(**options["engine"])
+    from fairkv_sglang import Engine as FairKVEngine
+
+    return FairKVEngine(fairkv=options["fairkv"], **options["engine"])
+
+
+def _state(engine: Any) -> dict[str, Any]:
+    state: dict[str, Any] = engine.get_server_info()["internal_states"][0]
+    return {
+        "measured": state.get("fairkv_measure", {}),
+        "fairkv": state.get("fairkv"),
+        "max_total_tokens": state.get("memory_usage", {}).get("token_capacity"),
+    }
+
+
+def run(engine: Any, workload: Workload, vocab: int, round_index: int) -> dict[str, Any]:
+    """All requests at once, once.
+
+    Returns:
+        ``seconds`` of wall-clock time; ``ttft`` and ``itl`` of each request in seconds, where the
+        engine reports them; ``retractions``; the ranks' measurements and FairKV's state after.
+    """
+    prompts = workload.make(vocab, round_index)
+    sampling = {"temperature": 0, "max_new_tokens": workload.output_length, "ignore_eos": True}
+    engine.flush_cache()
+    _state(engine)  # the recording starts anew
+    started = time.perf_counter()
+    clock = time.time()
+    results = engine.generate(input_ids=prompts, sampling_params=sampling)
+    seconds = time.perf_counter() - started
+    infos = [result["meta_info"] for result in results]
+    tokens = sum(info["completion_tokens"] for info in infos)
+    if tokens != workload.prompts * workload.output_length:
+        raise RuntimeError(f"{tokens} tokens came back, not {workload.output_length} per prompt")
+    return {
+        "seconds": seconds,
+        "output_tokens": tokens,
+        "prompt_tokens": sum(map(len, prompts)),
+        **_latencies(infos, clock, seconds),
+        "retractions": sum(info.get("num_retractions") or 0 for info in infos),
+        **_state(engine),
+    }
+
+
+def _latencies(infos: list[dict[str, Any]], sent: float, seconds: float) -> dict[str, list[float]]:
+    """Time to first token and mean time between tokens of each request, from the scheduler's own
+    time stamps (``enable_metrics``); streaming would cost processor time that the ranks need.
+    """
+    ttft, itl = [], []
+    for info in infos:
+        first = info.get("prefill_finished_time")
+        if first is None:
+            continue
+        ttft.append(first - sent)
+        if info["completion_tokens"] > 1 and "e2e_latency" in info:
+            rest = info["e2e_latency"] - (first - sent)
+            itl.append(rest / (info["completion_tokens"] - 1))
+    return {"ttft": ttft, "itl": itl}
+
+
+if __name__ == "__main__":
+    main()

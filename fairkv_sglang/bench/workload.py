@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts of a benchmark: random token ids, the same on every machine for the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+FIRST_ID = 3
+"""Ids below are special tokens of the models that the benchmark builds."""
+
+
+class Workload(BaseModel):
+    """What every variant is asked to do.
+
+    Attributes:
+        prompts: Number of requests, all sent at once.
+        prompt_lengths: Tokens of a prompt; requests take them in turn.
+        output_length: New tokens of each request; the end of sequence is ignored.
+        seed: Of the token ids.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompts: int = Field(gt=0)
+    prompt_lengths: tuple[int, ...] = Field(min_length=1)
+    output_length: int = Field(gt=1)
+    seed: int = 0
+
+    def lengths(self) -> list[int]:
+        """Prompt length of each request."""
+        kinds = len(self.prompt_lengths)
+        return [self.prompt_lengths[i % kinds] for i in range(self.prompts)]
+
+    @property
+    def longest(self) -> int:
+        """Longest prompt plus output, in tokens."""
+        return max(self.prompt_lengths) + self.output_length
+
+    @property
+    def mean_prompt(self) -> float:
+        """Mean prompt length in tokens."""
+        return float(np.mean(self.lengths()))
+
+    def make(self, vocab: int, round_index: int = 0) -> list[list[int]]:
+        """Prompts of a round; no two share a prefix, whatever the round.
+
+        Raises:
+            ValueError: for a vocabulary without ordinary ids.
+        """
+        if vocab <= FIRST_ID + 1:
+            raise ValueError(f"a vocabulary of {vocab} has no ids for random prompts")
+        generator = np.random.default_rng([self.seed, round_index])
+        return [
+            generator.integers(FIRST_ID, vocab, size=length).tolist() for length in self.lengths()
+        ]
+
+
+def parse_ints(text: str, name: str) -> tuple[int, ...]:
+    """Positive whole numbers from ``"128,256"``.
+
+    Raises:
+        ValueError: in one line, naming the flag.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    try:
+        values = tuple(int(part) for part in parts)
+    except ValueError:
+        raise ValueError(
+            f"{name} {text!r}: give whole numbers with commas between, e.g. 128,256"
+        ) from None
+    if min(values) < 1:
+        raise ValueError(f"{name} {text!r}: numbers must be at least 1")
+    return values
+
+
+def parse_names(text: str, known: Sequence[str], name: str) -> tuple[str, ...]:
+    """Names from ``"a,b"`` or ``"all"``, in the order given, each once.
+
+    Raises:
+        ValueError: in one line, listing the known ones.
+    """
+    if text == "all":
+        return tuple(known)
+    chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for part in chosen:
+        if part not in known:
+            raise ValueError(f"{name}: {part!r} is not one of {', '.join(known)} (or all)")
+    return chosen

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks that measure, for ``fairkv bench``: time in collectives and between them.
+
+Installed only when ``FAIRKV_MEASURE_WAIT=1`` is set, with FairKV on or off, so that stock SGLang is
+measured with the same clock. On CUDA every mark waits for the device, which is right for finding
+out who waits for whom but slows the step down, and passes in a CUDA graph are not cut
+(``--disable-cuda-graph``).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fairkv_sglang.bench.trace import Recorder, summarise
+from fairkv_sglang.patches.ledger import Hook, verify
+
+VARIABLE = "FAIRKV_MEASURE_WAIT"
+STATE = "fairkv_measure"
+"""Key of the result in the scheduler's internal state."""
+
+_recorder = Recorder()
+
+
+def is_asked_for(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the environment turns measuring on."""
+    return environment.get(VARIABLE, "") == "1"
+
+
+def _mark(on_cuda: bool) -> None:
+    if on_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return
+        torch.cuda.synchronize()
+    _recorder.mark()
+
+
+def around_all_reduce(original: Any, group: Any, input_: Any, *args: Any, **kwargs: Any) -> Any:
+    """Marks on both sides of an all-reduce of a decode step."""
+    if group.world_size == 1 or not _recorder.in_step:
+        return original(group, input_, *args, **kwargs)
+    _mark(input_.is_cuda)
+    result = original(group, input_, *args, **kwargs)
+    _mark(input_.is_cuda)
+    return result
+
+
+def around_forward(
+    original: Any, runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """One forward pass: a decode step is cut at its collectives, a prefill pass is summed up."""
+    _recorder.forwards += 1
+    on_cuda = str(runner.device).startswith("cuda")
+    if not forward_batch.forward_mode.is_decode():
+        started = time.perf_counter()
+        result = original(runner, forward_batch, *args, **kwargs)
+        _recorder.prefill_seconds += time.perf_counter() - started
+        return result
+    if on_cuda:
+        torch.cuda.synchronize()
+    _recorder.begin(forward_batch.batch_size)
+    try:
+        return original(runner, forward_batch, *args, **kwargs)
+    finally:
+        if on_cuda:
+            torch.cuda.synchronize()
+        if _recorder.end():
+            _recorder.loads = _resident_tokens()
+
+
+def _resident_tokens() -> Any:
+    """``[L, R]`` kept tokens that each rank reads now; None without FairKV."""
+    from fairkv_sglang import runtime
+
+    try:
+        return runtime.get_runtime().router.loads().copy()
+    except RuntimeError:
+        return None
+
+
+def after_get_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """What all ranks have recorded since the last request of this kind.
+
+    Every rank gets the request in the same order, so the collective inside is safe.
+    """
+    import torch.distributed as dist
+
+    verify(HOOKS)
+    ranks: list[Any] = [_recorder.take()]
+    size = scheduler.tp_worker.model_runner.tp_size
+    if size > 1:
+        mine = ranks[0]
+        ranks = [None] * size
+        dist.all_gather_object(ranks, mine, group=scheduler.tp_cpu_group)
+    result.internal_state[STATE] = summarise(ranks)
+    return result
+
+
+_TEST = "tests/bench/test_engine_bench.py"
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.distributed.parallel_state.GroupCoordinator.all_reduce",
+        kind="around",
+        function=around_all_reduce,
+        why="measuring only: how long a rank waits for slower ones in each all-reduce",
+        since="0.5.14",
+        upstream="sglang/srt/distributed/parallel_state.py",
+        test=_TEST,
+    ),
+    Hook(
+        target="sglang.srt.model_executor.model_runner.ModelRunner.forward",
+        kind="around",
+        function=around_forward,
+        why="measuring only: where a decode step begins and ends",
+        since="0.5.14",
+        upstream="sglang/srt/model_executor/model_runner.py",
+        test=_TEST,
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        kind="after",
+        function=after_get_internal_state,
+        why="measuring only: the result travels on SGLang's own control channel",
+        since="0.5.17",
+        upstream="sglang/srt/managers/scheduler.py",
+        test=_TEST,
+    ),
+)
