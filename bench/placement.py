@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmark of the placement policies and the router on every head profile of a folder.
 
-    python bench/placement.py [--profiles FOLDER] [--out docs/results] [--exact-seconds 1]
+    python bench/placement.py [--profiles FOLDER] [--out docs/results] [--exact-seconds 0.5]
 
 Writes placement.json, placement.md and pictures to --out, prints the tables and one line per
 requirement (met or not), and exits with 1 if one is not met. Without the folder it runs on
@@ -106,7 +106,7 @@ def plan_rows(cases: list[Case], limit: float) -> list[dict[str, Any]]:
                     names = FREE + (["exact"] if not free and limit > 0 else [])
                     levels: dict[str, np.ndarray] = {}
                     for name in names:
-                        plan, seconds = timed(name, case, tp, free, max(limit, 1.0))
+                        plan, seconds = timed(name, case, tp, free, limit or 1.0)
                         info = plan.info
                         cost = 0.0 if free else case.cost.lane_cost
                         head = case.loads if free else case.cost.head_cost(case.loads)
@@ -278,6 +278,26 @@ def markdown(data: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def compact(data: dict[str, Any]) -> str:
+    """JSON with one line per row and floats cut to six digits."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.6g}")
+        if isinstance(value, dict):
+            return {k: cut(v) for k, v in value.items()}
+        return [cut(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    parts = []
+    for key, value in cut(data).items():
+        if isinstance(value, list):
+            rows = ",\n  ".join(json.dumps(row) for row in value)
+            parts.append(f" {json.dumps(key)}: [\n  {rows}\n ]")
+        else:
+            parts.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def pictures(cases: list[Case], series: dict[str, Any], out: Path) -> None:
     """Loads before/after and the placement of one profile; the replay over time."""
     case = next((c for c in cases if "attention-matching/Llama" in c.name), cases[0])
@@ -292,7 +312,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--profiles", type=Path, default=Path("../shared/profiles"))
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    parser.add_argument("--exact-seconds", type=float, default=1.0, help="per layer; 0: skip")
+    parser.add_argument("--exact-seconds", type=float, default=0.5, help="per layer; 0: skip")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -310,7 +330,7 @@ def main() -> int:
         },
         "checks": checks, "plans": plans, "router": routes, "speed": speed,
     }  # fmt: skip
-    (args.out / "placement.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (args.out / "placement.json").write_text(compact(data), encoding="utf-8")
     (args.out / "placement.md").write_text(markdown(data), encoding="utf-8")
     pictures(cases, series, args.out)
     for ok, text in checks:

@@ -28,7 +28,10 @@ from fairkv_sglang.placement.problem import Problem
 
 MAX_RANKS = 8  # 2^R rank sets are looked at
 _SCENARIOS = 32
-_UNSEEN = 0.2
+# Variation added to samples and requests in a scenario; by replay of held-out prompts
+# (bench/placement.py), where more of either bought nothing.
+_UNSEEN, _UNSEEN_COSTED = 0.2, 0.15
+_GROUP = 4
 _MIN_SHARE = 0.02
 _MIN_GAIN = 1e-4
 _WASTE = 0.5  # of a request, per rank
@@ -78,23 +81,26 @@ def add_spares(
 def make_scenarios(problem: Problem, options: PlanOptions) -> FloatArray | None:
     """Costs ``[S, L, H]`` of batches that differ from the mean; None if nothing is known of them.
 
-    Each sampled request stands for a batch of its like: a small batch, or one of a single task,
-    looks like that. Log-normal factors per head with the coefficient of variation
-    ``options.spread`` stand for what the samples do not show (0.2 if it is 0); without samples
-    they are all there is.
+    With free copies each sampled request stands for a batch of its like, the widest variation;
+    where a copy has its price a scenario is the mean of a few requests, closer to a real batch.
+    Log-normal factors per head with the coefficient of variation ``options.spread`` stand
+    for what the samples do not show; without samples they are all there is.
     """
     samples, spread = problem.samples, options.spread
+    rng = np.random.default_rng(0)
     if samples is None or len(samples) < 2:
         if spread <= 0.0:
             return None
-        samples = problem.costs[None]
-    elif spread <= 0.0:
-        spread = _UNSEEN
-    if len(samples) < _SCENARIOS:
-        samples = np.repeat(samples, _SCENARIOS // len(samples), axis=0)
-    pick = np.rint(np.linspace(0, len(samples) - 1, min(len(samples), _SCENARIOS)))
-    chosen = samples[pick.astype(np.int64)]
-    noise = np.random.default_rng(0).standard_normal(chosen.shape)
+        chosen = np.repeat(problem.costs[None], _SCENARIOS, axis=0)
+    elif problem.lane > 0.0:
+        spread = spread or _UNSEEN_COSTED
+        chosen = samples[rng.integers(len(samples), size=(_SCENARIOS, _GROUP))].mean(axis=1)
+    else:
+        spread = spread or _UNSEEN
+        many = np.repeat(samples, max(_SCENARIOS // len(samples), 1), axis=0)
+        pick = np.rint(np.linspace(0, len(many) - 1, min(len(many), _SCENARIOS)))
+        chosen = many[pick.astype(np.int64)]
+    noise = rng.standard_normal(chosen.shape)
     sigma = float(np.sqrt(np.log1p(spread**2)))
     drawn: FloatArray = chosen * np.exp(sigma * noise - 0.5 * sigma**2)
     return drawn
