@@ -9,9 +9,17 @@ from typing import Any
 
 from fairkv_sglang.bench.stats import Spread
 
-COLUMNS = [
-    "variant", "out tok/s", "all tok/s", "vs stock", "TTFT s", "ITL ms", "decode ms", "wait ms",
-    "requests", "KV MiB", "copies", "balance plan/run",
+THROUGHPUT = [
+    "variant", "output tok/s", "vs stock", "all tok/s", "TTFT s", "ITL ms", "requests",
+    "head pages MiB",
+]  # fmt: skip
+STEPS = [
+    "variant", "decode step ms", "compute ms", "waiting ms", "kept tokens", "balance plan/run",
+    "copies",
+]  # fmt: skip
+BALANCING = [
+    "over contiguous", "speed-up", "allowed", "reached", "of gain", "CPU speed-up", "CPU allowed",
+    "CPU of gain",
 ]  # fmt: skip
 
 
@@ -19,16 +27,12 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[st
     """``(title, columns, rows)`` of each case: figures, then balancing."""
     shown = []
     for case in result["cases"]:
-        title = case_title(case)
-        rows = [_row(name, entry, case) for name, entry in case["variants"].items()]
-        shown.append((title, COLUMNS, rows))
-        if case["balancing"]:
-            columns = [
-                "decode step over contiguous", "speed-up", "allowed", "reached", "of the gain",
-                "CPU speed-up", "CPU allowed", "CPU reached",
-            ]  # fmt: skip
-            rows = [_balance_row(name, entry) for name, entry in case["balancing"].items() if entry]
-            shown.append((f"{title}: balancing", columns, rows))
+        title, variants = case_title(case), case["variants"].items()
+        shown.append((title, THROUGHPUT, [_throughput(n, e, case) for n, e in variants]))
+        shown.append((f"{title}: decode steps by rank", STEPS, [_steps(n, e) for n, e in variants]))
+        rows = [_balance_row(name, entry) for name, entry in case["balancing"].items() if entry]
+        if rows:
+            shown.append((f"{title}: decode step, balancing", BALANCING, rows))
     return shown
 
 
@@ -38,32 +42,44 @@ def case_title(case: Mapping[str, Any]) -> str:
     return f"TP {case['tp']}, {budget}, {case['max_total_tokens']} tokens of KV memory"
 
 
-def _row(name: str, entry: Mapping[str, Any], case: Mapping[str, Any]) -> list[str]:
-    metrics = entry["metrics"]
+def _figure(entry: Mapping[str, Any], metric: str, digits: int = 1, alone: bool = False) -> str:
+    """A metric with its spread, or its median alone."""
+    if metric not in entry["metrics"]:
+        return "-"
+    figure = Spread(**entry["metrics"][metric])
+    return f"{figure.median:.{digits}f}" if alone else figure.show(digits)
 
-    def cell(metric: str, digits: int = 1) -> str:
-        return Spread(**metrics[metric]).show(digits) if metric in metrics else "-"
 
-    def median(metric: str, digits: int = 1) -> str:
-        return f"{metrics[metric]['median']:.{digits}f}" if metric in metrics else "-"
+def _by_rank(values: list[float] | None, digits: int = 1) -> str:
+    return "/".join(f"{value:.{digits}f}" for value in values) if values else "-"
 
+
+def _throughput(name: str, entry: Mapping[str, Any], case: Mapping[str, Any]) -> list[str]:
     against = case["ratios"].get("stock", {}).get("output_tokens_per_s", {}).get(name)
-    waits = entry["ranks"].get("waiting_ms")
-    memory, plan = entry["memory"], entry["plan"]
-    planned, found = plan.get("planned_balancedness"), metrics.get("balancedness")
+    memory = entry["memory"]
     return [
         name,
-        cell("output_tokens_per_s"),
-        median("total_tokens_per_s"),
+        _figure(entry, "output_tokens_per_s"),
         Spread(**against).show() if against else "-",
-        median("ttft_s", 2),
-        median("itl_ms"),
-        cell("decode_period_ms"),
-        "/".join(f"{x:.1f}" for x in waits) if waits else "-",
-        median("peak_requests", 0),
+        _figure(entry, "total_tokens_per_s", 0, alone=True),
+        _figure(entry, "ttft_s", 2, alone=True),
+        _figure(entry, "itl_ms", alone=True),
+        _figure(entry, "peak_requests", 0, alone=True),
         f"{memory['page_bytes'] / 2**20:.0f}" if "page_bytes" in memory else "-",
-        str(plan.get("copies", "-")),
+    ]
+
+
+def _steps(name: str, entry: Mapping[str, Any]) -> list[str]:
+    ranks, plan = entry["ranks"], entry["plan"]
+    planned, found = plan.get("planned_balancedness"), entry["metrics"].get("balancedness")
+    return [
+        name,
+        _figure(entry, "decode_period_ms"),
+        _by_rank(ranks.get("compute_ms")),
+        _by_rank(ranks.get("waiting_ms")),
+        _by_rank(ranks.get("rank_tokens"), 0),
         f"{planned:.3f}/{found['median']:.3f}" if planned and found else "-",
+        str(plan.get("copies", "-")),
     ]
 
 
@@ -79,7 +95,7 @@ def _balance_row(name: str, entry: Mapping[str, Any]) -> list[str]:
         share("reached_gain"),
         Spread(**entry["cpu_speedup"]).show(3),
         Spread(**entry["cpu_allowed"]).show(3),
-        Spread(**entry["cpu_reached"]).show(3),
+        share("cpu_reached_gain"),
     ]
 
 
