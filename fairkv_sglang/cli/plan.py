@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         plan.to_file(args.out)
     if args.png:
         draw_plan(plan, _png(args.png), loads, plans.get("contiguous"))
-    settings = _settings(args, loads, cost.model_dump() if cost else None)
+    settings = _settings(args, loads, cost.model_dump())
     if args.json:
         results = {n: {**p.info, "seconds": seconds[n]} for n, p in plans.items()}
         print_json({"settings": settings, "policies": results, "plan": args.out, "png": args.png})
@@ -88,6 +88,9 @@ def run(args: argparse.Namespace) -> int:
     rows = [row(name, p, seconds[name]) for name, p in plans.items()]
     print_table(f"TP {args.tp}", COLUMNS, rows)
     _print_ranks(plan, plans.get("contiguous"), loads)
+    for name in ("solver", "layers_proved", "largest_gap", "spare_copies"):
+        if name in plan.info:
+            print(f"{name}: {plan.info[name]}")
     for path in filter(None, (args.out, args.png)):
         print(f"wrote {path}")
     return 0
@@ -108,14 +111,12 @@ def row(name: str, plan: Plan, seconds: float) -> list[str]:
     ]
 
 
-def _settings(
-    args: argparse.Namespace, loads: FloatArray, cost: dict[str, Any] | None
-) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, loads: FloatArray, cost: dict[str, Any]) -> dict[str, Any]:
     return {
         "profile": args.profile,
         "layers x KV heads": f"{loads.shape[0]} x {loads.shape[1]}",
         "mean budget": args.budget,
-        "load model": cost if cost else "copies are free",
+        "load model": cost,
     }
 
 

@@ -66,10 +66,8 @@ def model_shape(args: argparse.Namespace, layers: int, heads: int) -> ModelShape
     return ModelShape(layers, heads, group, head_dim, hidden, width, known.name if known else None)
 
 
-def cost_model(args: argparse.Namespace, shape: ModelShape) -> CostModel | None:
-    """The load model; None if copies are free."""
-    if args.free_copies:
-        return None
+def cost_model(args: argparse.Namespace, shape: ModelShape) -> CostModel:
+    """The load model; with ``--free-copies`` weights and prefill cost nothing."""
     # A prompt token costs two operations per weight; the default takes a machine that does
     # 600 of them in the time it reads 2 bytes (about the ratio of current accelerators).
     slice_bytes = (2 * shape.group + 2) * shape.head_dim * shape.hidden_size * shape.weight_bytes
@@ -84,10 +82,10 @@ def cost_model(args: argparse.Namespace, shape: ModelShape) -> CostModel | None:
         weight_bytes=shape.weight_bytes,
         kv_bytes=args.kv_bytes,
         batch=args.batch,
-        weight_byte_cost=args.weight_byte_cost,
+        weight_byte_cost=0.0 if args.free_copies else args.weight_byte_cost,
         kv_byte_cost=args.kv_byte_cost,
         row_cost=args.row_cost,
-        prefill_weight=args.prefill_weight,
+        prefill_weight=0.0 if args.free_copies else args.prefill_weight,
         prefill_tokens=args.prefill_tokens,
         prefill_token_cost=per_token,
     )

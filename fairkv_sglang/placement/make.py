@@ -75,6 +75,8 @@ def make_plan(
         options = checked(PlanOptions, **limits)
     elif limits:
         options = checked(PlanOptions, **{**options.model_dump(), **limits})
+    if options.max_extra_bytes is not None and cost is None:
+        raise ValueError("max_extra_bytes needs a cost model, which knows a head's weight bytes")
     problem = make_problem(loads, tp_size, cost, samples)
     shares = POLICIES[policy](problem, options)
     if policy != "contiguous":

@@ -154,7 +154,7 @@ def test_limits_hold(
     limits = {
         "max_copies_per_layer": per_layer,
         "max_copies_per_rank": per_rank,
-        "max_extra_bytes": None if extra is None else extra * slice_bytes,
+        "max_extra_bytes": None if extra is None or cost is None else extra * slice_bytes,
         "spread": spread,
     }
     forced = max(ranks - loads.shape[1], 0)
@@ -247,6 +247,7 @@ def test_bad_loads_give_one_line(loads: object, ranks: int, message: str) -> Non
     [
         ("fair", {}, "unknown placement policy 'fair'; choose one of contiguous"),
         ("fair_copying", {"tolerance": 0.5}, "tolerance: .*greater than or equal to 1"),
+        ("fair_copying", {"max_extra_bytes": 1e6}, "max_extra_bytes needs a cost model"),
         ("fair_copying", {"copies": 3}, "unknown option 'copies'; known: tolerance"),
         ("fair_copying", {"samples": np.ones((2, 3, 3))}, "samples must have the shape"),
         ("fair_copying", {"samples": np.full((2, 1, 2), np.nan)}, "samples must be finite"),

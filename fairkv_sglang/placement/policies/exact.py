@@ -10,6 +10,8 @@ J. A. J. Hall, "Parallelizing the dual revised simplex method", Math. Prog. Comp
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix, csr_matrix
@@ -23,11 +25,11 @@ def exact(problem: Problem, options: PlanOptions) -> FloatArray:
     """Shares ``[L, R, H]``; each layer has ``options.time_limit`` seconds.
 
     A layer without a solution in time, or with one above ``fair_copying``'s, takes the latter.
-    Notes: layers proved optimal within ``options.gap``, the largest remaining gap, each layer's
-    status. With free copies a small cost per copy keeps their number low.
-    The limits on copies apply to the plan it falls back to; per layer the limit is a constraint.
+    Notes: which layers are proved optimal within ``options.gap`` and the largest remaining gap.
+    ``max_copies_per_layer`` is a constraint; the other limits hold only for the fallback.
     """
-    fallback = fair_copying(problem, options.model_copy(update={"spread": 0.0}))
+    plain = replace(problem, samples=None)
+    fallback = fair_copying(plain, options.model_copy(update={"spread": 0.0, "tolerance": 1.0}))
     out = fallback.copy()
     levels = problem.rank_costs(fallback).max(axis=1)
     proved, gaps = [], []
@@ -41,7 +43,7 @@ def exact(problem: Problem, options: PlanOptions) -> FloatArray:
             reached = float(
                 (shares @ problem.costs[layer] + problem.lane * (shares > 0).sum(axis=1)).max()
             )
-            if reached < level:
+            if reached < level * (1 - 1e-6):
                 out[layer], level = shares, reached
         gaps.append(max(level - bound, 0.0) / level if level > 0.0 else 0.0)
         proved.append(bool(optimal or gaps[-1] <= options.gap))
@@ -91,8 +93,6 @@ def solve_layer(
     high = np.concatenate([np.ones(2 * size), [1.0 + 1e-6]])
     goal = np.zeros(2 * size + 1)
     goal[top] = 1.0
-    # With free copies any support is as good; prefer few lanes by less than the gap is worth.
-    goal[size:top] = 1e-7 if lane <= 0.0 else 0.0
     result = milp(
         goal,
         integrality=integrality,
@@ -104,7 +104,6 @@ def solve_layer(
     )
     bound = result.mip_dual_bound
     bound = floor if bound is None or not np.isfinite(bound) else max(float(bound), floor)
-    bound -= float(goal[size:top].sum())
     if result.x is None:
         return None, bound * scale, False
     return _shares(result.x, x, y), bound * scale, bool(result.status == 0)
