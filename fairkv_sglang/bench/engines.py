@@ -98,7 +98,7 @@ class BenchEngine:
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
         line = self.process.stdout.readline() if ready else ""
-        message = json.loads(line) if line else {"error": "no answer"}
+        message: dict[str, Any] = json.loads(line) if line else {"error": "no answer"}
         if "error" not in message:
             result: dict[str, Any] = message["result"]
             return result

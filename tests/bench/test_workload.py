@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts, and the parsing of lists in flags."""
+
+from __future__ import annotations
+
+import pytest
+
+from fairkv_sglang.bench.workload import FIRST_ID, Workload, parse_ints, parse_names
+
+
+def test_prompts_repeat_for_a_seed_and_differ_between_rounds() -> None:
+    work = Workload(prompts=5, prompt_lengths=(7, 20), output_length=3, seed=4)
+    first = work.make(100)
+    assert first == work.make(100)
+    assert [len(prompt) for prompt in first] == [7, 20, 7, 20, 7] == work.lengths()
+    assert all(FIRST_ID <= token < 100 for prompt in first for token in prompt)
+    second = work.make(100, 1)
+    assert not {tuple(prompt) for prompt in first} & {tuple(prompt) for prompt in second}
+    assert first != work.model_copy(update={"seed": 5}).make(100)
+    assert (work.longest, work.mean_prompt) == (23, pytest.approx(61 / 5))
+
+
+def test_a_vocabulary_of_special_tokens_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="vocabulary of 4"):
+        Workload(prompts=1, prompt_lengths=(1,), output_length=2).make(4)
+
+
+def test_lists_of_numbers() -> None:
+    assert parse_ints("128, 256", "--budgets") == (128, 256)
+    for text in ("", "a", "1,,2", "0", "-4"):
+        with pytest.raises(ValueError, match="--budgets"):
+            parse_ints(text, "--budgets")
+
+
+def test_lists_of_names() -> None:
+    known = ("a", "b", "c")
+    assert parse_names("all", known, "--x") == known
+    assert parse_names("c,a,c", known, "--x") == ("c", "a")
+    with pytest.raises(ValueError, match="'d' is not one of a, b, c"):
+        parse_names("a,d", known, "--x")
