@@ -129,7 +129,7 @@ def stress(stock: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
             "ratio": 1.0,
             "plan": write_plan(folder, 2, 21),
             "arena_pages": 1400,
-            "prefill_pool": 2600,
+            "prefill_pool": 1600,
             "log_decisions": True,
         },
         environment=CHECKS,
@@ -157,8 +157,8 @@ def test_stress_leaves_nothing_behind(stock: Callable[[str], Any], stress: Engin
     reasons = stress.call("generate_and_abort", prompts=prompts, new_tokens=60, abort_after=limits)
     assert reasons == ["length" if limit is None else "abort" for limit in limits]
 
-    # in chunked prefill: 2,000 tokens are 32 passes
-    for prompt in random_prompts([2000] * 3, vocab=500, seed=6):
+    # in chunked prefill: 1,200 tokens are 19 passes
+    for prompt in random_prompts([1200] * 3, vocab=500, seed=6):
         sign = "FairKV decision"
         reason = stress.call("abort_in_prefill", prompt=prompt, log=str(stress.log_file), sign=sign)
         assert reason == "abort"

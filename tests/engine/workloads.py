@@ -30,7 +30,7 @@ def _stress() -> tuple[list[list[int]], list[int]]:
     lengths = rng.choice([1, 5, 20, 40, 90, 150, 300, 500], size=32).tolist()
     prompts = random_prompts(lengths, vocab=500, seed=4)
     prompts = [shared + prompt if i % 3 == 0 else prompt for i, prompt in enumerate(prompts)]
-    return prompts, rng.choice([1, 2, 3, 40, 90], size=32).tolist()
+    return prompts, rng.choice([1, 2, 3, 40, 250], size=32).tolist()
 
 
 STRESS, STRESS_TOKENS = _stress()
