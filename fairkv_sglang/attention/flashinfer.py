@@ -113,8 +113,8 @@ def batch_bucket(batch: int) -> int:
 class FlashInferDecoder:
     """Folded decode on CUDA; see :class:`fairkv_sglang.attention.decoders.Decoder`.
 
-    The plan of all layers is computed on the device inside the (captured) step. At start FlashInfer's
-    own planner must give the same plan, else the server does not start.
+    The plan of all layers is computed on the device inside the (captured) step. At start
+    FlashInfer's own planner must give the same plan, else the server does not start.
 
     Args:
         runtime: This rank.
