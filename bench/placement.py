@@ -240,8 +240,8 @@ def check(
         out.append(
             (
                 r["seconds"] <= r["limit"],
-                f"{r['layers']} layers x {r['heads']} heads x TP {r['tp']}: {r['seconds']:.2f} s of CPU "
-                f"(<= {r['limit']:.0f})",
+                f"{r['layers']} layers x {r['heads']} heads x TP {r['tp']}: {r['seconds']:.2f} s "
+                f"of CPU (<= {r['limit']:.0f})",
             )
         )
     return out

@@ -144,7 +144,9 @@ class _Layer:
     def _refresh(self) -> None:
         # inside[U, h]: every rank that serves h is in U
         self._inside = ~(~self._in[:, :, None] & self.support[None]).any(axis=1)
-        self._load = self.loads @ self._inside.T  # [S, U]
+        # einsum adds in a fixed order, which BLAS with threads does not promise
+        inside = self._inside.astype(np.float64)
+        self._load = np.einsum("sh,uh->su", self.loads, inside)  # [S, U]
         self._lanes = self.lane * (self._in @ self.support.sum(axis=1))
         self._values = (self._load + self._lanes + self._waste(self._inside)) / self._size
         self.level = float(self._values.max(axis=1).mean())
@@ -191,7 +193,7 @@ def balanced_shares(costs: FloatArray, support: BoolArray, lane: float) -> Float
     """
     shares = support / support.sum(axis=0, keepdims=True)
     split = [int(h) for h in np.flatnonzero((support.sum(axis=0) > 1) & (costs > 0))]
-    used = shares @ costs + lane * support.sum(axis=1)
+    used = (shares * costs).sum(axis=1) + lane * support.sum(axis=1)
     for _ in range(60):
         moved = 0.0
         for head in split:

@@ -29,7 +29,9 @@ def equal_shares(problem: Problem, options: PlanOptions) -> FloatArray:
         goal = costs.sum() / problem.ranks * options.tolerance if problem.lane <= 0.0 else 0.0
         for copies in range(least, min(most, problem.heads * (problem.ranks - 1)) + 1):
             shares = spread(costs, problem.ranks, problem.lane, copies)
-            level = float((shares @ costs + problem.lane * (shares > 0).sum(axis=1)).max())
+            level = float(
+                ((shares * costs).sum(axis=1) + problem.lane * (shares > 0).sum(axis=1)).max()
+            )
             if level < best * (1 - 1e-9):
                 best = level
                 out[layer] = shares
