@@ -63,7 +63,6 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
     # where the sums of four would not fit the registers.
     fours, pairs = group // 4 * 4, group // 2 * 2
     wide = min(4 if dim <= 96 else 2 if dim <= 192 else 1, 1 << (group.bit_length() - 1))
-    step = 4 if group >= 4 else 8 if group >= 2 else 16  # tokens of the first tile of scores
     ahead = min(BLOCK // PAGE_TOKENS, max(1, AHEAD_BYTES // page_bytes))
     jump_bytes = min(page_bytes, AHEAD_BYTES)
 
@@ -119,17 +118,17 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
                     order[p] = order[2 * pages - 1]
                 for p in range(pages):
                     ask(order[p + ahead - 1], order[p + ahead])
-                    for t in range(0, PAGE_TOKENS, step):
-                        k_t = order[p] + t * row_bytes
-                        s_t = s_at + (p * PAGE_TOKENS + t) * 4
-                        for h in range(0, fours, 4):
-                            scores(q_at + h * f_bytes, k_t, s_t + h * s_bytes, BLOCK, 4, dim, code)
-                        if group & 2 and t % 8 == 0:
-                            h = fours
-                            scores(q_at + h * f_bytes, k_t, s_t + h * s_bytes, BLOCK, 2, dim, code)
-                        if group & 1 and t == 0:
-                            h = pairs
-                            scores(q_at + h * f_bytes, k_t, s_t + h * s_bytes, BLOCK, 1, dim, code)
+                    at, s_p = order[p], s_at + p * PAGE_TOKENS * 4
+                    tokens = min(count - p * PAGE_TOKENS, PAGE_TOKENS)
+                    for h in range(0, fours, 4):
+                        q_h, s_h = q_at + h * f_bytes, s_p + h * s_bytes
+                        scores(q_h, at, s_h, BLOCK, tokens, 4, dim, code)
+                    if group & 2:
+                        q_h, s_h = q_at + fours * f_bytes, s_p + fours * s_bytes
+                        scores(q_h, at, s_h, BLOCK, tokens, 2, dim, code)
+                    if group & 1:
+                        q_h, s_h = q_at + pairs * f_bytes, s_p + pairs * s_bytes
+                        scores(q_h, at, s_h, BLOCK, tokens, 1, dim, code)
                 padded = pages * PAGE_TOKENS
                 for h in range(group):
                     for t in range(count, padded):

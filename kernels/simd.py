@@ -2,10 +2,12 @@
 """Vector building blocks of the CPU decode kernel, written as LLVM IR through numba intrinsics.
 
 numba's loops leave the accumulators of a small matrix product in memory, because LLVM cannot prove
-that they do not overlap the keys and values. Here each tile keeps its 16 accumulators in registers.
+that they do not overlap the keys and values. Here each tile keeps its accumulators in registers.
 Addresses are integers; `heads`, `dim` and `code` are compile-time constants. Vectors are 16 floats
 wide (8 where the head dimension is not a multiple of 16); LLVM splits them where the CPU has
 narrower registers.
+
+numba's on-disk cache of `numba_decode` does not see a change of this file: touch that file too.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ F32, BF16, F16 = 0, 1, 2
 ITEM_BYTES = {F32: 4, BF16: 2, F16: 2}
 LINE_BYTES = 64
 TILE = 16
-"""Scores per tile: `heads` query heads times 16 / heads tokens."""
+"""Key rows whose scores are made together."""
 
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _FLOAT, _HALF = ir.FloatType(), ir.HalfType()
@@ -144,29 +146,36 @@ def _emit_store_row(b: Any, dst: Any, src: Any, factor: Any, dim: int, code: int
 
 
 def _emit_scores(
-    b: Any, q: Any, k: Any, s: Any, s_stride: Any, heads: int, dim: int, code: int
+    b: Any, q: Any, k: Any, s: Any, s_stride: Any, tokens: Any, heads: int, dim: int, code: int
 ) -> None:
-    width, tokens = _width(dim), TILE // heads
-    zero = ir.Constant(_vector(_FLOAT, width), [0.0] * width)
-    acc = [[zero] * tokens for _ in range(heads)]
-    # Keys strictly in memory order: the CPU's stream prefetcher then hides the memory's latency
-    # behind the arithmetic, which software prefetch and interleaved rows do not achieve.
-    for t in range(tokens):
-        for j in range(0, dim, width):
-            key = _load(b, k, (t * dim + j) * ITEM_BYTES[code], width, code)
-            for h in range(heads):
-                query = _load(b, q, (h * dim + j) * 4, width, F32)
-                acc[h][t] = _multiply_add(b, query, key, acc[h][t])
-    flat = [x for row in acc for x in row]
-    sums = [_row_sums(b, flat[i : i + width]) for i in range(0, TILE, width)]
+    width = _width(dim)
+    sums = cgutils.alloca_once(b, ir.ArrayType(_vector(_FLOAT, width), heads * TILE))
+    sums_at = b.ptrtoint(sums, _I64)
+    bytes_ = 4 * width
+    # A loop of unknown length, so that LLVM neither unrolls it nor moves loads of different rows
+    # together: keys are read strictly in memory order, as the CPU's stream prefetcher wants it.
+    with cgutils.for_range(b, tokens) as loop:
+        row = b.add(k, b.mul(loop.index, _I64(dim * ITEM_BYTES[code])))
+        keys = [_load(b, row, j * ITEM_BYTES[code], width, code) for j in range(0, dim, width)]
+        to = b.add(sums_at, b.mul(loop.index, _I64(bytes_)))
+        for h in range(heads):
+            # Two chains of additions hide half of their latency.
+            chains: list[Any] = [None, None]
+            for j, key in enumerate(keys):
+                query = _load(b, q, (h * dim + j * width) * 4, width, F32)
+                so_far = chains[j % 2]
+                chains[j % 2] = (
+                    b.fmul(query, key) if so_far is None else _multiply_add(b, query, key, so_far)
+                )
+            total = chains[0] if chains[1] is None else b.fadd(chains[0], chains[1])
+            _store(b, total, to, h * TILE * bytes_, F32)
     for h in range(heads):
         address = b.add(s, b.mul(s_stride, _I64(4 * h)))
-        first = h * tokens
-        for i in range(first, first + tokens, min(tokens, width)):
-            count = min(tokens, width)
-            lanes = ir.Constant(_vector(_I32, count), [(i + c) % width for c in range(count)])
-            part = b.shuffle_vector(sums[i // width], sums[i // width], lanes)
-            _store(b, part, address, (i - first) * 4, F32)
+        for first in range(0, TILE, width):
+            rows = [
+                _load(b, sums_at, (h * TILE + first + t) * bytes_, width, F32) for t in range(width)
+            ]
+            _store(b, _row_sums(b, rows), address, first * 4, F32)
 
 
 def _emit_accumulate(
@@ -207,14 +216,15 @@ def store_row(typingctx: Any, dst: Any, src: Any, factor: Any, dim: Any, code: A
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def scores(
-    typingctx: Any, q: Any, k: Any, s: Any, s_stride: Any, heads: Any, dim: Any, code: Any
-) -> Any:
-    """s[h, t] = q[h] . k[t] for `heads` (1, 2, 4, 8 or 16) heads and 16 / heads key rows.
+    typingctx: Any, q: Any, k: Any, s: Any, s_stride: Any, tokens: Any,
+    heads: Any, dim: Any, code: Any,
+) -> Any:  # fmt: skip
+    """s[h, t] = q[h] . k[t] for `heads` heads and up to 16 key rows; s[h, tokens:16] is garbage.
 
-    q is float32 [heads, dim], k is [16 / heads, dim] of dtype `code`, both contiguous; s is float32
+    q is float32 [heads, dim], k is [tokens, dim] of dtype `code`, both contiguous; s is float32
     with `s_stride` numbers between heads.
     """
-    return _tile_intrinsic(_emit_scores, (_A, _A, _A, _A))(heads, dim, code)
+    return _tile_intrinsic(_emit_scores, (_A, _A, _A, _A, _A))(heads, dim, code)
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
