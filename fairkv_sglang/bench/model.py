@@ -27,9 +27,9 @@ class BenchModel(BaseModel):
     kv_heads: int = Field(default=8, ge=1)
     group: int = Field(default=4, ge=1)
     head_dim: int = Field(default=64, ge=8)
-    hidden: int = Field(default=256, ge=8)
-    intermediate: int = Field(default=256, ge=8)
-    vocab: int = Field(default=1024, ge=64)
+    hidden: int = Field(default=64, ge=8)
+    intermediate: int = Field(default=128, ge=8)
+    vocab: int = Field(default=512, ge=64)
     context: int = Field(default=4096, ge=64)
     seed: int = 0
 

@@ -25,6 +25,10 @@ from numpy.typing import NDArray
 MAX_STEPS = 20_000
 """Decode steps that a rank remembers; about 1 kB each at 32 layers."""
 
+CPU_QUANTILE = 0.1
+"""Processor time of a stretch is the lowest decile over steps. The work of a stretch is the same in
+every step; other processes can only add to its time (lost caches, shared memory bandwidth)."""
+
 FloatArray = NDArray[np.float64]
 
 
@@ -121,7 +125,9 @@ def summarise(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     - ``step_ms``: the forward pass; ``collective_ms``: spent in collectives;
     - ``communication_ms``: sum over collectives of the least time that any rank spends in it;
     - ``waiting_ms``: the rest of a rank's time in collectives;
-    - ``compute_ms``: outside of collectives, ``cpu_ms`` the processor time of that;
+    - ``compute_ms``: outside of collectives, ``cpu_ms`` the processor time of that (lowest decile
+      over steps, see ``CPU_QUANTILE``);
+    - ``stretches_ms``, ``cpu_stretches_ms``: the same for each stretch, ``[rank][stretch]``;
     - ``slowest_ms``, ``even_ms``: sum over stretches of the slowest rank and of the mean rank, and
       ``removable_ms`` their difference: what perfect balance would save. The same with ``cpu_``
       from processor time, which other processes on the machine disturb less;
@@ -143,7 +149,8 @@ def summarise(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     chosen = steady(ranks[0]["batch"])
     wall = np.stack([rank["wall"][chosen] for rank in ranks])  # [R, steps, 2n + 1]
     cpu = np.stack([rank["cpu"][chosen] for rank in ranks])
-    usual, usual_cpu = np.median(wall, axis=1), np.median(cpu, axis=1)  # [R, 2n + 1]
+    usual = np.median(wall, axis=1)  # [R, 2n + 1]
+    usual_cpu = np.quantile(cpu, CPU_QUANTILE, axis=1)
     compute, collective = usual[:, 0::2], usual[:, 1::2]
     cpu_compute = usual_cpu[:, 0::2]
     least = collective.min(axis=0)
@@ -165,6 +172,8 @@ def summarise(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "waiting_ms": _ms((collective - least).sum(axis=1)),
         "compute_ms": _ms(compute.sum(axis=1)),
         "cpu_ms": _ms(cpu_compute.sum(axis=1)),
+        "stretches_ms": [_ms(row) for row in compute],
+        "cpu_stretches_ms": [_ms(row) for row in cpu_compute],
         "slowest_ms": 1e3 * slowest,
         "even_ms": 1e3 * even,
         "removable_ms": 1e3 * removable,

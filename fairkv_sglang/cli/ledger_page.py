@@ -17,13 +17,14 @@ the attention backend and the prefix cache (`patches/registries.py`).
 
 def hook_groups() -> dict[str, tuple[Hook, ...]]:
     """The hooks by the moment at which a process gets them."""
-    from fairkv_sglang.patches import all_hooks, cpu
+    from fairkv_sglang.patches import all_hooks, cpu, measure
     from fairkv_sglang.patches.server_args import flag_hooks
 
     return {
         "Every process, FairKV on or off: flags": tuple(flag_hooks()),
         "Every process on the CPU platform": tuple(cpu.HOOKS),
         "Ranks of a server with FairKV": all_hooks(),
+        f"Ranks that are measured ({measure.VARIABLE}=1), FairKV on or off": measure.HOOKS,
     }
 
 
