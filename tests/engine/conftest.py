@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # engine_process, for the tests beside
 
 from engine_process import EngineProcess, ServerProcess
-from probe import PROBE, install_plugin
+from plugin_folder import PROBE, install_plugin
 from workloads import BATCH, ENGINE, MODEL, NEW_TOKENS, STRESS, STRESS_TOKENS
 
 
@@ -84,7 +84,7 @@ def stock(
 ) -> Callable[[str], Stock]:
     """``stock("llama")``: stock SGLang at TP 1, run once per architecture and closed at once."""
     folder = tmp_path_factory.mktemp("stock")
-    probe = install_plugin(folder / "probe", "probe", PROBE)
+    probe = install_plugin(folder / "probe", "rank_probe", PROBE)
     done: dict[str, Stock] = {}
 
     def run(architecture: str) -> Stock:

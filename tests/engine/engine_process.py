@@ -19,8 +19,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 LAUNCH = HERE.parents[1] / "launch.py"
-START_SECONDS = 240
-CALL_SECONDS = 240
+START_SECONDS = 400
+CALL_SECONDS = 400
 
 ENGINE_DEFAULTS: dict[str, Any] = {
     "device": "cpu",

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from engine_process import EngineProcess
-from probe import install_plugin
+from plugin_folder import install_plugin
 from workloads import ENGINE, MODEL
 
 _TAKE_AWAY = """

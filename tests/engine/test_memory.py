@@ -95,14 +95,14 @@ def test_three_times_as_many_requests_decode_together(
 
 # -- stress ---------------------------------------------------------------------------------------
 
-ADMIT = re.compile(r"TP(\d)\] FairKV decision (\d+) (\w+) row (\d+) (\w+)")
+ADMIT = re.compile(r"(?:TP(\d))?\] FairKV decision (\d+) (\w+) row (\d+) (\w+)")
 
 
 def _decisions(engine: EngineProcess) -> dict[str, list[tuple[str, ...]]]:
     """Per rank what it logged: (number, what, row, digest of the details)."""
     found: dict[str, list[tuple[str, ...]]] = {}
     for rank, *decision in ADMIT.findall(engine.log):
-        found.setdefault(rank, []).append(tuple(decision))
+        found.setdefault(rank or "0", []).append(tuple(decision))
     return found
 
 
@@ -203,3 +203,64 @@ def test_pages_hold_the_kept_tokens_and_no_more(stress: EngineProcess) -> None:
         spare = rank["pages_used"] * 16 - rank["tokens_stored"]
         assert 0 <= spare <= 15 * rank["lanes"] * len(prompts)
     _idle_state(stress)
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        ({"page_size": 16}, {}),
+        ({"disable_radix_cache": True}, {}),
+        ({"disable_overlap_schedule": True, "page_size": 16}, {"SGLANG_TEST_RETRACT": "1"}),
+        ({"enable_mixed_chunk": False, "tp_size": 4}, {"SGLANG_TEST_RETRACT": "1"}),
+        ({"tp_size": 1, "schedule_policy": "fcfs"}, {}),
+        ({"chunked_prefill_size": -1, "enable_mixed_chunk": False}, {}),
+    ],
+    ids=["pages-of-16", "no-radix", "no-overlap-retract", "tp4-retract", "tp1", "no-chunks"],
+)
+def test_stress_under_other_options(
+    stock: Callable[[str], Any],
+    tmp_path: Path,
+    arguments: dict[str, Any],
+    environment: dict[str, str],
+) -> None:
+    """The same load under other settings of SGLang's scheduler and caches."""
+    tp_size = arguments.get("tp_size", 2)
+    engine = EngineProcess(
+        stock("llama").model,
+        tmp_path / "log",
+        fairkv={
+            "ratio": 1.0,
+            "plan": write_plan(tmp_path, tp_size, 21),
+            "arena_pages": 2800 // tp_size,
+            "prefill_pool": 1600,
+            "log_decisions": True,
+        },
+        environment={**CHECKS, **environment},
+        **{
+            "tp_size": 2,
+            "max_total_tokens": 16_384,
+            "max_running_requests": 12,
+            "chunked_prefill_size": 64,
+            "enable_mixed_chunk": True,
+            "schedule_conservativeness": 0.01,
+            **arguments,
+        },
+    )
+    try:
+        expected = stock("llama").stress_outputs
+        assert engine.generate_each(STRESS, STRESS_TOKENS) == expected
+        assert "Retract requests" in engine.log or "Testing retraction" in engine.log
+        prompts = [prompt for prompt in STRESS if len(prompt) > 30][:16]
+        limits: list[int | None] = [(1, 2, 3, None)[i % 4] for i in range(16)]
+        engine.call("generate_and_abort", prompts=prompts, new_tokens=60, abort_after=limits)
+        _idle_state(engine)
+        engine.call("flush_cache")
+        assert engine.generate_each(STRESS, STRESS_TOKENS) == expected
+        _idle_state(engine)
+        decisions = _decisions(engine)
+        assert len(decisions) == tp_size
+        assert all(log == decisions["0"] for log in decisions.values())
+    finally:
+        engine.close()
