@@ -41,8 +41,6 @@ def measure() -> int:
                 str(file),
                 "--out",
                 str(ROOT / "demo" / "profile.json"),
-                "--kernel-size",
-                "11",
                 "--plot",
                 str(picture),
             ]

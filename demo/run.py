@@ -37,7 +37,6 @@ from fairkv_sglang.placement import Plan  # noqa: E402
 MODEL = ROOT / "demo" / "model"
 PROFILE = ROOT / "demo" / "profile.json"
 START_SECONDS = 300.0
-KERNEL_SIZE = 11
 BAR_WIDTH = 36
 
 
@@ -64,9 +63,6 @@ def main() -> int:
             str(PROFILE),
             "--fairkv-expected-prompt",
             str(args.tokens),
-            # An answer has five tokens and attention peaks at its first: pool over the whole of it.
-            "--fairkv-kernel-size",
-            str(KERNEL_SIZE),
         ],
     )
     _print_answers(console, prompts, stock["answers"], fair["answers"])
