@@ -7,7 +7,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +36,9 @@ def run_bench(settings: Settings, folder: Path | None, progress: Progress) -> di
         folder: For model, profile and logs; None takes a temporary one.
         progress: Called with a line after every run.
 
+    An interrupt (Ctrl-C, SIGTERM) ends the run; if every variant has run at least once, the whole
+    rounds so far are the result.
+
     Returns:
         The document of ``docs/performance.md``, plain JSON.
 
@@ -51,10 +56,13 @@ def run_bench(settings: Settings, folder: Path | None, progress: Progress) -> di
         if settings.scope == "head" or settings.profile is not None:
             profile = place / "profile.json"
             find_profile(settings.profile, layers, heads).save(profile)
-        cases = [
-            _run_case(settings, tp, budget, model, profile, vocab, place, progress)
-            for tp, budget in settings.cases()
-        ]
+        cases = []
+        with _ended_by_signal():
+            for tp, budget in settings.cases():
+                case = _run_case(settings, tp, budget, model, profile, vocab, place, progress)
+                cases.append(case)
+                if case["interrupted"]:
+                    break
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -87,6 +95,7 @@ def _run_case(
         return engine
 
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in settings.variants}
+    interrupted = False
     engines = Engines(start, settings.keep_alive, available_memory)
     try:
         for index in range(settings.rounds):
@@ -97,11 +106,19 @@ def _run_case(
                 rounds[name].append({"load": load, "at": time.time(), **result})
                 rate = result["output_tokens"] / result["seconds"]
                 progress(f"{label}: round {index + 1} {name} {rate:.1f} tok/s, load {load:.1f}")
+    except KeyboardInterrupt:
+        whole = min(map(len, rounds.values()))
+        if whole == 0:
+            raise
+        progress(f"{label}: interrupted, {whole} whole rounds count")
+        rounds = {name: runs[:whole] for name, runs in rounds.items()}
+        interrupted = True
     finally:
         engines.close()
     return {
         "tp": tp,
         **budget,
+        "interrupted": interrupted,
         "max_total_tokens": settings.total_tokens(budget),
         "engine_starts": engines.starts,
         **summarise_case(rounds, settings.workload),
@@ -143,6 +160,23 @@ def machine(device: str) -> dict[str, Any]:
 
         result["gpu"] = torch.cuda.get_device_name(0)
     return result
+
+
+@contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """SIGTERM acts like Ctrl-C: frozen engines must not be left behind."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

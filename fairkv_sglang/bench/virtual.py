@@ -105,6 +105,11 @@ def _case(
     sizes = settings.sizes
     if sizes.intermediate % tp or tp > sizes.q_heads:
         raise ValueError(f"--tp {tp}: an MLP of {sizes.intermediate} cannot be split over {tp}")
+    if budget >= settings.prompt_len:
+        raise ValueError(
+            f"--budgets {budget}: a prompt of {settings.prompt_len} tokens is kept whole, nothing "
+            "is left to balance; give a longer --prompt-len or a smaller budget"
+        )
     kept = kept_tokens(settings, budget)
     chosen = picked(min(settings.layers or sizes.layers, sizes.layers), sizes.layers)
     even = _even_parts(settings, device, tp, batch)

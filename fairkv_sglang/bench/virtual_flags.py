@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             tp_sizes=parse_ints(args.tp, "--tp"),
             batches=parse_ints(args.batch, "--batch"),
             budgets=parse_ints(args.budgets or "1024", "--budgets"),
-            prompt_len=max(parse_ints(args.prompt_len, "--prompt-len")),
+            prompt_len=max(parse_ints(args.prompt_len or "8192", "--prompt-len")),
             window=args.window,
             floor_alpha=args.floor_alpha,
             placements=parse_names(args.placements, PLACEMENTS, "--placements"),
@@ -131,6 +131,6 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axis.invert_yaxis()
         axis.set_title(_title(result["settings"]["sizes"]["name"], case), fontsize=9, loc="left")
     axes[-1][0].set_xlabel("ms per decode step of the group")
-    axes[0][0].legend(fontsize=7, ncols=3)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=6)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ratio", type=float, help="budget as a share of the prompt, instead of --budgets")
     add("--rounds", type=int, default=3, help="measured runs of each variant (default 3)")
     add("--prompts", type=int, default=32, help="requests of a run, sent at once (default 32)")
-    add("--prompt-len", default="1024", metavar="N,N", help="prompt tokens (default 1024)")
+    add("--prompt-len", metavar="N,N", help="prompt tokens (default 1024; 8192 for virtual ranks)")
     add("--output-len", type=int, default=64, help="new tokens of a request (default 64)")
     add("--seed", type=int, default=0, help="of the random token ids")
     add("--model-path", type=Path, help="a checkpoint of your own (default: one made here)")
@@ -134,7 +134,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
             rounds=args.rounds,
             workload=Workload(
                 prompts=args.prompts,
-                prompt_lengths=parse_ints(args.prompt_len, "--prompt-len"),
+                prompt_lengths=parse_ints(args.prompt_len or "1024", "--prompt-len"),
                 output_length=args.output_len,
                 seed=args.seed,
             ),

@@ -145,6 +145,8 @@ def test_wrong_settings_say_what_is_wrong() -> None:
         Device.create("cpu", "float32", "flashinfer")
     with pytest.raises(ValueError, match="--tp 3: an MLP of 128"):
         run_virtual(settings(tp_sizes=(3,)), lambda line: None)
+    with pytest.raises(ValueError, match="--budgets 512: a prompt of 512 tokens is kept whole"):
+        run_virtual(settings(budgets=(512,)), lambda line: None)
 
 
 def test_command_writes_table_json_and_picture(

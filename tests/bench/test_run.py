@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of a run, and what is left of it when it is interrupted; engines are stand-ins."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_result import a_run
+
+from fairkv_sglang.bench import run as module
+from fairkv_sglang.bench.model import BenchModel
+from fairkv_sglang.bench.run import run_bench
+from fairkv_sglang.bench.settings import Settings
+from fairkv_sglang.bench.workload import Workload
+
+VARIANTS = ("stock", "contiguous", "fair_copying")
+
+
+class Stage:
+    """Stand-ins for engines, with a list of what they were asked to do."""
+
+    def __init__(self, end_after: int | None = None) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.closed: list[str] = []
+        self.end_after = end_after
+
+    def engine(self, name: str, options: dict[str, Any], environment: Any, log: Path) -> Any:
+        stage = self
+
+        class Engine:
+            def run(self, workload: Workload, vocab: int, index: int) -> dict[str, Any]:
+                if index < 1 << 20:  # not the warm-up
+                    stage.calls.append((name, index))
+                    if len(stage.calls) == stage.end_after:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                return a_run(1.0 + len(name), 30.0, 20.0)
+
+            def freeze(self) -> None: ...
+
+            def thaw(self) -> None: ...
+
+            def close(self) -> None:
+                stage.closed.append(name)
+
+        return Engine()
+
+
+def settings(**changes: Any) -> Settings:
+    values: dict[str, Any] = {
+        "variants": VARIANTS,
+        "rounds": 3,
+        "keep_alive": 3,
+        "model": BenchModel(layers=2, hidden=16, intermediate=16, vocab=64),
+        "workload": Workload(prompts=4, prompt_lengths=(100,), output_length=11),
+        **changes,
+    }
+    return Settings(**values)
+
+
+def test_every_round_runs_all_variants_in_another_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stage = Stage()
+    monkeypatch.setattr(module, "BenchEngine", stage.engine)
+    lines: list[str] = []
+    result = run_bench(settings(budgets=(32, 64)), tmp_path, lines.append)
+    first = stage.calls[:9]
+    assert [index for _, index in first] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [first[i][0] for i in (0, 3, 6)] == list(VARIANTS)
+    assert sorted(stage.closed) == sorted(VARIANTS * 2)
+    assert [case["budget"] for case in result["cases"]] == [32, 64]
+    assert (result["format"], result["version"]) == ("fairkv-bench", 1)
+    assert sum("starting" not in line for line in lines) == 18
+    assert Settings(**result["settings"]) == settings(budgets=(32, 64))
+    json.dumps(result, allow_nan=False)
+
+
+def test_an_interrupted_run_keeps_its_whole_rounds_and_leaves_no_engine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stage = Stage(end_after=8)
+    monkeypatch.setattr(module, "BenchEngine", stage.engine)
+    result = run_bench(settings(budgets=(32, 64)), tmp_path, lambda line: None)
+    (case,) = result["cases"]
+    assert case["interrupted"]
+    assert [len(entry["rounds"]) for entry in case["variants"].values()] == [2, 2, 2]
+    assert sorted(stage.closed) == sorted(VARIANTS)
+
+
+def test_an_interrupt_before_the_first_whole_round_is_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stage = Stage(end_after=2)
+    monkeypatch.setattr(module, "BenchEngine", stage.engine)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(settings(), tmp_path, lambda line: None)
+    assert sorted(stage.closed) == ["contiguous", "stock"]
+
+
+def test_a_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no checkpoint folder"):
+        run_bench(settings(model_path=tmp_path / "no"), tmp_path, lambda line: None)
