@@ -397,8 +397,8 @@ def check_split(model: ModelFacts, tp_size: int, fairkv: bool) -> None:
         return
     right = [str(ranks) for ranks in range(1, model.q_heads + 1) if splits(ranks)]
     raise ConfigError(
-        f"--tp-size {tp_size}: {model.q_heads} query heads, {model.kv_heads} KV heads and an MLP of "
-        f"{model.intermediate} cannot be split over {tp_size} ranks; use {' or '.join(right)}"
+        f"--tp-size {tp_size}: {model.q_heads} query heads, {model.kv_heads} KV heads and an MLP "
+        f"of {model.intermediate} cannot be split over {tp_size} ranks; use {' or '.join(right)}"
     )
 
 

@@ -23,7 +23,8 @@ HOOKS: tuple[Hook, ...] = (
         target="sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
         kind="around",
         function=around_unaligned_tp,
-        why="fewer KV heads than ranks fails while weights are loaded on an out-of-tree CPU platform",
+        why="fewer KV heads than ranks fails while weights are loaded on an out-of-tree CPU "
+        "platform",
         since="0.5.14",
         upstream="sglang/srt/configs/update_config.py; called in model_executor/model_runner.py "
         "for every platform with device cpu",

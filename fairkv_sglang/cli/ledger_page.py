@@ -8,10 +8,10 @@ from fairkv_sglang.patches.ledger import Hook
 _HEAD = """\
 # Patch ledger
 
-Every touch on SGLang, made by `fairkv check --ledger --markdown`. Hooks are registered with SGLang's own
-hook registry; every rank checks that all of its hooks took effect and stops, naming the hook, when
-one did not (`patches/ledger.py`). Two of SGLang's registries need no hook and get an entry each:
-the attention backend and the prefix cache (`patches/registries.py`).
+Every touch on SGLang, made by `fairkv check --ledger --markdown`. Hooks are registered with
+SGLang's own hook registry; every rank checks that all of its hooks took effect and stops, naming
+the hook, when one did not (`patches/ledger.py`). Two of SGLang's registries need no hook and get
+an entry each: the attention backend and the prefix cache (`patches/registries.py`).
 """
 
 
@@ -37,6 +37,7 @@ def ledger_markdown() -> str:
             f"{hook.since} | `{hook.upstream}` | `{hook.test}` |"
             for hook in hooks
         ]
-        header = "| target | kind | why | since SGLang | where upstream | test |\n"
-        parts.append(f"\n## {title}\n\n{header}|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n")
+        columns = "| target | kind | why | since SGLang | where upstream | test |"
+        lines = ["", f"## {title}", "", columns, "|---|---|---|---|---|---|", *rows, ""]
+        parts.append("\n".join(lines))
     return "".join(parts)
