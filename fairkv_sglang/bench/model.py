@@ -26,7 +26,7 @@ class BenchModel(BaseModel):
     layers: int = Field(default=4, ge=1)
     kv_heads: int = Field(default=8, ge=1)
     group: int = Field(default=4, ge=1)
-    head_dim: int = Field(default=64, ge=8)
+    head_dim: int = Field(default=128, ge=8)
     hidden: int = Field(default=64, ge=8)
     intermediate: int = Field(default=128, ge=8)
     vocab: int = Field(default=512, ge=64)

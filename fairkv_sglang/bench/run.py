@@ -23,7 +23,7 @@ from fairkv_sglang.bench.settings import Settings
 from fairkv_sglang.bench.shares import find_profile
 from fairkv_sglang.bench.stats import rotated
 from fairkv_sglang.bench.variants import by_name
-from fairkv_sglang.bench.workload import Workload
+from fairkv_sglang.bench.workload import Workload, portable
 
 Progress = Callable[[str], None]
 
@@ -67,7 +67,7 @@ def run_bench(settings: Settings, folder: Path | None, progress: Progress) -> di
         "format": FORMAT,
         "version": VERSION,
         "machine": machine(settings.device),
-        "settings": settings.model_dump(mode="json"),
+        "settings": portable(settings.model_dump(mode="json")),
         "cases": cases,
     }
 

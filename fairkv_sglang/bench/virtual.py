@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,8 +28,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from fairkv_sglang.bench.shares import find_profile, picked
 from fairkv_sglang.bench.sizes import Link, ModelSizes
 from fairkv_sglang.bench.virtual_rank import Device, LayerShare, upkeep_seconds
+from fairkv_sglang.bench.workload import portable
 from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
-from fairkv_sglang.placement import Plan, Router, make_plan
+from fairkv_sglang.placement import CostModel, Plan, Router, make_plan
 
 FORMAT, VERSION = "fairkv-virtual", 1
 RANK_LOCAL = "rank_local"
@@ -51,6 +52,8 @@ class VirtualSettings(BaseModel):
         layers: Layers that are measured, evenly spaced, and stand for all; None: all.
         repeats: Measurements of each part, of which the median counts.
         decode: ``auto`` is what the engine takes on the device: FlashInfer, or numba on CPU.
+        cost: What the policies weigh copies with: ``bytes`` as the engine does (a byte of weights
+            costs what a byte of KV costs), or both ``measured`` on the device first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,6 +73,7 @@ class VirtualSettings(BaseModel):
     device: str = "cpu"
     dtype: str = "bfloat16"
     decode: str = "auto"
+    cost: Literal["bytes", "measured"] = "bytes"
 
     def cases(self) -> list[tuple[int, int, int]]:
         """``(tp, batch, budget)`` of every case."""
@@ -89,7 +93,7 @@ def run_virtual(settings: VirtualSettings, progress: Progress) -> dict[str, Any]
         "format": FORMAT,
         "version": VERSION,
         "device": device.describe(),
-        "settings": settings.model_dump(mode="json"),
+        "settings": portable(settings.model_dump(mode="json")),
         "cases": cases,
     }
 
@@ -114,14 +118,41 @@ def _case(
     chosen = picked(min(settings.layers or sizes.layers, sizes.layers), sizes.layers)
     even = _even_parts(settings, device, tp, batch)
     results = {}
+    cost = sizes.cost_model(device.dtype_bytes, batch)
+    if settings.cost == "measured":
+        cost = measured_cost(device, sizes, cost, budget, settings.repeats)
     for name in settings.placements:
-        plan, tokens = place(settings, name, kept, tp, batch, device.dtype_bytes)
+        plan, tokens = place(name, kept, tp, cost)
         progress(f"TP {tp} batch {batch} budget {budget}: {name}")
         results[name] = _placement(settings, device, plan, tokens, batch, chosen, even)
     base = results.get("contiguous")
     for result in results.values():
         result["speedup"] = base["step_ms"] / result["step_ms"] if base else None
-    return {"tp": tp, "batch": batch, "budget": budget, "placements": results}
+    return {
+        "tp": tp,
+        "batch": batch,
+        "budget": budget,
+        "cost_model": cost.model_dump(),
+        "placements": results,
+    }
+
+
+def measured_cost(
+    device: Device, sizes: ModelSizes, cost: CostModel, budget: int, repeats: int
+) -> CostModel:
+    """``cost`` in seconds, from one share of one head and one of four."""
+    batch = int(cost.batch)
+    weights, attention = {}, {}
+    for heads in (1, 4):
+        share = LayerShare(device, sizes, np.full((batch, heads), budget))
+        weights[heads], attention[heads] = share.seconds(repeats)
+    per_lane = max((weights[4] - weights[1]) / 3, 1e-9)
+    return cost.model_copy(
+        update={
+            "weight_byte_cost": per_lane / cost.slice_bytes,
+            "kv_byte_cost": attention[4] / (4 * batch * budget * cost.token_bytes),
+        }
+    )
 
 
 def kept_tokens(settings: VirtualSettings, budget: int) -> Tokens:
@@ -134,17 +165,14 @@ def kept_tokens(settings: VirtualSettings, budget: int) -> Tokens:
     return np.asarray(scope.expected(settings.prompt_len), dtype=np.int64)
 
 
-def place(
-    settings: VirtualSettings, name: str, kept: Tokens, tp: int, batch: int, dtype_bytes: int
-) -> tuple[Plan, Tokens]:
+def place(name: str, kept: Tokens, tp: int, cost: CostModel) -> tuple[Plan, Tokens]:
     """Plan of a placement and the tokens ``[L, H]`` that its heads keep.
 
     ``rank_local`` keeps other tokens: the same total on every rank, shared by its heads as the
     profile says.
     """
-    cost = settings.sizes.cost_model(dtype_bytes, batch)
     policy = "contiguous" if name == RANK_LOCAL else name
-    plan = make_plan(policy, kept, tp, cost=cost, model=settings.sizes.name)
+    plan = make_plan(policy, kept, tp, cost=cost)
     if name != RANK_LOCAL:
         return plan, kept
     loads = np.einsum("lrh,lh->lr", plan.shares(), kept)

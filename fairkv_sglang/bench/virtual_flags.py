@@ -17,7 +17,7 @@ from fairkv_sglang.cli.output import print_json, print_table, progress
 
 COLUMNS = [
     "placement", "step ms", "tok/s", "speed-up", "weights", "KV", "MLP", "logits", "planning",
-    "all-reduce", "imbalance", "balance plan/run", "copies",
+    "comm", "imbalance", "balance", "copies",
 ]  # fmt: skip
 PARTS = (
     "attention_weights_ms", "attention_kv_ms", "mlp_ms", "logits_ms", "planning_ms",
@@ -36,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=5, help="measurements of each part (default 5)")
     add("--bandwidth", type=float, default=300.0, help="all-reduce model: GB/s per direction")
     add("--latency", type=float, default=10.0, help="all-reduce model: microseconds")
+    add(
+        "--cost",
+        default="bytes",
+        choices=("bytes", "measured"),
+        help="weigh copies by bytes, as the engine does, or by costs measured on this device",
+    )
     add("--decode", default="auto", help="auto, numba, triton or flashinfer")
 
 
@@ -65,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
             device=device,
             dtype=args.dtype or "bfloat16",
             decode=args.decode,
+            cost=args.cost,
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -103,7 +110,7 @@ def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
         f"{entry['speedup']:.3f}" if entry["speedup"] else "-",
         *(f"{entry['parts'][part]:.2f}" for part in PARTS),
         f"{entry['imbalance']:.3f}",
-        f"{entry['planned_balancedness']:.3f}/{entry['balancedness']:.3f}",
+        f"{entry['balancedness']:.3f}",
         str(entry["copies"]),
     ]
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -56,6 +58,15 @@ class Workload(BaseModel):
         return [
             generator.integers(FIRST_ID, vocab, size=length).tolist() for length in self.lengths()
         ]
+
+
+def portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings for a result file; of paths the last three parts, no more goes out."""
+    changed = dict(settings)
+    for key in ("profile", "model_path"):
+        if changed.get(key):
+            changed[key] = "/".join(Path(changed[key]).parts[-3:])
+    return changed
 
 
 def parse_ints(text: str, name: str) -> tuple[int, ...]:

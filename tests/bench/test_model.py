@@ -14,9 +14,9 @@ from fairkv_sglang.bench.model import BenchModel, build, parse_model
 
 def test_shape_from_a_flag() -> None:
     assert parse_model("") == BenchModel()
-    assert parse_model("layers=2, head_dim=128").model_dump(include={"layers", "head_dim"}) == {
+    assert parse_model("layers=2, head_dim=64").model_dump(include={"layers", "head_dim"}) == {
         "layers": 2,
-        "head_dim": 128,
+        "head_dim": 64,
     }
     for text, message in (("layer=2", "layer=2"), ("layers=x", "layers=x"), ("layers=0", "layers")):
         with pytest.raises(ValueError, match=f"--model: .*{message}"):
@@ -46,5 +46,5 @@ def test_an_existing_checkpoint_is_reused_and_shapes_do_not_collide(tmp_path: Pa
 
 
 def test_bytes_of_a_token() -> None:
-    # K and V, 64 numbers of 4 bytes, 8 heads, 4 layers
-    assert BenchModel().token_bytes(4) == 2 * 64 * 4 * 8 * 4
+    # K and V, 128 numbers of 4 bytes, 8 heads, 4 layers
+    assert BenchModel().token_bytes(4) == 2 * 128 * 4 * 8 * 4

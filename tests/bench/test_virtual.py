@@ -16,6 +16,7 @@ from fairkv_sglang.bench.virtual import (
     PLACEMENTS,
     VirtualSettings,
     kept_tokens,
+    measured_cost,
     owners_of,
     place,
     run_virtual,
@@ -58,7 +59,7 @@ def test_the_all_reduce_model() -> None:
 
 def test_rank_local_keeps_equal_totals_on_contiguous_heads() -> None:
     kept = kept_tokens(settings(), 96)
-    plan, tokens = place(settings(), "rank_local", kept, 4, 8, 4)
+    plan, tokens = place("rank_local", kept, 4, TINY.cost_model(4, 8))
     loads = np.einsum("lrh,lh->lr", plan.shares(), tokens)
     assert loads.max(axis=1) == pytest.approx(loads.min(axis=1), rel=0.02)
     assert loads.sum() == pytest.approx(kept.sum(), rel=0.01)
@@ -67,7 +68,7 @@ def test_rank_local_keeps_equal_totals_on_contiguous_heads() -> None:
 
 def test_every_head_of_every_request_has_one_owner_that_serves_it() -> None:
     kept = kept_tokens(settings(), 96)
-    plan, tokens = place(settings(), "fair_copying", kept, 4, 8, 4)
+    plan, tokens = place("fair_copying", kept, 4, TINY.cost_model(4, 8))
     owners = owners_of(plan, tokens, 8)
     served = plan.shares() > 0
     assert owners.shape == (8, TINY.layers, TINY.kv_heads)
@@ -129,6 +130,20 @@ def test_a_small_run_of_all_placements() -> None:
     assert found["fair_copying"] > found["contiguous"]
     total = {sum(e["rank_tokens"]) for n, e in case["placements"].items() if n != "rank_local"}
     assert len(total) == 1  # the same tokens, placed otherwise
+
+
+def test_costs_measured_on_the_device_are_seconds() -> None:
+    device = Device.create("cpu", "float32")
+    bytes_alone = TINY.cost_model(4, 8)
+    cost = measured_cost(device, TINY, bytes_alone, 256, repeats=3)
+    assert bytes_alone.kv_byte_cost == 1
+    # a step of 8 x 256 tokens of a head: microseconds to milliseconds on any machine
+    assert 1e-6 < cost.head_cost([[256.0]])[0, 0] < 0.1
+    assert 1e-9 <= cost.lane_cost < 0.1
+    result = run_virtual(
+        settings(layers=1, placements=("fair_copying",), cost="measured"), lambda line: None
+    )
+    assert result["cases"][0]["cost_model"]["kv_byte_cost"] < 1e-6
 
 
 def test_threads_are_as_before_after_a_run() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from fairkv_sglang.bench.workload import FIRST_ID, Workload, parse_ints, parse_names
+from fairkv_sglang.bench.workload import FIRST_ID, Workload, parse_ints, parse_names, portable
 
 
 def test_prompts_repeat_for_a_seed_and_differ_between_rounds() -> None:
@@ -38,3 +38,8 @@ def test_lists_of_names() -> None:
     assert parse_names("c,a,c", known, "--x") == ("c", "a")
     with pytest.raises(ValueError, match="'d' is not one of a, b, c"):
         parse_names("a,d", known, "--x")
+
+
+def test_result_files_do_not_tell_where_things_lie() -> None:
+    found = portable({"profile": "/home/me/data/a/b.json", "model_path": None, "rounds": 3})
+    assert found == {"profile": "data/a/b.json", "model_path": None, "rounds": 3}
