@@ -56,7 +56,7 @@ pytest: $(VENV)/developing  ## the tests alone; options in PYTEST_ARGS
 	$(BIN)/pytest -m "not sweep" $(PYTEST_ARGS)
 
 sweep: $(VENV)/developing  ## the long tests: many placements, models and TP sizes
-	$(BIN)/pytest -m sweep $(PYTEST_ARGS)
+	FAIRKV_SWEEP_REPORT=$(abspath docs/results) $(BIN)/pytest -m sweep $(PYTEST_ARGS)
 
 bench: $(VENV)/installed  ## CPU benchmarks
 	$(BIN)/fairkv bench
