@@ -43,6 +43,7 @@ class PromptCompressor:
         # row -> layer -> last queries so far [<=W, n, g, D]
         self._tails: dict[int, dict[int, Tensor]] = {}
         self._prompts: list[_Prompt] = []
+        self._indices: dict[tuple[int, ...], Tensor] = {}
         self._exchange = (
             LayerExchange(runtime.plan, runtime.heads, device_group)
             if runtime.scope.spans_ranks and device_group is not None
@@ -115,30 +116,81 @@ class PromptCompressor:
         self, layer: int, windows: list[Tensor | None], k_pool: Tensor, scale: float
     ) -> list[Kept]:
         """Kept tokens of this rank's lanes of the layer, one entry per ending prompt."""
-        scope = self.runtime.scope
-        heads = self.runtime.heads.heads[layer]
-        if self._exchange is None:
-            kept = []
-            for prompt, window in zip(self._prompts, windows, strict=True):
-                scores = self._score(window, k_pool[prompt.slots], scale)
-                choice = scope.select(layer, heads, scores, prompt.span.prompt_len)
-                prompt.counts.append(choice.counts)
-                kept.append(choice)
-            return kept
-        primary = list(self.runtime.heads.primary[layer])
-        mine = []
-        for prompt, window in zip(self._prompts, windows, strict=True):
-            keys = k_pool[prompt.slots][:, primary]
-            mine.append(self._score(None if window is None else window[:, primary], keys, scale))
-        everyone = self._exchange.gather(layer, mine)
+        chosen: dict[int, Kept] = {}
+        scored: list[int] = []
+        for number, prompt in enumerate(self._prompts):
+            if self.runtime.scope.budget(prompt.span.prompt_len) >= prompt.span.prompt_len:
+                chosen[number] = self._everything(layer, prompt)
+            else:
+                scored.append(number)
+        if scored:
+            select = self._select_here if self._exchange is None else self._select_together
+            parts = select(layer, scored, windows, k_pool, scale)
+            chosen.update(zip(scored, parts, strict=True))
+        return [chosen[number] for number in range(len(self._prompts))]
+
+    def _everything(self, layer: int, prompt: _Prompt) -> Kept:
+        """A prompt within its budget: no scores are needed, on any rank."""
+        length, device = prompt.span.prompt_len, prompt.slots.device
+        lanes = len(self.runtime.heads.heads[layer])
+        counts = torch.full((lanes,), length, dtype=torch.int64, device=device)
+        everyone = self.runtime.plan.num_kv_heads if self._exchange is not None else lanes
+        prompt.counts.append(counts.new_full((everyone,), length))
+        indices = torch.arange(length, device=device).expand(lanes, -1).contiguous()
+        return Kept(counts=counts, indices=indices)
+
+    def _select_here(
+        self,
+        layer: int,
+        numbers: list[int],
+        windows: list[Tensor | None],
+        k_pool: Tensor,
+        scale: float,
+    ) -> list[Kept]:
+        """Scores and choice of this rank alone: static scopes, scope ``rank``, TP 1."""
         kept = []
-        for prompt, scores in zip(self._prompts, everyone, strict=True):
+        for number in numbers:
+            prompt = self._prompts[number]
+            scores = self._score(windows[number], k_pool[prompt.slots], scale)
+            heads = self.runtime.heads.heads[layer]
+            choice = self.runtime.scope.select(layer, heads, scores, prompt.span.prompt_len)
+            prompt.counts.append(choice.counts)
+            kept.append(choice)
+        return kept
+
+    def _select_together(
+        self,
+        layer: int,
+        numbers: list[int],
+        windows: list[Tensor | None],
+        k_pool: Tensor,
+        scale: float,
+    ) -> list[Kept]:
+        """Every rank scores its primary heads, and all choose from the scores of all heads."""
+        if self._exchange is None:
+            raise RuntimeError("FairKV: no process group to exchange scores with")
+        scope = self.runtime.scope
+        primary = self._index(self.runtime.heads.primary[layer], k_pool.device)
+        mine = []
+        for number in numbers:
+            window = windows[number]
+            keys = k_pool[self._prompts[number].slots][:, primary]
+            mine.append(self._score(None if window is None else window[:, primary], keys, scale))
+        own = self._index(self.runtime.heads.heads[layer], k_pool.device)
+        kept = []
+        for number, scores in zip(numbers, self._exchange.gather(layer, mine), strict=True):
+            prompt = self._prompts[number]
             length = prompt.span.prompt_len
             counts = scope.counts(layer, range(scope.num_heads), scores, length)
             prompt.counts.append(counts)
-            index = torch.tensor(heads, device=scores.device)
-            kept.append(pick(scores[index], counts[index], length))
+            kept.append(pick(scores[own], counts[own], length))
         return kept
+
+    def _index(self, heads: tuple[int, ...], device: torch.device) -> Tensor:
+        """Head numbers as a tensor on the device, made once: each copy there would wait for it."""
+        if heads not in self._indices:
+            self._indices[heads] = torch.tensor(heads, dtype=torch.int64, device=device)
+        return self._indices[heads]
 
     def _score(self, window: Tensor | None, keys: Tensor, scale: float) -> Tensor:
         if window is None:

@@ -64,7 +64,8 @@ class LayerExchange:
         )
         if total:
             dist.all_gather_into_tensor(received, send, group=self.group)
-        everyone = received[self._order[layer].to(device, non_blocking=True)]
+        self._order[layer] = self._order[layer].to(device)  # copied once
+        everyone = received[self._order[layer]]
         return list(everyone.split(widths, dim=1))
 
 
