@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +38,9 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    format: Literal["fairkv-plan"] = "fairkv-plan"
     version: int = PLAN_VERSION
-    policy: str
+    policy: str = "unnamed"  # a plan from elsewhere need not say how it was made
     model: str | None = None
     tp_size: int = Field(ge=1)
     num_layers: int = Field(ge=1)

@@ -66,13 +66,22 @@ def test_invalid_plans(
         ("{", "invalid JSON"),
         ("[]", "expected a JSON object"),
         ('{"layers": [3]}', "lists of"),
-        ('{"layers": []}', "policy"),
+        ('{"layers": []}', "tp_size"),
+        ('{"format": "fairkv-profile", "layers": []}', "fairkv-plan"),
     ],
 )
 def test_broken_files_give_one_line(text: str, message: str, tmp_path: object) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         Plan.from_json(text)
     assert "\n" not in str(caught.value)
+
+
+def test_the_least_that_a_plan_file_must_say() -> None:
+    text = """{"format": "fairkv-plan", "version": 1, "tp_size": 2, "num_layers": 1,
+               "num_kv_heads": 2, "layers": [[[[0, 1.0]], [[1, 1.0]]]]}"""
+    plan = Plan.from_json(text)
+    assert plan.heads(0, 1) == (1,)
+    assert '"format": "fairkv-plan"' in plan.to_json()
 
 
 def test_newer_version_is_refused() -> None:
