@@ -36,13 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = importlib.import_module(COMMANDS[args.command][0]).run(args)
         sys.stdout.flush()
-    except ValueError as error:
-        print(f"fairkv {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         # The reader of a pipe has left (`fairkv plan ... | head`); nothing to complain about.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ModuleNotFoundError as error:
+        # Beside an SGLang of one's own, `pip install --no-deps` brings none of the tools' packages.
+        print(
+            f"fairkv {args.command}: error: {error.name} is not installed: pip install it",
+            file=sys.stderr,
+        )
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"fairkv {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     return status
 
 

@@ -38,7 +38,8 @@ COLUMNS = [
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the sub-command."""
-    parser.add_argument("profile", help="head profile (any supported format)")
+    parser.add_argument("profile", nargs="?", help="head profile (any supported format)")
+    parser.add_argument("--profile", dest="profile_flag", metavar="FILE", help="the same as a flag")
     parser.add_argument("--format", default="auto", choices=["auto", *FORMATS])
     parser.add_argument("--tp", type=int, required=True, help="tensor-parallel ranks")
     parser.add_argument("--policy", default="fair_copying", choices=list(POLICIES))
@@ -55,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan, print, write."""
+    if (args.profile is None) == (args.profile_flag is None):
+        raise ValueError("give one head profile: fairkv plan FILE, or fairkv plan --profile FILE")
+    args.profile = args.profile or args.profile_flag
     profile = read_profile(args.profile, args.format)
     loads = profile.relative * args.budget
     samples = None

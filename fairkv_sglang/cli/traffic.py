@@ -14,7 +14,9 @@ from fairkv_sglang.placement.options import PlanOptions, checked
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Model sizes and expected traffic; every default is printed with the result."""
     group = parser.add_argument_group("model and traffic")
-    group.add_argument("--model-config", metavar="PATH", help="config.json, or its folder")
+    group.add_argument(
+        "--model-config", "--model-path", metavar="PATH", help="config.json, or its folder"
+    )
     group.add_argument("--head-dim", type=int, help="default 128")
     group.add_argument("--hidden-size", type=int, help="default KV heads x group x head dim")
     group.add_argument("--group", type=int, help="query heads per KV head; default 4")
@@ -34,7 +36,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prefill-token-cost", type=float, help="per lane; default: its weight bytes / 300"
     )
-    group.add_argument("--free-copies", action="store_true", help="copies cost nothing")
+    group.add_argument(
+        "--free-copies", "--copies-are-free", action="store_true", help="copies cost nothing"
+    )
 
 
 def add_limit_arguments(parser: argparse.ArgumentParser) -> None:

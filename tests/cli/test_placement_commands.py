@@ -81,6 +81,21 @@ def test_plan_takes_sizes_from_the_model_config(
     assert (sizes["group"], sizes["head_dim"], sizes["hidden_size"]) == (2, 32, 256)
 
 
+def test_plan_takes_everything_by_flag(
+    profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stable form: --profile, --model-path, --policy, --copies-are-free, --out."""
+    config = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 256}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    out = tmp_path / "plan.json"
+    words = ["plan", "--profile", str(profile), "--model-path", str(tmp_path), "--tp", "2"]
+    flags = ["--policy", "fair_copying", "--copies-are-free", "--out", str(out)]
+    assert main([*words, *flags]) == 0
+    assert "'weight_byte_cost': 0.0" in capsys.readouterr().out
+    data = json.loads(out.read_text())
+    assert (data["format"], data["version"], data["tp_size"]) == ("fairkv-plan", 1, 2)
+
+
 def test_plot(profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     assert main(["plan", str(profile), "--tp", "2", "--out", str(out)]) == 0
@@ -116,6 +131,9 @@ def test_text_works_in_a_pipe_that_closes(profile: Path) -> None:
     ("words", "message"),
     [
         (["plan", "missing.json", "--tp", "2"], "no such file"),
+        (["plan", "--tp", "2"], "give one head profile"),
+        (["plan", "PROFILE", "--profile", "PROFILE", "--tp", "2"], "give one head profile"),
+        (["plan", "PROFILE", "--tp", "2", "--out", "no/such/folder/x.json"], "no/such/folder"),
         (["plan", "PROFILE", "--tp", "0"], "tp_size must be at least 1"),
         (["plan", "PROFILE", "--tp", "2", "--tolerance", "0.5"], "tolerance"),
         (["plan", "PROFILE", "--tp", "2", "--batch", "0"], "batch"),
