@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +29,7 @@ def measure() -> int:
     ]
     picture = ROOT / "docs" / "images" / "demo-profile.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
+    os.chdir(ROOT)  # the profile names the model by the path that is given here
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prompts.jsonl"
         lines = [json.dumps({"input_ids": prompt.token_ids}) for prompt in prompts]
@@ -36,11 +38,11 @@ def measure() -> int:
             [
                 "profile",
                 "--model-path",
-                str(ROOT / "demo" / "model"),
+                "demo/model",
                 "--prompts",
                 str(file),
                 "--out",
-                str(ROOT / "demo" / "profile.json"),
+                "demo/profile.json",
                 "--plot",
                 str(picture),
             ]
