@@ -153,6 +153,12 @@ _LEAVE = "leave the flag out"
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
+        "another device",
+        "--device",
+        _not_in("device", "cuda", "cpu"),
+        "use --device cuda or cpu",
+    ),
+    Refusal(
         "speculative decoding", "--speculative-algorithm", _on("speculative_algorithm"), _LEAVE
     ),
     Refusal(

@@ -24,6 +24,7 @@ LLAMA = ModelFacts(
 
 # One setting that triggers each row, by the row's feature.
 TRIGGERS: dict[str, tuple[dict[str, object], ModelFacts | None]] = {
+    "another device": ({"device": "xpu"}, None),
     "speculative decoding": ({"speculative_algorithm": "EAGLE"}, None),
     "prefill-decode disaggregation": ({"disaggregation_mode": "decode"}, None),
     "a decode pool with role switch": ({"enable_pd_role_switch": True}, None),
