@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fairkv_sglang.config import ConfigError, FairKVConfig
+
+if TYPE_CHECKING:
+    from fairkv_sglang.runtime import ModelShape
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -83,6 +86,20 @@ class ModelFacts:
             multimodal=bool(model_config.is_multimodal),
             encoder_decoder=bool(model_config.is_encoder_decoder),
             generates=bool(model_config.is_generation),
+        )
+
+    def shape(self) -> ModelShape:
+        """The part that budgets and placement need."""
+        from fairkv_sglang.runtime import ModelShape
+
+        return ModelShape(
+            name=self.name,
+            num_layers=self.layers,
+            num_kv_heads=self.kv_heads,
+            group_size=self.q_heads // self.kv_heads,
+            head_dim=self.head_dim,
+            hidden_size=self.hidden,
+            dtype_bytes=self.dtype_bytes,
         )
 
 
@@ -415,17 +432,9 @@ def check_model(config: FairKVConfig, model: ModelFacts, tp_size: int) -> None:
         ConfigError: for a profile or plan that is broken or of another model or TP size, and for
             budgets and placements that this model cannot have.
     """
-    from fairkv_sglang.runtime import ModelShape, make_budgets, make_placement
+    from fairkv_sglang.runtime import make_budgets, make_placement
 
-    shape = ModelShape(
-        name=model.name,
-        num_layers=model.layers,
-        num_kv_heads=model.kv_heads,
-        group_size=model.q_heads // model.kv_heads,
-        head_dim=model.head_dim,
-        hidden_size=model.hidden,
-        dtype_bytes=model.dtype_bytes,
-    )
+    shape = model.shape()
     try:
         _, scope, _ = make_budgets(config, shape.num_layers, shape.num_kv_heads)
         make_placement(config, shape, scope, tp_size)

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fairkv_sglang.config import (
     FILE_VARIABLE,
@@ -25,6 +25,9 @@ from fairkv_sglang.config import (
     from_flags,
 )
 from fairkv_sglang.patches.ledger import Hook
+
+if TYPE_CHECKING:
+    from fairkv_sglang import support
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +107,7 @@ def _resolve(original: Any, server_args: Any) -> None:
     if not (config.enabled or on_cpu) or not _has_model(server_args):
         return
     view = _resolved(server_args)
-    model = support.ModelFacts.of(_model_config(server_args))
+    model = model_facts(server_args)
     if config.enabled:
         support.refuse(view, model)
     if config.enabled or on_cpu:
@@ -112,6 +115,13 @@ def _resolve(original: Any, server_args: Any) -> None:
     if config.enabled:
         support.check_model(config, model, view.tp_size)
         logger.info("FairKV is on: %s", config.model_dump_json(exclude_defaults=True))
+
+
+def model_facts(server_args: Any) -> support.ModelFacts:
+    """Facts of the model that the arguments name; reads its config.json, no weights."""
+    from fairkv_sglang import support
+
+    return support.ModelFacts.of(_model_config(server_args))
 
 
 def _configuration() -> FairKVConfig:

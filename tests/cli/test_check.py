@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fairkv check``: what a start would do, said before a weight is loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fairkv_sglang.cli.preview import describe
+from fairkv_sglang.config import from_mapping
+from fairkv_sglang.profiles import HeadProfile
+from fairkv_sglang.support import ModelFacts
+
+MODEL = ModelFacts(
+    name="m", architecture="LlamaForCausalLM", layers=3, q_heads=16, kv_heads=8, head_dim=64,
+    hidden=512,
+)  # fmt: skip
+
+
+def test_budgets_and_plan_of_a_start(tmp_path: Path) -> None:
+    shares = np.ones((3, 8))
+    shares[:, 0] = 12.0
+    profile = tmp_path / "profile.json"
+    HeadProfile(model="m", shares=shares, meta={}).save(profile)
+    options = {"enabled": True, "budget": 256, "profile": str(profile), "expected_prompt": 2048}
+    plain = describe(from_mapping({**options, "placement": "contiguous"}), MODEL, 4)
+    fair = describe(from_mapping(options), MODEL, 4)
+    assert plain["copies"] == 0 and plain["fullest rank over mean"] > 1.5
+    assert fair["fullest rank over mean"] < plain["fullest rank over mean"]
+    for start in (plain, fair):
+        assert sum(rank["tokens"] for rank in start["ranks"]) == pytest.approx(3 * 8 * 256, abs=4)
+    assert sum(rank["lanes"] for rank in fair["ranks"]) == 24 + fair["copies"]
+
+
+def _check(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fairkv_sglang.cli.main", "check", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_launch_flags_are_validated_and_explained(tiny_model: Callable[..., Path]) -> None:
+    launch = ["--", "--model-path", str(tiny_model()), "--tp", "2", "--device", "cpu", "--fairkv"]
+    good = _check("--json", *launch, "--fairkv-ratio", "0.5")
+    assert good.returncode == 0, good.stderr
+    start = json.loads(good.stdout[good.stdout.index("{") :])
+    assert start["budget"] == "50% of the prompt" and len(start["ranks"]) == 2
+    bad = _check(*launch, "--fairkv-scope", "layr")
+    assert bad.returncode == 2
+    assert "did you mean layer?" in bad.stderr.splitlines()[-1]
