@@ -164,14 +164,16 @@ class FairKVConfig(BaseModel):
                 "number, e.g. {right}",
                 {"value": self.kernel_size, "right": self.kernel_size + 1},
             )
-        if self.budget is not None and self.budget < self.always_kept:
+        # A budget has room for one token that was chosen, or for the sinks.
+        least = max(self.always_kept, self.window + 1)
+        if self.budget is not None and self.budget < least:
             raise PydanticCustomError(
                 "budget",
-                "budget: {budget} tokens are fewer than the {kept} that scorer {scorer} always "
-                "keeps ({parts}); give at least {kept}",
+                "budget: {budget} tokens are too few for scorer {scorer} ({parts}); "
+                "give at least {least}",
                 {
                     "budget": self.budget,
-                    "kept": self.always_kept,
+                    "least": least,
                     "scorer": self.scorer,
                     "parts": f"window {self.window}"
                     + (f" + sink {self.sink}" if self.scorer == "streaming" else ""),

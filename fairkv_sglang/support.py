@@ -300,6 +300,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "use an unquantised checkpoint",
     ),
     Refusal(
+        "other ways to load weights",
+        "--load-format",
+        _not_in("load_format", "auto", "safetensors", "pt", "npcache", "dummy"),
+        "use --load-format auto",
+    ),
+    Refusal(
         "weights on the CPU",
         "--cpu-offload-gb, --offload-group-size",
         lambda args, model: (args.cpu_offload_gb or 0) > 0 or (args.offload_group_size or -1) > 0,

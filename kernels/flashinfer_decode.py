@@ -147,6 +147,8 @@ class FlashInferDecode:
         group: query heads per KV head.
         scale: softmax scale.
         spare: tiles beyond one per row; None = two per multiprocessor.
+        kv_indices: page lists of another object over the same pages; one plan is live at a time,
+            so all batch sizes can share them.
     """
 
     def __init__(
@@ -159,6 +161,7 @@ class FlashInferDecode:
         spare: int | None = None,
         float_workspace: torch.Tensor | None = None,
         longest_first: bool = True,
+        kv_indices: torch.Tensor | None = None,
     ) -> None:
         if pages.dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(
@@ -183,7 +186,9 @@ class FlashInferDecode:
         self.last_page_len = torch.zeros((layers, width), dtype=torch.int32, device=device)
         self.qo_indptr = torch.arange(width + 1, dtype=torch.int32, device=device)
         # Masked loads may compute an address a tile past the last entry.
-        self.kv_indices = torch.zeros(pages.num_pages + 1024, dtype=torch.int32, device=device)
+        if kv_indices is None:
+            kv_indices = torch.zeros(pages.num_pages + 1024, dtype=torch.int32, device=device)
+        self.kv_indices = kv_indices
         size = pages.k_pages.element_size()
         need = self.workspace.float_bytes(group, pages.head_dim, size)
         if float_workspace is None:

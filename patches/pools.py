@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fairkv_sglang.memory.sizing import divide_memory
-from fairkv_sglang.patches.ledger import Hook
+from fairkv_sglang.patches.ledger import Hook, HookError
 from fairkv_sglang.runtime import FairKVRuntime, ModelShape, create_runtime, get_runtime
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ def before_load_model(runner: Any) -> None:
     config = from_environment()
     if config is None:
         raise RuntimeError("FairKV: no configuration in this process's environment")
+    _require_settled_arguments()
     model = runner.model_config
     hf = model.hf_text_config
     heads = int(model.get_total_num_kv_heads())
@@ -39,6 +40,24 @@ def before_load_model(runner: Any) -> None:
     # Attention classes fall back to hidden_size // heads, which the remapper's counts would change.
     hf.head_dim = shape.head_dim
     create_runtime(config, shape, runner.tp_size, runner.tp_rank, verify_hooks)
+
+
+def _require_settled_arguments() -> None:
+    """The parent must have chosen FairKV's backends; it has not if its hooks are missing.
+
+    Raises:
+        HookError: naming the hook of the parent.
+    """
+    from sglang.srt.runtime_context import get_memory
+
+    from fairkv_sglang.memory.prefix_cache import BACKEND_NAME
+
+    found = get_memory().radix_cache_backend
+    if found != BACKEND_NAME:
+        raise HookError(
+            "FairKV cannot run: hook sglang.srt.server_args.ServerArgs.resolve_once did not take "
+            f"effect in the parent process, which chose the prefix cache {found!r}"
+        )
 
 
 def after_resolve_pool_config(result: Any, configurator: Any, *args: Any, **kwargs: Any) -> Any:

@@ -51,7 +51,8 @@ def around_create_prefill_budget(
     """Admission checks pool slots and the head pages of all ranks."""
     from fairkv_sglang.memory.prefill_budget import FairKVPrefillBudget
 
-    return FairKVPrefillBudget(allocator, tree_cache, get_runtime().book)
+    book = get_runtime().book
+    return FairKVPrefillBudget(allocator, tree_cache, book, num_mixed_decode_tokens)
 
 
 def before_new_prefill(scheduler: Any, *args: Any, **kwargs: Any) -> None:

@@ -102,6 +102,11 @@ def _resolve(original: Any, server_args: Any) -> None:
         _settle_cpu(server_args)
     if config.enabled:
         support.refuse(server_args)
+        if str(server_args.device).startswith("cpu") and not on_cpu:
+            raise ConfigError(
+                "--device cpu with FairKV needs a machine without an accelerator: hide it with "
+                "CUDA_VISIBLE_DEVICES='' or leave --device out"
+            )
         _settle(server_args, on_cpu)
     original(server_args)
     if not (config.enabled or on_cpu) or not _has_model(server_args):

@@ -131,6 +131,7 @@ class FlashInferDecoder:
         self.scale = shape.head_dim**-0.5
         self._by_batch: dict[int, FlashInferDecode] = {}
         self._workspace: torch.Tensor | None = None
+        self._kv_indices: torch.Tensor | None = None
         self._current: FlashInferDecode | None = None
 
     def reserve(self, pages: HeadPages, max_batch: int) -> None:
@@ -175,7 +176,9 @@ class FlashInferDecoder:
                 self.runtime.shape.group_size,
                 self.scale,
                 float_workspace=shared,
+                kv_indices=self._kv_indices,
             )
+            self._kv_indices = made.kv_indices
             if shared is None:
                 self._workspace = made.float_workspace
             self._by_batch[size] = made

@@ -146,7 +146,7 @@ def test_flags_and_mapping_agree(values: dict[str, object]) -> None:
         (["--fairkv", "--fairkv-placement", "best"], ["fair_copying", "best_effort", "contiguous"]),
         (["--fairkv", "--fairkv-budget", "many"], ["--fairkv-budget", "'many'", "whole number"]),
         (["--fairkv", "--fairkv-budget", "0"], ["--fairkv-budget", "greater than 0"]),
-        (["--fairkv", "--fairkv-budget", "12"], ["12", "window 32", "at least 32"]),
+        (["--fairkv", "--fairkv-budget", "12"], ["12", "window 32", "at least 33"]),
         (["--fairkv", "--fairkv-scorer", "streaming", "--fairkv-budget", "33"], ["sink 4", "36"]),
         (["--fairkv", "--fairkv-ratio", "1.5"], ["--fairkv-ratio", "at most 1"]),
         (["--fairkv", "--fairkv-ratio", "nan"], ["--fairkv-ratio", "not a number"]),

@@ -50,6 +50,7 @@ TRIGGERS: dict[str, tuple[dict[str, object], ModelFacts | None]] = {
     "LoRA": ({"lora_paths": ["a"]}, None),
     "a quantised KV cache": ({"kv_cache_dtype": "fp8_e4m3"}, None),
     "quantised weights": ({}, replace(LLAMA, quantization="awq")),
+    "other ways to load weights": ({"load_format": "sharded_state"}, None),
     "weights on the CPU": ({"cpu_offload_gb": 4}, None),
     "CUDA graphs in prefill": ({"cuda_graph_backend_prefill": "breakable"}, None),
     "torch.compile": ({"enable_torch_compile": True}, None),

@@ -208,3 +208,24 @@ def test_decode_capacity_asks_the_fullest_rank() -> None:
         assert scheduling.around_check_decode_capacity(None, None, requests=[])
         with pytest.raises(RuntimeError, match="without naming the requests"):
             scheduling.around_check_decode_capacity(None, None)
+
+
+def test_mixed_batches_reserve_the_pages_of_running_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SGLang tells the hook how many rows decode in the pass, and the budget must hear of it."""
+    from fairkv_sglang.memory import prefill_budget
+
+    made: list[int] = []
+
+    class Recorder:
+        def __init__(self, allocator: object, cache: object, book: object, mixed: int = 0) -> None:
+            made.append(mixed)
+
+    class Runtime:
+        book = object()
+
+    monkeypatch.setattr(prefill_budget, "FairKVPrefillBudget", Recorder)
+    monkeypatch.setattr(scheduling, "get_runtime", Runtime)
+    scheduling.around_create_prefill_budget(None, None, None, num_mixed_decode_tokens=5)
+    assert made == [5]
