@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # behind everything else: kernels/ and patches/ must not be found first
 
 from demo.prompts import RecallPrompt, make_prompts  # noqa: E402
+from fairkv_sglang.kernels.pages import PAGE_TOKENS  # noqa: E402
 from fairkv_sglang.placement import Plan  # noqa: E402
 
 MODEL = ROOT / "demo" / "model"
@@ -240,7 +241,7 @@ def _print_summary(
     kept = state["kept"]
     heads = np.asarray(kept["tokens"]).size
     page = state["ranks"][0]["page_bytes"]
-    token_bytes = page // 16
+    token_bytes = page // PAGE_TOKENS
     full_bytes = kept["prompt_tokens"] * heads * token_bytes
     kept_bytes = int(np.sum(kept["tokens"])) * token_bytes
     table = Table(title="with and without FairKV", title_justify="left")

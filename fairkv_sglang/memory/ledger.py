@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-PAGE_TOKENS = 16
+from fairkv_sglang.kernels.pages import PAGE_TOKENS
+
 Pages = NDArray[np.int64]
 
 
