@@ -47,6 +47,16 @@ def _bytes(x: torch.Tensor, what: str, shape: tuple[int, ...], dtype: torch.dtyp
     return [x.data_ptr(), row * size, column * size]
 
 
+def _arena(pages: HeadPages) -> tuple[int, int, int]:
+    """Addresses of keys and values, and bytes of a row of either."""
+    if not pages.by_columns:
+        raise ValueError("the CPU kernels need pages that hold keys by columns")
+    row_bytes = pages.head_dim * pages.v_pages.element_size()
+    if row_bytes % 4:
+        raise ValueError(f"the CPU kernels need rows of whole 32-bit words, not {row_bytes} bytes")
+    return pages.k_pages.data_ptr(), pages.v_pages.data_ptr(), row_bytes
+
+
 def set_owned(pages: HeadPages, row: int, owned: torch.Tensor) -> None:
     if row == PADDING_ROW:
         raise ValueError(f"row {PADDING_ROW} pads batches and owns no lane; use a row from 1 on")
@@ -79,8 +89,7 @@ def store_kept(
     shape = (k_pool.shape[0], counts.shape[0], pages.head_dim)
     k = _bytes(k_pool, "k_pool", shape, pages.dtype)
     v = _bytes(v_pool, "v_pool", shape, pages.dtype)
-    row_bytes = pages.head_dim * pages.k_pages.element_size()
-    arena = (pages.k_pages.data_ptr(), pages.v_pages.data_ptr(), row_bytes)
+    arena = _arena(pages)
     _check(
         numba_pages.store_kept(
             *_state(pages), row, lane_lo, *arena, *k, *v, k_pool.shape[0],
@@ -93,9 +102,7 @@ def append(pages: HeadPages, slots: torch.Tensor, k: torch.Tensor, v: torch.Tens
     shape = (*slots.shape, pages.head_dim)
     of_k = _bytes(k, "k", shape, pages.dtype)
     of_v = _bytes(v, "v", shape, pages.dtype)
-    row_bytes = pages.head_dim * pages.k_pages.element_size()
-    to = (pages.k_pages.data_ptr(), pages.v_pages.data_ptr(), row_bytes)
-    numba_pages.append(slots.numpy(), *to, *of_k, *of_v)
+    numba_pages.append(slots.numpy(), *_arena(pages), *of_k, *of_v)
 
 
 @functools.cache
@@ -146,7 +153,7 @@ def decode(
         raise ValueError("out must be contiguous in its last two dimensions")
     run = _kernel(pages.dtype, group, pages.head_dim)
     head = (*_state(pages)[:3], rows.numpy(), lane_lo, n)
-    tail = (pages.k_pages.data_ptr(), pages.v_pages.data_ptr(), *of_q, to, to_row)
+    tail = (*_arena(pages)[:2], *of_q, to, to_row)
     scale = scale * numba_decode.LOG2_E
     first, *others = _parts(pages, rows, lane_lo, n)
     if not others:

@@ -15,18 +15,22 @@ from collections.abc import Callable
 
 import numba as nb
 import numpy as np
+from llvmlite.binding import get_host_cpu_features
 from numba.core import types
 
 from . import simd
 from .numba_pages import I64, I64_1D, LENS, OWNED, TABLE
 from .pages import PAGE_TOKENS
-from .simd import accumulate, highest_of, load_row, prefetch, scores, store_row
+from .simd import accumulate, highest_of, load_row, scores, store_row
 
 BLOCK = 256
 """Tokens whose scores are held at once; their float32 scores stay in the first-level cache."""
 
-AHEAD_BYTES = 4096
+AHEAD_BYTES = 16384
 """How far ahead of the reads pages are asked for."""
+
+HEADS_AT_ONCE = 8 if get_host_cpu_features().get("avx512f") else 4
+"""Query heads whose scores of a page stay in registers."""
 
 LOG2_E = math.log2(math.e)
 FLAGS = {"contract", "reassoc", "arcp", "nsz"}  # fast-math but for NaN and infinity
@@ -59,21 +63,14 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
     """Compiled decode for one dtype code of `simd`, query heads per KV head and head dimension."""
     row_bytes = dim * simd.ITEM_BYTES[code]
     page_bytes, s_bytes, f_bytes = PAGE_TOKENS * row_bytes, BLOCK * 4, dim * 4
-    # Query heads are taken in fours, then a pair, then a single one; the values' tile takes fewer
-    # where the sums of four would not fit the registers.
-    fours, pairs = group // 4 * 4, group // 2 * 2
+    # Query heads are taken together as far as their sums fit the registers: scores need one vector
+    # a head and a few more, values a whole row. The first to read a page asks for a later one.
+    tall = min(group, HEADS_AT_ONCE)
+    rest = group % tall
     wide = min(4 if dim <= 96 else 2 if dim <= 192 else 1, 1 << (group.bit_length() - 1))
     ahead = min(BLOCK // PAGE_TOKENS, max(1, AHEAD_BYTES // page_bytes))
-    jump_bytes = min(page_bytes, AHEAD_BYTES)
 
     signature = types.void(TABLE, LENS, OWNED, I64_1D, *([I64] * 11), types.float32)
-
-    @nb.njit(inline="always")  # type: ignore[untyped-decorator]
-    def ask(before, address):  # type: ignore[no-untyped-def]
-        """Prefetch a page where the stream jumps; the CPU follows consecutive pages by itself."""
-        if address != before + page_bytes:
-            for offset in range(0, jump_bytes, simd.LINE_BYTES):
-                prefetch(address + offset)
 
     @nb.njit(signature, cache=True, nogil=True, fastmath=FLAGS, error_model="numpy")  # type: ignore[untyped-decorator]
     def decode(  # type: ignore[no-untyped-def]
@@ -83,7 +80,9 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
         qf = np.empty((group, dim), np.float32)
         acc = np.empty((group, dim), np.float32)
         s = np.empty((group, BLOCK), np.float32)
+        max_pages = table.shape[2]
         order = np.empty(2 * BLOCK // PAGE_TOKENS + ahead, np.int64)
+        asked = np.empty(2 * BLOCK // PAGE_TOKENS, np.int64)
         top = np.empty(group, np.float32)
         total = np.empty(group, np.float32)
         s_at, q_at, acc_at = s.ctypes.data, qf.ctypes.data, acc.ctypes.data
@@ -91,6 +90,8 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
             i, head = item // n, item % n
             row, lane = rows[i], lane_lo + head
             length = nb.int64(lens[row, lane]) if owned[row, lane] else 0
+            after = min(item + 1, last - 1)
+            next_row, next_lane = rows[after // n], lane_lo + after % n
             out_at = out + i * out_row + head * group * row_bytes
             for h in range(group):
                 top[h], total[h] = LOWEST, 0
@@ -106,7 +107,7 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
             for start in range(0, length, BLOCK):
                 count = min(length - start, BLOCK)
                 pages = (count + PAGE_TOKENS - 1) // PAGE_TOKENS
-                # Pages in the order of reading: keys, values, keys of the next block.
+                # Pages in the order of reading: keys, values, keys of the next block or item.
                 first_page = start // PAGE_TOKENS
                 beyond = min(ahead, (length + PAGE_TOKENS - 1) // PAGE_TOKENS - first_page - pages)
                 for p in range(pages + beyond):
@@ -114,21 +115,23 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
                     order[p if p < pages else p + pages] = k_pages + page
                     if p < pages:
                         order[pages + p] = v_pages + page
-                for p in range(2 * pages + beyond, 2 * pages + ahead):
-                    order[p] = order[2 * pages - 1]
+                for p in range(ahead - beyond):
+                    page = nb.int64(table[next_row, next_lane, min(p, max_pages - 1)]) * page_bytes
+                    order[2 * pages + beyond + p] = k_pages + page
+                # The CPU follows consecutive pages by itself, faster than one can ask for them:
+                # there the page at hand stands for the later one.
+                for p in range(2 * pages):
+                    follows = order[p + ahead] == order[p + ahead - 1] + page_bytes
+                    asked[p] = order[p] if follows else order[p + ahead]
                 for p in range(pages):
-                    ask(order[p + ahead - 1], order[p + ahead])
-                    at, s_p = order[p], s_at + p * PAGE_TOKENS * 4
-                    tokens = min(count - p * PAGE_TOKENS, PAGE_TOKENS)
-                    for h in range(0, fours, 4):
+                    at, later, s_p = order[p], asked[p], s_at + p * PAGE_TOKENS * 4
+                    scores(q_at, at, s_p, BLOCK, later, tall, dim, code, 1)
+                    for h in range(tall, group - rest, tall):
                         q_h, s_h = q_at + h * f_bytes, s_p + h * s_bytes
-                        scores(q_h, at, s_h, BLOCK, tokens, 4, dim, code)
-                    if group & 2:
-                        q_h, s_h = q_at + fours * f_bytes, s_p + fours * s_bytes
-                        scores(q_h, at, s_h, BLOCK, tokens, 2, dim, code)
-                    if group & 1:
-                        q_h, s_h = q_at + pairs * f_bytes, s_p + pairs * s_bytes
-                        scores(q_h, at, s_h, BLOCK, tokens, 1, dim, code)
+                        scores(q_h, at, s_h, BLOCK, later, tall, dim, code, 0)
+                    if rest > 0:
+                        q_h, s_h = q_at + (group - rest) * f_bytes, s_p + (group - rest) * s_bytes
+                        scores(q_h, at, s_h, BLOCK, later, rest, dim, code, 0)
                 padded = pages * PAGE_TOKENS
                 for h in range(group):
                     for t in range(count, padded):
@@ -148,45 +151,22 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
                         part += e
                     total[h] += part + check
                 for p in range(pages):
-                    ask(order[pages + p + ahead - 1], order[pages + p + ahead])
-                    at, p_at = order[pages + p], s_at + p * PAGE_TOKENS * 4
+                    at, later = order[pages + p], asked[pages + p]
+                    p_at = s_at + p * PAGE_TOKENS * 4
                     tokens = min(count - p * PAGE_TOKENS, PAGE_TOKENS)
-                    h = 0
+                    accumulate(acc_at, p_at, BLOCK, at, tokens, later, wide, dim, code, 1)
+                    h = wide
                     while h + wide <= group:
-                        accumulate(
-                            acc_at + h * f_bytes,
-                            p_at + h * s_bytes,
-                            BLOCK,
-                            at,
-                            tokens,
-                            wide,
-                            dim,
-                            code,
-                        )
+                        acc_h, p_h = acc_at + h * f_bytes, p_at + h * s_bytes
+                        accumulate(acc_h, p_h, BLOCK, at, tokens, later, wide, dim, code, 0)
                         h += wide
                     if wide > 2 and group - h >= 2:
-                        accumulate(
-                            acc_at + h * f_bytes,
-                            p_at + h * s_bytes,
-                            BLOCK,
-                            at,
-                            tokens,
-                            2,
-                            dim,
-                            code,
-                        )
+                        acc_h, p_h = acc_at + h * f_bytes, p_at + h * s_bytes
+                        accumulate(acc_h, p_h, BLOCK, at, tokens, later, 2, dim, code, 0)
                         h += 2
                     if wide > 1 and h < group:
-                        accumulate(
-                            acc_at + h * f_bytes,
-                            p_at + h * s_bytes,
-                            BLOCK,
-                            at,
-                            tokens,
-                            1,
-                            dim,
-                            code,
-                        )
+                        acc_h, p_h = acc_at + h * f_bytes, p_at + h * s_bytes
+                        accumulate(acc_h, p_h, BLOCK, at, tokens, later, 1, dim, code, 0)
             for h in range(group):
                 factor = np.float32(1) / total[h] if length > 0 else np.float32(0)
                 store_row(out_at + h * row_bytes, acc_at + h * f_bytes, factor, dim, code)

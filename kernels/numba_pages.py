@@ -3,7 +3,8 @@
 
 Every function here first counts what it needs and returns an error bit of `pages` before it
 changes anything, so an exhausted arena is never half written. Tensor data is passed as addresses
-and byte strides: one compiled version serves every dtype and every strided view.
+and byte strides: one compiled version serves every dtype and every strided view. Keys lie in their
+pages by columns (see `pages`).
 """
 
 from __future__ import annotations
@@ -47,6 +48,28 @@ def _copy(typingctx: Any, dst: Any, src: Any, nbytes: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _copy_word(typingctx: Any, dst: Any, src: Any) -> Any:
+    """Copy 4 bytes between two addresses given as integers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word_pointer = ir.IntType(32).as_pointer()
+        to = builder.inttoptr(args[0], word_pointer)
+        of = builder.inttoptr(args[1], word_pointer)
+        builder.store(builder.load(of, align=2), to, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@nb.njit(inline="always")  # type: ignore[untyped-decorator]
+def _copy_key(k_pages, slot, src, row_bytes):  # type: ignore[no-untyped-def]
+    """One key into its column: word w of the token is word (w, offset) of the page."""
+    to = k_pages + slot // PAGE_TOKENS * (PAGE_TOKENS * row_bytes) + slot % PAGE_TOKENS * 4
+    for w in range(row_bytes // 4):
+        _copy_word(to + w * (PAGE_TOKENS * 4), src + w * 4)
 
 
 @nb.njit(I64(*STATE, I64_1D, I64_2D), cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -147,9 +170,9 @@ def store_kept(  # type: ignore[no-untyped-def]
                 page = nb.int64(stack[top])
                 table[row, lane, i // PAGE_TOKENS] = page
             slot = token_slots[kept_idx[h, i]]
-            to = (page * PAGE_TOKENS + offset) * row_bytes
-            _copy(k_to + to, k_from + slot * k_stride + h * k_head, row_bytes)
-            _copy(v_to + to, v_from + slot * v_stride + h * v_head, row_bytes)
+            to = page * PAGE_TOKENS + offset
+            _copy_key(k_to, to, k_from + slot * k_stride + h * k_head, row_bytes)
+            _copy(v_to + to * row_bytes, v_from + slot * v_stride + h * v_head, row_bytes)
         lens[row, lane] = counts[h]
     count[0] = top
     return 0
@@ -165,6 +188,6 @@ def append(  # type: ignore[no-untyped-def]
     for i in range(slots.shape[0]):
         for h in range(slots.shape[1]):
             if slots[i, h] >= 0:
-                to = slots[i, h] * row_bytes
-                _copy(k_to + to, k_from + i * k_stride + h * k_head, row_bytes)
-                _copy(v_to + to, v_from + i * v_stride + h * v_head, row_bytes)
+                to = slots[i, h]
+                _copy_key(k_to, to, k_from + i * k_stride + h * k_head, row_bytes)
+                _copy(v_to + to * row_bytes, v_from + i * v_stride + h * v_head, row_bytes)

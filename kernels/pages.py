@@ -3,7 +3,13 @@
 
 A *head page* holds PAGE_TOKENS tokens of K (and of V) of one (request, lane); a *lane* is one
 (layer, head) that this rank serves. One arena serves all layers and heads, so uneven budgets waste
-at most a page per lane. Everything an operation changes lives in tensors of fixed shape on one
+at most a page per lane.
+
+Values lie in a page token by token. Keys lie *by rows* (token by token too, as FlashInfer and the
+Triton kernels read them) or *by columns*: the page transposed in 32-bit words, so that the CPU
+kernel finds one word of all 16 tokens side by side. :attr:`HeadPages.keys` reads and writes both.
+
+Everything an operation changes lives in tensors of fixed shape on one
 device, so that a decode step needs no host synchronisation and can be captured in a CUDA graph.
 """
 
@@ -57,6 +63,21 @@ def _huge(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
+def _packed(head_dim: int, dtype: torch.dtype) -> int:
+    """Neighbouring numbers of a key that stay together: those of a 32-bit word."""
+    return math.gcd(max(1, 4 // dtype.itemsize), head_dim)
+
+
+def key_shape(
+    num_pages: int, head_dim: int, dtype: torch.dtype, by_columns: bool
+) -> tuple[int, ...]:
+    """Shape of an arena of keys."""
+    if not by_columns:
+        return (num_pages, PAGE_TOKENS, head_dim)
+    packed = _packed(head_dim, dtype)
+    return (num_pages, head_dim // packed, PAGE_TOKENS, packed)
+
+
 @dataclass
 class HeadPages:
     """Arena, page tables and free stack of one rank; see the module text.
@@ -66,7 +87,7 @@ class HeadPages:
     one of those entries; table entries past them are meaningless.
     """
 
-    k_pages: torch.Tensor  # [num_pages, 16, D] model dtype
+    k_pages: torch.Tensor  # [num_pages, 16, D] model dtype, or by columns [num_pages, D/p, 16, p]
     v_pages: torch.Tensor  # [num_pages, 16, D]
     page_table: torch.Tensor  # int32 [rows, lanes, max_pages]
     lens: torch.Tensor  # int32 [rows, lanes], tokens held
@@ -86,8 +107,17 @@ class HeadPages:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        by_columns: bool | None = None,
     ) -> HeadPages:
-        """Zeroed state with every page free. ``max_pages`` bounds the pages of one (row, lane)."""
+        """Zeroed state with every page free.
+
+        Args:
+            max_pages: Most pages of one (row, lane).
+            by_columns: How keys lie in a page; None: as the device's own kernels read them.
+
+        Raises:
+            ValueError: for sizes or a dtype that no cache can have.
+        """
         for name, value in (
             ("num_pages", num_pages),
             ("rows", rows),
@@ -105,9 +135,14 @@ class HeadPages:
         def zeros(shape: tuple[int, ...], of: torch.dtype) -> torch.Tensor:
             return torch.zeros(shape, dtype=of, device=device)
 
-        shape = (num_pages, PAGE_TOKENS, head_dim)
         on_cpu = torch.device(device).type == "cpu"
-        arenas = [_huge(shape, dtype) if on_cpu else zeros(shape, dtype) for _ in range(2)]
+        if by_columns is None:
+            by_columns = on_cpu
+        shapes = (
+            key_shape(num_pages, head_dim, dtype, by_columns),
+            (num_pages, PAGE_TOKENS, head_dim),
+        )
+        arenas = [_huge(shape, dtype) if on_cpu else zeros(shape, dtype) for shape in shapes]
         # Page 0 is on top of the stack, so that a fresh arena is filled from the front.
         free = torch.arange(num_pages - 1, -1, -1, dtype=torch.int32, device=device)
         return cls(
@@ -123,11 +158,23 @@ class HeadPages:
 
     @property
     def num_pages(self) -> int:
-        return int(self.k_pages.shape[0])
+        return int(self.v_pages.shape[0])
 
     @property
     def head_dim(self) -> int:
-        return int(self.k_pages.shape[2])
+        return int(self.v_pages.shape[2])
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether pages hold keys transposed."""
+        return self.k_pages.dim() == 4
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """View ``[num_pages, 16, D/p, p]`` of the keys, token first, however they lie in a page."""
+        if self.by_columns:
+            return self.k_pages.transpose(1, 2)
+        return self.k_pages.unflatten(2, (-1, _packed(self.head_dim, self.dtype)))
 
     @property
     def rows(self) -> int:

@@ -86,14 +86,16 @@ def store_kept(
         for first in range(0, n, PAGE_TOKENS):
             page, part = _pop(pages), slot[first : first + PAGE_TOKENS]
             pages.page_table[row, j, first // PAGE_TOKENS] = page
-            pages.k_pages[page.long(), : len(part)] = k_pool[part, h]
+            keys = pages.keys
+            keys[page.long(), : len(part)] = k_pool[part, h].unflatten(1, keys.shape[2:])
             pages.v_pages[page.long(), : len(part)] = v_pool[part, h]
         pages.lens[row, j] = n
 
 
 def append(pages: HeadPages, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     live = slots >= 0
-    pages.k_pages.view(-1, pages.head_dim)[slots[live]] = k[live]
+    page, offset, keys = slots[live] // PAGE_TOKENS, slots[live] % PAGE_TOKENS, pages.keys
+    keys[page, offset] = k[live].unflatten(1, keys.shape[2:])
     pages.v_pages.view(-1, pages.head_dim)[slots[live]] = v[live]
 
 
@@ -101,7 +103,7 @@ def gather(pages: HeadPages, row: int, lane: int) -> tuple[torch.Tensor, torch.T
     """K and V rows ``[len, D]`` that (row, lane) holds, in order, copied out of the pages."""
     n = int(pages.lens[row, lane])
     ids = pages.page_table[row, lane, : _held(pages, row, lane)].long()
-    k, v = pages.k_pages[ids], pages.v_pages[ids]
+    k, v = pages.keys[ids], pages.v_pages[ids]
     return k.reshape(-1, pages.head_dim)[:n], v.reshape(-1, pages.head_dim)[:n]
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fairkv_sglang.bench.sizes import ModelSizes
 from fairkv_sglang.kernels import ops
-from fairkv_sglang.kernels.pages import PAGE_TOKENS, HeadPages
+from fairkv_sglang.kernels.pages import PAGE_TOKENS, HeadPages, key_shape
 from fairkv_sglang.placement import Plan
 
 if TYPE_CHECKING:
@@ -110,11 +110,11 @@ class Device:
         if (
             self.arenas is None
             or len(self.arenas[0]) < total
-            or self.arenas[0].shape[2] != head_dim
+            or self.arenas[1].shape[2] != head_dim
         ):
             self.arenas = None
-            shape = (total, PAGE_TOKENS, head_dim)
-            self.arenas = (self.random(*shape), self.random(*shape))
+            keys, values = self._shapes(total, head_dim)
+            self.arenas = (self.random(*keys), self.random(*values))
         table = np.zeros((batch + 1, heads, max(int(counts.max()), 1)), dtype=np.int32)
         order = np.random.default_rng(0).permutation(total).astype(np.int32)
         column = np.arange(table.shape[2])
@@ -130,9 +130,14 @@ class Device:
         )
         column = np.arange(table.shape[2])
         table[1:][column < counts[..., None]] = np.arange(total, dtype=np.int32)
-        shape = (total + spare, PAGE_TOKENS, head_dim)
-        nothing = torch.zeros((1, 1, 1), dtype=self.dtype, device=self.name).expand(shape)
-        return self._state(table, lengths, nothing, nothing, free=spare)
+        nothing = torch.zeros((), dtype=self.dtype, device=self.name)
+        keys, values = (nothing.expand(s) for s in self._shapes(total + spare, head_dim))
+        return self._state(table, lengths, keys, values, free=spare)
+
+    def _shapes(self, pages: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the arenas of keys and values."""
+        keys = key_shape(pages, head_dim, self.dtype, by_columns=not self.on_cuda)
+        return keys, (pages, PAGE_TOKENS, head_dim)
 
     def _state(
         self,

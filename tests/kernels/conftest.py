@@ -17,6 +17,7 @@ def filled(
     dtype: torch.dtype = torch.float32,
     owned: Sequence[Sequence[int]] | None = None,
     seed: int = 0,
+    by_columns: bool | None = None,
 ) -> HeadPages:
     """Pages that hold random rows of the given lengths [rows, lanes], scattered over the arena.
 
@@ -27,7 +28,9 @@ def filled(
     lengths = torch.tensor(lens, dtype=torch.int32)
     held = -(-lengths // PAGE_TOKENS)
     total, widest = int(held.sum()), int(held.max())
-    pages = HeadPages.create(total + 5, *lengths.shape, widest + 2, head_dim, dtype)
+    pages = HeadPages.create(
+        total + 5, *lengths.shape, widest + 2, head_dim, dtype, by_columns=by_columns
+    )
     order = torch.randperm(pages.num_pages, generator=make).int()
     pages.k_pages.fill_(torch.nan)
     pages.v_pages.fill_(torch.nan)
@@ -40,10 +43,9 @@ def filled(
             pages.page_table[row, lane, :count] = ids
             taken += count
             for i in range(n):
-                for arena in (pages.k_pages, pages.v_pages):
-                    arena[ids[i // PAGE_TOKENS], i % PAGE_TOKENS] = torch.randn(
-                        head_dim, generator=make
-                    ).to(dtype)
+                for arena in (pages.keys, pages.v_pages):
+                    where = arena[ids[i // PAGE_TOKENS], i % PAGE_TOKENS]
+                    where.copy_(torch.randn(head_dim, generator=make).view_as(where))
     pages.lens.copy_(lengths)
     pages.owned[1:] = 1
     if owned is not None:

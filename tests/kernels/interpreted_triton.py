@@ -57,7 +57,7 @@ def test_grow_and_append(
 ) -> None:
     monkeypatch.setattr(triton_ops, "GROW_BLOCK", block)
     owned = [[0, 0, 0], [1, 1, 1], [1, 0, 1], [1, 1, 1]]
-    slow = filled(LENS, 24, owned=owned)
+    slow = filled(LENS, 24, owned=owned, by_columns=False)
     fast = on_device(slow)
     rows = torch.tensor([3, 0, 1, 2, 0])
     make = torch.Generator().manual_seed(3)
@@ -79,7 +79,7 @@ def test_grow_and_append(
 
 
 def test_exhausted_arena_sets_the_error_bit_and_damages_nothing() -> None:
-    pages = HeadPages.create(2, 3, 2, 1, 16, torch.float32, DEVICE)
+    pages = HeadPages.create(2, 3, 2, 1, 16, torch.float32, DEVICE, by_columns=False)
     everything = torch.ones(2, dtype=torch.uint8, device=DEVICE)
     triton_ops.set_owned(pages, 1, everything)
     triton_ops.set_owned(pages, 2, everything)
@@ -106,7 +106,7 @@ def test_exhausted_arena_sets_the_error_bit_and_damages_nothing() -> None:
 def test_store_kept_and_release(filled: Callable[..., HeadPages]) -> None:
     owned = [[0, 0, 0], [1, 1, 1], [0, 0, 0], [1, 1, 1]]
     lens = [[0, 0, 0], [30, 16, 3], [0, 0, 0], [1, 0, 40]]
-    slow = filled(lens, 24, owned=owned)
+    slow = filled(lens, 24, owned=owned, by_columns=False)
     fast = on_device(slow)
     make = torch.Generator().manual_seed(5)
     pool = torch.randn((60, 5, 24), generator=make)
@@ -145,7 +145,9 @@ def test_store_kept_into_a_full_arena_changes_nothing() -> None:
         (2, 9, pages_module.ERROR_NO_FREE_PAGE),
         (9, 1, pages_module.ERROR_ROW_FULL),
     ):
-        pages = HeadPages.create(num_pages, 2, 2, max_pages, 16, torch.float32, DEVICE)
+        pages = HeadPages.create(
+            num_pages, 2, 2, max_pages, 16, torch.float32, DEVICE, by_columns=False
+        )
         triton_ops.set_owned(pages, 1, torch.ones(2, dtype=torch.uint8, device=DEVICE))
         pool = torch.ones((20, 2, 16), device=DEVICE)
         at = torch.arange(20, device=DEVICE)
@@ -161,7 +163,7 @@ def test_store_kept_into_a_full_arena_changes_nothing() -> None:
 @pytest.mark.parametrize(("group", "dim"), [(1, 16), (5, 24), (8, 32)])
 def test_decode(filled: Callable[..., HeadPages], group: int, dim: int) -> None:
     owned = [[0, 0, 0], [1, 1, 1], [1, 0, 1], [1, 1, 1]]
-    slow = filled(LENS, dim, owned=owned)
+    slow = filled(LENS, dim, owned=owned, by_columns=False)
     fast = on_device(slow)
     fused = torch.randn((4, 3 * (group + 2), dim), generator=torch.Generator().manual_seed(1))
     rows = torch.tensor([2, 0, 3, 1])
@@ -250,7 +252,7 @@ def test_flashinfer_decode_hands_over_a_correct_plan(
     monkeypatch.setattr(flashinfer_decode, "load_module", lambda *_: FakeFlashInfer())
     owned = [[0] * 4, [1, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]]
     lens = [[0] * 4, [300, 0, 16, 1], [17, 200, 0, 0], [128, 129, 900, 33]]
-    pages = filled(lens, 16, torch.bfloat16, owned=owned)
+    pages = filled(lens, 16, torch.bfloat16, owned=owned, by_columns=False)
     lane_start, group, bs = [0, 1, 4], 3, 4
     runner = flashinfer_decode.FlashInferDecode(pages, bs, lane_start, group, 0.25, spare=3)
     slots = torch.empty((bs, 4), dtype=torch.int64)
@@ -272,7 +274,7 @@ def test_flashinfer_decode_hands_over_a_correct_plan(
 
 
 def test_gather_pages_equals_twin(filled: Callable[..., HeadPages]) -> None:
-    pages = on_device(filled([[0, 0, 0], [1, 2300, 16], [17, 0, 70]], 16))
+    pages = on_device(filled([[0, 0, 0], [1, 2300, 16], [17, 0, 70]], 16, by_columns=False))
     rows = torch.tensor([2, 1, 0], device=DEVICE)
     fold = plan.Fold.create(3, [0, 2, 3], DEVICE)
     tiles = plan.plan_tiles(fold.lens(pages.lens, pages.owned, rows), 4)
