@@ -39,6 +39,10 @@ logger = logging.getLogger(__name__)
 REQUEST_SPREAD = 0.3
 
 
+# Decode time given for even lanes, which prefill waits for (placement/lanes.py).
+LANE_TOLERANCE = 1.02
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """What placement and budgets need to know of a model."""
@@ -50,6 +54,7 @@ class ModelShape:
     head_dim: int
     hidden_size: int
     dtype_bytes: int
+    device: str = "cuda"  # kind of device, whose constants the load model takes
 
 
 class FairKVRuntime:
@@ -184,7 +189,8 @@ def make_placement(
                 f"this server has {wanted[0]} layers, {wanted[1]} KV heads, TP {wanted[2]}"
             )
         return _checked(config, plan)
-    cost = CostModel(
+    cost = CostModel.for_device(
+        shape.device,
         head_dim=shape.head_dim,
         hidden_size=shape.hidden_size,
         group=shape.group_size,
@@ -192,13 +198,18 @@ def make_placement(
         kv_bytes=shape.dtype_bytes,
         batch=config.expected_batch,
     )
+    loads = scope.expected(config.expected_prompt).astype(np.float64)
+    if config.expected_output:
+        cost = cost.with_prefill(config.expected_prompt, config.expected_output)
+        loads = loads + config.expected_output / 2  # a request is half done on average
     plan = make_plan(
         config.placement,
-        scope.expected(config.expected_prompt),
+        loads,
         tp_size,
         cost=cost,
         model=shape.name,
         max_copies_per_layer=config.max_copies,
+        lane_tolerance=LANE_TOLERANCE,
         # Requests differ from a measured profile when scores decide; copies that pay for it leave
         # the router room to even that out. Static budgets do not differ.
         spread=REQUEST_SPREAD if scope.input_dependent and scope.profile is not None else 0.0,

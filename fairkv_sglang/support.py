@@ -88,8 +88,8 @@ class ModelFacts:
             generates=bool(model_config.is_generation),
         )
 
-    def shape(self) -> ModelShape:
-        """The part that budgets and placement need."""
+    def shape(self, device: str) -> ModelShape:
+        """The part that budgets and placement need, on a kind of device."""
         from fairkv_sglang.runtime import ModelShape
 
         return ModelShape(
@@ -100,6 +100,7 @@ class ModelFacts:
             head_dim=self.head_dim,
             hidden_size=self.hidden,
             dtype_bytes=self.dtype_bytes,
+            device=device,
         )
 
 
@@ -431,7 +432,7 @@ def check_split(model: ModelFacts, tp_size: int, fairkv: bool) -> None:
     )
 
 
-def check_model(config: FairKVConfig, model: ModelFacts, tp_size: int) -> None:
+def check_model(config: FairKVConfig, model: ModelFacts, tp_size: int, device: str) -> None:
     """Make the budgets and the plan as every rank will, to find out what does not fit the model.
 
     Raises:
@@ -440,7 +441,7 @@ def check_model(config: FairKVConfig, model: ModelFacts, tp_size: int) -> None:
     """
     from fairkv_sglang.runtime import make_budgets, make_placement
 
-    shape = model.shape()
+    shape = model.shape(device)
     try:
         _, scope, _ = make_budgets(config, shape.num_layers, shape.num_kv_heads)
         make_placement(config, shape, scope, tp_size)

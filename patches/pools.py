@@ -36,6 +36,7 @@ def before_load_model(runner: Any) -> None:
         head_dim=int(model.head_dim),
         hidden_size=int(model.hidden_size),
         dtype_bytes=torch.empty((), dtype=model.dtype).element_size(),
+        device=str(runner.device),
     )
     # Attention classes fall back to hidden_size // heads, which the remapper's counts would change.
     hf.head_dim = shape.head_dim

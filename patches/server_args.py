@@ -118,7 +118,7 @@ def _resolve(original: Any, server_args: Any) -> None:
     if config.enabled or on_cpu:
         support.check_split(model, view.tp_size, config.enabled)
     if config.enabled:
-        support.check_model(config, model, view.tp_size)
+        support.check_model(config, model, view.tp_size, str(view.device))
         logger.info("FairKV is on: %s", config.model_dump_json(exclude_defaults=True))
 
 

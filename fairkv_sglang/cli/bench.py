@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", type=int, default=32, help="requests of a run, sent at once (default 32)")
     add("--prompt-len", metavar="N,N", help="prompt tokens (default 1024; 8192 for virtual ranks)")
     add("--output-len", type=int, default=64, help="new tokens of a request (default 64)")
+    add(
+        "--expected-output",
+        type=int,
+        default=0,
+        help="new tokens that plans weigh prefill by (default 0: plans look at decode alone)",
+    )
     add("--seed", type=int, default=0, help="of the random token ids")
     add("--model-path", type=Path, help="a checkpoint of your own (default: one made here)")
     add("--model", default="", metavar="KEY=N,..", help="shape of the model made here")
@@ -138,6 +144,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
                 output_length=args.output_len,
                 seed=args.seed,
             ),
+            expected_output=args.expected_output,
             scope=args.scope,
             window=args.window,
             floor_alpha=args.floor_alpha,

@@ -36,7 +36,7 @@ def preview(flags: Sequence[str], as_json: bool) -> int:
         print("FairKV would be off: add --fairkv")
         return 0
     model = model_facts(server_args)
-    facts = describe(config, model, int(server_args.tp_size))
+    facts = describe(config, model, int(server_args.tp_size), str(server_args.device))
     if as_json:
         print_json(facts)
         return 0
@@ -51,17 +51,18 @@ def preview(flags: Sequence[str], as_json: bool) -> int:
     return 0
 
 
-def describe(config: FairKVConfig, model: ModelFacts, tp_size: int) -> dict[str, Any]:
+def describe(config: FairKVConfig, model: ModelFacts, tp_size: int, device: str) -> dict[str, Any]:
     """Plan and budgets of a start, in plain JSON types.
 
     Args:
         config: Resolved configuration.
         model: The model's facts.
         tp_size: Tensor-parallel ranks.
+        device: Kind of device that serves.
     """
     from fairkv_sglang.runtime import budget_text, make_budgets, make_placement
 
-    shape = model.shape()
+    shape = model.shape(device)
     _, scope, _ = make_budgets(config, shape.num_layers, shape.num_kv_heads)
     plan = make_placement(config, shape, scope, tp_size)
     expected = scope.expected(config.expected_prompt)
@@ -82,6 +83,7 @@ def describe(config: FairKVConfig, model: ModelFacts, tp_size: int) -> dict[str,
         "placement": plan.policy,
         "copies": int(plan.copy_counts().sum()),
         "fullest rank over mean": round(fullest, 4),
+        "most lanes over mean (prefill)": round(plan.info.get("lane_imbalance", 1.0), 4),
         "ranks": [
             {"rank": rank, "lanes": int(lanes[rank]), "tokens": round(float(tokens[:, rank].sum()))}
             for rank in range(tp_size)

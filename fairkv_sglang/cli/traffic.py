@@ -30,6 +30,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-byte-cost", type=float, default=1.0, help="measured; default 1")
     group.add_argument("--row-cost", type=float, default=0.0, help="per request and head")
     group.add_argument(
+        "--ops-per-byte",
+        type=float,
+        default=0.0,
+        help="operations in the time of reading a byte; default 0: computing never counts",
+    )
+    group.add_argument(
+        "--activation-passes", type=float, default=0.0, help="over a lane's activations; default 0"
+    )
+    group.add_argument(
         "--prefill-weight", type=float, default=0.0, help="0: decode only; 1: prefill counts fully"
     )
     group.add_argument("--prefill-tokens", type=float, default=2048.0, help="per decode step")
@@ -50,6 +59,9 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-extra-bytes", type=float, help="weights of all copies")
     group.add_argument("--spread", type=float, help="variation of a head's load between batches")
     group.add_argument("--spare-tolerance", type=float, help="balance under it; default 1.01")
+    group.add_argument(
+        "--lane-tolerance", type=float, help="dearer decode allowed for even prefill; default 1"
+    )
     group.add_argument("--time-limit", type=float, help="exact: seconds per layer; default 5")
 
 
@@ -89,6 +101,8 @@ def cost_model(args: argparse.Namespace, shape: ModelShape) -> CostModel:
         weight_byte_cost=0.0 if args.free_copies else args.weight_byte_cost,
         kv_byte_cost=args.kv_byte_cost,
         row_cost=args.row_cost,
+        ops_per_byte=args.ops_per_byte,
+        activation_passes=0.0 if args.free_copies else args.activation_passes,
         prefill_weight=0.0 if args.free_copies else args.prefill_weight,
         prefill_tokens=args.prefill_tokens,
         prefill_token_cost=per_token,

@@ -1,18 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load model: what a rank reads in one decode step, per layer.
 
-cost(layer, rank) = lanes * weight slice + sum over its heads of share * batch * (expected kept
+cost(layer, rank) = lanes * lane cost + sum over its heads of share * batch * (expected kept
 tokens * KV row + row cost). A step waits in every layer for the most loaded rank (all-reduce), so
-it costs the sum over layers of the maximum over ranks.
+it costs the sum over layers of the maximum over ranks. Prefill has barriers of its own: a rank
+computes every prompt for every lane, so per decode step it adds the maximum over ranks of
+lanes * prefill cost.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, Field
 
 from fairkv_sglang.placement.options import FloatArray
+
+DEVICES: dict[str, dict[str, float]] = {
+    # Dense bf16 operations over memory bandwidth: 206 (H200), 295 (H100), 156 (A100), from NVIDIA's
+    # data sheets. Kernels fuse most passes over activations. Untested on a GPU.
+    "cuda": {"ops_per_byte": 200.0, "activation_passes": 4.0},
+    # One core of a current server, float32, and torch's unfused element-wise operations: fitted to
+    # decode steps of ``fairkv bench`` (docs/performance.md).
+    "cpu": {"ops_per_byte": 4.0, "activation_passes": 8.0},
+}
+"""Constants of a kind of device for :meth:`CostModel.for_device`."""
 
 
 class CostModel(BaseModel):
@@ -23,11 +37,16 @@ class CostModel(BaseModel):
     (0.5 for 4 bit; scales counted by a slightly larger number). A kept token is one row of K and
     one of V: 2 * head_dim * kv_bytes bytes.
 
+    A lane's projections take the longer of reading its weight slice and computing it for the
+    batch, as in a roofline: ``ops_per_byte`` is the number of operations that the device does in
+    the time in which it reads a byte (0: computing never counts). ``activation_passes`` counts how
+    often the activations of a lane (q, k, v and output of every request, served here or not) are
+    read or written outside of attention: projections, rotary embedding, append.
+
     ``weight_byte_cost`` and ``kv_byte_cost`` turn bytes into cost, 1.0 each unless measured;
     ``row_cost`` is the cost of one (request, head) pair whatever its length. Prefill projects
-    every prompt token for every head served, owned or not: ``prefill_weight`` decode steps'
-    worth of that cost, ``prefill_tokens * prefill_token_cost`` per lane, is added, so that a
-    plan for prefill-heavy traffic holds fewer copies.
+    every prompt token for every head served, owned or not: per decode step ``prefill_tokens *
+    prefill_token_cost`` per lane, times ``prefill_weight``; see :meth:`with_prefill`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,14 +60,26 @@ class CostModel(BaseModel):
     weight_byte_cost: float = Field(default=1.0, ge=0.0)
     kv_byte_cost: float = Field(default=1.0, gt=0.0)
     row_cost: float = Field(default=0.0, ge=0.0)
+    ops_per_byte: float = Field(default=0.0, ge=0.0)
+    activation_passes: float = Field(default=0.0, ge=0.0)
     prefill_weight: float = Field(default=0.0, ge=0.0)
     prefill_tokens: float = Field(default=0.0, ge=0.0)
     prefill_token_cost: float = Field(default=0.0, ge=0.0)
 
+    @classmethod
+    def for_device(cls, device: str, **sizes: Any) -> CostModel:
+        """With the constants of a kind of device, ``"cpu"`` or ``"cuda"``."""
+        return cls(**{**DEVICES["cpu" if device == "cpu" else "cuda"], **sizes})
+
+    @property
+    def slice_parameters(self) -> int:
+        """Weights of one lane."""
+        return (2 * self.group + 2) * self.head_dim * self.hidden_size
+
     @property
     def slice_bytes(self) -> float:
         """Weight bytes of one lane."""
-        return (2 * self.group + 2) * self.head_dim * self.hidden_size * self.weight_bytes
+        return self.slice_parameters * self.weight_bytes
 
     @property
     def token_bytes(self) -> float:
@@ -57,9 +88,40 @@ class CostModel(BaseModel):
 
     @property
     def lane_cost(self) -> float:
-        """Cost of serving a head at all: weight slice and prefill, per decode step."""
-        prefill = self.prefill_weight * self.prefill_tokens * self.prefill_token_cost
-        return self.slice_bytes * self.weight_byte_cost + prefill
+        """Cost of serving a head at all, per decode step: its projections and activations."""
+        projections = self.slice_bytes
+        if self.ops_per_byte > 0.0:
+            computed = 2 * self.slice_parameters * self.batch / self.ops_per_byte
+            projections = max(projections, computed)
+        width = (2 * self.group + 2) * self.head_dim
+        moved = self.batch * self.activation_passes * width * self.kv_bytes
+        return projections * self.weight_byte_cost + moved * self.kv_byte_cost
+
+    @property
+    def prefill_cost(self) -> float:
+        """Cost of a lane's prefill, per decode step."""
+        return self.prefill_weight * self.prefill_tokens * self.prefill_token_cost
+
+    def with_prefill(self, prompt: float, output: float) -> CostModel:
+        """The same with prefill of requests of ``prompt`` tokens that get ``output`` new ones.
+
+        A prompt token costs two operations per weight and, on average over a causal prompt,
+        attention to half of it: two products of ``head_dim`` for each of ``group`` query heads.
+
+        Raises:
+            ValueError: without ``ops_per_byte``, which turns operations into cost.
+        """
+        if self.ops_per_byte <= 0.0:
+            raise ValueError("the cost of prefill needs ops_per_byte, operations per byte read")
+        attention = 2 * prompt * self.group * self.head_dim
+        operations = 2 * self.slice_parameters + attention
+        return self.model_copy(
+            update={
+                "prefill_weight": 1.0,
+                "prefill_tokens": self.batch * prompt / output,
+                "prefill_token_cost": operations / self.ops_per_byte * self.weight_byte_cost,
+            }
+        )
 
     def head_cost(self, loads: ArrayLike) -> FloatArray:
         """Cost of all requests of each head, ``[L, H]``, from expected kept tokens ``[L, H]``."""

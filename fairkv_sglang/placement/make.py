@@ -47,6 +47,7 @@ def make_problem(
         slice_bytes=cost.slice_bytes,
         samples=None if seen is None else cost.head_cost(seen),
         batch=cost.batch,
+        prefill=cost.prefill_cost,
     )
 
 
@@ -101,6 +102,7 @@ def figures(problem: Problem, shares: FloatArray) -> dict[str, Any]:
         "token_imbalance": _ratio(
             float(tokens.max(axis=1).sum()), float(tokens.mean(axis=1).sum())
         ),
+        "lane_imbalance": _lane_imbalance(shares),
         "step_cost": step,
         "step_lower_bound": low,
         "step_over_bound": _ratio(step, low),
@@ -112,6 +114,12 @@ def figures(problem: Problem, shares: FloatArray) -> dict[str, Any]:
         "capacity_imbalance": _ratio(float(totals.max()), float(totals.mean())),
         **problem.notes,
     }
+
+
+def _lane_imbalance(shares: FloatArray) -> float:
+    """Lanes of the rank with the most over the mean, over all layers: who waits in prefill."""
+    lanes = (shares > 0).sum(axis=2)
+    return _ratio(float(lanes.max(axis=1).sum()), float(lanes.mean(axis=1).sum()))
 
 
 def _ratio(value: float, base: float) -> float:

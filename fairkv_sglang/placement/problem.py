@@ -18,7 +18,8 @@ class Problem:
     tokens: ``[L, H]`` expected kept tokens. costs: ``[L, H]`` the same in cost units for the
     whole batch. lane: cost of a head served at all (0: copies are free). slice_bytes: weight bytes
     of a lane, for the limit on extra bytes. samples: ``[N, L, H]`` costs as if the whole batch were
-    like one sampled request. batch: requests served at a time. notes: what a policy wants to
+    like one sampled request. batch: requests served at a time. prefill: cost of a lane in prefill,
+    per decode step, which waits for the rank with the most lanes. notes: what a policy wants to
     say about its run (solver status, gap); ends up in ``Plan.info``.
     """
 
@@ -29,6 +30,7 @@ class Problem:
     slice_bytes: float
     samples: FloatArray | None = None
     batch: float = 32.0
+    prefill: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -44,6 +46,12 @@ class Problem:
         lanes = (shares > 0).sum(axis=2)
         used: FloatArray = np.einsum("lrh,lh->lr", shares, self.costs)
         cost: FloatArray = used + self.lane * lanes
+        return cost
+
+    def step_costs(self, shares: FloatArray) -> FloatArray:
+        """``[L]``: the fullest rank's decode, and the prefill of the rank with the most lanes."""
+        lanes = (shares > 0).sum(axis=2)
+        cost: FloatArray = self.rank_costs(shares).max(axis=1) + self.prefill * lanes.max(axis=1)
         return cost
 
     def lower_bound(self) -> FloatArray:

@@ -65,7 +65,7 @@ def add_spares(
     while added < room and sum(layer.level for layer in layers) > goal:
         gains = [nexts[i][0] if layer.copies < per_layer else 0.0 for i, layer in enumerate(layers)]
         index = int(np.argmax(gains))
-        if gains[index] <= _MIN_GAIN * layers[index].level:
+        if gains[index] <= max(_MIN_GAIN * layers[index].level, problem.prefill):
             break
         layers[index].add(*nexts[index][1:])
         nexts[index] = layers[index].next_edge()

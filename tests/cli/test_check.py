@@ -29,8 +29,8 @@ def test_budgets_and_plan_of_a_start(tmp_path: Path) -> None:
     profile = tmp_path / "profile.json"
     HeadProfile(model="m", shares=shares, meta={}).save(profile)
     options = {"enabled": True, "budget": 256, "profile": str(profile), "expected_prompt": 2048}
-    plain = describe(from_mapping({**options, "placement": "contiguous"}), MODEL, 4)
-    fair = describe(from_mapping(options), MODEL, 4)
+    plain = describe(from_mapping({**options, "placement": "contiguous"}), MODEL, 4, "cuda")
+    fair = describe(from_mapping(options), MODEL, 4, "cuda")
     assert plain["copies"] == 0 and plain["fullest rank over mean"] > 1.5
     assert fair["fullest rank over mean"] < plain["fullest rank over mean"]
     for start in (plain, fair):

@@ -11,6 +11,7 @@ import numpy as np
 
 from fairkv_sglang.placement.choose import choose_copies
 from fairkv_sglang.placement.curves import Curves, layer_curves
+from fairkv_sglang.placement.lanes import even_lanes
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
 from fairkv_sglang.placement.policies.contiguous import contiguous
 from fairkv_sglang.placement.problem import Problem
@@ -31,6 +32,7 @@ def fair_copying(problem: Problem, options: PlanOptions) -> FloatArray:
     while True:
         shares = _build(problem, options, curves, most)
         shares = _not_worse_than_contiguous(problem, options, shares)
+        shares = even_lanes(problem, options, shares)
         shares = add_spares(problem, shares, options, most)
         limit = options.max_copies_per_rank
         if limit is None:
