@@ -24,6 +24,9 @@ METRICS: dict[str, Callable[[Run], float | None]] = {
     ),
     "seconds": lambda run: run["seconds"],
     "ttft_s": lambda run: statistics.median(run["ttft"]) if run["ttft"] else None,
+    "ttft_p99_s": lambda run: _tail(run["ttft"]),
+    "prefill_s": lambda run: max(run["measured"].get("prefill_s", []), default=None),
+    "compress_share": lambda run: _compress_share(run),
     "itl_ms": lambda run: 1e3 * statistics.median(run["itl"]) if run["itl"] else None,
     "retractions": lambda run: run["retractions"],
     "peak_requests": lambda run: run["measured"].get("peak_batch"),
@@ -45,6 +48,20 @@ PER_RANK = ("step_ms", "collective_ms", "waiting_ms", "compute_ms", "cpu_ms", "r
 """Lists by rank in the ranks' measurements; medians over rounds are reported."""
 
 COMPARED = ("output_tokens_per_s", "total_tokens_per_s", "decode_tokens_per_s")
+
+
+def _compress_share(run: Run) -> float | None:
+    """Scoring, selection and copying over all of prefill, on the rank where it is most."""
+    ranks = (run.get("fairkv") or {}).get("ranks", [])
+    return max(
+        (r["compress_seconds"] / r["prefill_seconds"] for r in ranks if r.get("prefill_seconds")),
+        default=None,
+    )
+
+
+def _tail(values: Sequence[float]) -> float | None:
+    """The 99th percentile (of fewer than 100 values: the largest)."""
+    return sorted(values)[max(0, -(-99 * len(values) // 100) - 1)] if values else None
 
 
 def _decode_rate(measured: Run) -> float | None:
@@ -194,6 +211,7 @@ def _plan(run: Run) -> dict[str, Any]:
         "copies": state["copies"],
         "planned_balancedness": 1 / planned if planned else None,
         "lanes": [rank["lanes"] for rank in state["ranks"]],
+        "lane_imbalance": state["planned"].get("lane_imbalance"),
         "decisions_agree": state["decisions_agree"],
     }
 

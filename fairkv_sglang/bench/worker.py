@@ -9,6 +9,7 @@ environment, so engines of different variants cannot share a process.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -68,7 +69,7 @@ def _state(engine: Any) -> dict[str, Any]:
 
 
 def run(engine: Any, workload: Workload, vocab: int, round_index: int) -> dict[str, Any]:
-    """All requests at once, once.
+    """All requests once, at once or as they arrive.
 
     Returns:
         ``seconds`` of wall-clock time; ``ttft`` and ``itl`` of each request in seconds, where the
@@ -80,7 +81,14 @@ def run(engine: Any, workload: Workload, vocab: int, round_index: int) -> dict[s
     _state(engine)  # the recording starts anew
     started = time.perf_counter()
     clock = time.time()
-    results = engine.generate(input_ids=prompts, sampling_params=sampling)
+    if workload.request_rate is None:
+        results = engine.generate(input_ids=prompts, sampling_params=sampling)
+        sent = [clock] * len(prompts)
+    else:
+        arrivals = workload.arrivals(round_index)
+        serving = _serve(engine, prompts, sampling, arrivals)
+        pairs = engine.loop.run_until_complete(serving)
+        sent, results = [at for at, _ in pairs], [result for _, result in pairs]
     seconds = time.perf_counter() - started
     infos = [result["meta_info"] for result in results]
     tokens = sum(info["completion_tokens"] for info in infos)
@@ -90,24 +98,37 @@ def run(engine: Any, workload: Workload, vocab: int, round_index: int) -> dict[s
         "seconds": seconds,
         "output_tokens": tokens,
         "prompt_tokens": sum(map(len, prompts)),
-        **_latencies(infos, clock, seconds),
+        **_latencies(infos, sent),
         "retractions": sum(info.get("num_retractions") or 0 for info in infos),
         **_state(engine),
     }
 
 
-def _latencies(infos: list[dict[str, Any]], sent: float, seconds: float) -> dict[str, list[float]]:
+async def _serve(
+    engine: Any, prompts: list[list[int]], sampling: dict[str, Any], arrivals: list[float]
+) -> list[tuple[float, dict[str, Any]]]:
+    """Each request at its time: when it was sent, and its result."""
+
+    async def one(prompt: list[int], delay: float) -> tuple[float, dict[str, Any]]:
+        await asyncio.sleep(delay)
+        sent = time.time()
+        return sent, await engine.async_generate(input_ids=prompt, sampling_params=sampling)
+
+    return await asyncio.gather(*map(one, prompts, arrivals))
+
+
+def _latencies(infos: list[dict[str, Any]], sent: list[float]) -> dict[str, list[float]]:
     """Time to first token and mean time between tokens of each request, from the scheduler's own
     time stamps (``enable_metrics``); streaming would cost processor time that the ranks need.
     """
     ttft, itl = [], []
-    for info in infos:
+    for info, start in zip(infos, sent, strict=True):
         first = info.get("prefill_finished_time")
         if first is None:
             continue
-        ttft.append(first - sent)
+        ttft.append(first - start)
         if info["completion_tokens"] > 1 and "e2e_latency" in info:
-            rest = info["e2e_latency"] - (first - sent)
+            rest = info["e2e_latency"] - (first - start)
             itl.append(rest / (info["completion_tokens"] - 1))
     return {"ttft": ttft, "itl": itl}
 

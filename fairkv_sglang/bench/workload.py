@@ -18,10 +18,11 @@ class Workload(BaseModel):
     """What every variant is asked to do.
 
     Attributes:
-        prompts: Number of requests, all sent at once.
+        prompts: Number of requests.
         prompt_lengths: Tokens of a prompt; requests take them in turn.
         output_length: New tokens of each request; the end of sequence is ignored.
-        seed: Of the token ids.
+        seed: Of the token ids and arrivals.
+        request_rate: Requests per second of a Poisson process; None: all at once.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +31,7 @@ class Workload(BaseModel):
     prompt_lengths: tuple[int, ...] = Field(min_length=1)
     output_length: int = Field(gt=1)
     seed: int = 0
+    request_rate: float | None = Field(default=None, gt=0)
 
     def lengths(self) -> list[int]:
         """Prompt length of each request."""
@@ -58,6 +60,15 @@ class Workload(BaseModel):
         return [
             generator.integers(FIRST_ID, vocab, size=length).tolist() for length in self.lengths()
         ]
+
+    def arrivals(self, round_index: int = 0) -> list[float]:
+        """Seconds after the start of a round at which each request is sent, ascending."""
+        if self.request_rate is None:
+            return [0.0] * self.prompts
+        generator = np.random.default_rng([self.seed, round_index, 1])
+        gaps = generator.exponential(1 / self.request_rate, size=self.prompts)
+        times: list[float] = (np.cumsum(gaps) - gaps[0]).tolist()
+        return times
 
 
 def portable(settings: dict[str, Any]) -> dict[str, Any]:

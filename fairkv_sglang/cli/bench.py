@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="new tokens that plans weigh prefill by (default 0: plans look at decode alone)",
     )
+    add("--request-rate", type=float, help="requests per second (default: all at once)")
     add("--seed", type=int, default=0, help="of the random token ids")
     add("--model-path", type=Path, help="a checkpoint of your own (default: one made here)")
     add("--model", default="", metavar="KEY=N,..", help="shape of the model made here")
@@ -143,6 +144,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
                 prompt_lengths=parse_ints(args.prompt_len or "1024", "--prompt-len"),
                 output_length=args.output_len,
                 seed=args.seed,
+                request_rate=args.request_rate,
             ),
             expected_output=args.expected_output,
             scope=args.scope,

@@ -43,3 +43,13 @@ def test_lists_of_names() -> None:
 def test_result_files_do_not_tell_where_things_lie() -> None:
     found = portable({"profile": "/home/me/data/a/b.json", "model_path": None, "rounds": 3})
     assert found == {"profile": "data/a/b.json", "model_path": None, "rounds": 3}
+
+
+def test_arrivals_are_poisson_and_the_same_for_every_variant() -> None:
+    at_once = Workload(prompts=3, prompt_lengths=(5,), output_length=2)
+    assert at_once.arrivals() == [0.0, 0.0, 0.0]
+    work = Workload(prompts=2000, prompt_lengths=(5,), output_length=2, request_rate=4.0)
+    times = work.arrivals(1)
+    assert times == work.arrivals(1) != work.arrivals(2)
+    assert times[0] == 0.0 and times == sorted(times)
+    assert times[-1] == pytest.approx(2000 / 4, rel=0.1)
