@@ -29,9 +29,9 @@ def create_attention_backend(runner: Any) -> Any:
 
         prefill = FlashInferPrefill(runner, runtime)
     else:
-        from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+        from fairkv_sglang.attention.cpu_prefill import CpuPrefill
 
-        prefill = TorchNativeAttnBackend(runner)
+        prefill = CpuPrefill(runner)
     group = get_tp_group().device_group if runtime.tp_size > 1 else None
     return FairKVAttnBackend(runner, prefill, make_decoder(runtime, device), runtime, group)
 

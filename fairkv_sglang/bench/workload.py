@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FIRST_ID = 3
 """Ids below are special tokens of the models that the benchmark builds."""
@@ -22,6 +22,8 @@ class Workload(BaseModel):
         prompt_lengths: Tokens of a prompt; requests take them in turn.
         output_length: New tokens of each request; the end of sequence is ignored.
         seed: Of the token ids and arrivals.
+        shared_prefix: First tokens that all prompts of a round have in common, as questions about
+            one document have: computed once (prefix cache), read in decode for each.
         request_rate: Requests per second of a Poisson process; None: all at once.
     """
 
@@ -31,7 +33,17 @@ class Workload(BaseModel):
     prompt_lengths: tuple[int, ...] = Field(min_length=1)
     output_length: int = Field(gt=1)
     seed: int = 0
+    shared_prefix: int = Field(default=0, ge=0)
     request_rate: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _prompts_differ(self) -> Self:
+        if self.shared_prefix >= min(self.prompt_lengths):
+            raise ValueError(
+                f"a shared prefix of {self.shared_prefix} tokens leaves nothing of a prompt of "
+                f"{min(self.prompt_lengths)}; give a shorter one"
+            )
+        return self
 
     def lengths(self) -> list[int]:
         """Prompt length of each request."""
@@ -49,7 +61,7 @@ class Workload(BaseModel):
         return float(np.mean(self.lengths()))
 
     def make(self, vocab: int, round_index: int = 0) -> list[list[int]]:
-        """Prompts of a round; no two share a prefix, whatever the round.
+        """Prompts of a round; no two share more than ``shared_prefix``, and rounds nothing.
 
         Raises:
             ValueError: for a vocabulary without ordinary ids.
@@ -57,8 +69,10 @@ class Workload(BaseModel):
         if vocab <= FIRST_ID + 1:
             raise ValueError(f"a vocabulary of {vocab} has no ids for random prompts")
         generator = np.random.default_rng([self.seed, round_index])
+        shared = generator.integers(FIRST_ID, vocab, size=self.shared_prefix).tolist()
         return [
-            generator.integers(FIRST_ID, vocab, size=length).tolist() for length in self.lengths()
+            shared + generator.integers(FIRST_ID, vocab, size=length - len(shared)).tolist()
+            for length in self.lengths()
         ]
 
     def arrivals(self, round_index: int = 0) -> list[float]:

@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="new tokens that plans weigh prefill by (default 0: plans look at decode alone)",
     )
+    add(
+        "--shared-prefix",
+        type=int,
+        default=0,
+        help="first tokens that all prompts have in common: prefill is short, decode is not",
+    )
     add("--request-rate", type=float, help="requests per second (default: all at once)")
     add("--seed", type=int, default=0, help="of the random token ids")
     add("--model-path", type=Path, help="a checkpoint of your own (default: one made here)")
@@ -144,6 +150,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
                 prompt_lengths=parse_ints(args.prompt_len or "1024", "--prompt-len"),
                 output_length=args.output_len,
                 seed=args.seed,
+                shared_prefix=args.shared_prefix,
                 request_rate=args.request_rate,
             ),
             expected_output=args.expected_output,
@@ -160,5 +167,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         )
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # about more than one flag
+            raise ValueError(first["msg"].removeprefix("Value error, ")) from None
         name = "--" + str(first["loc"][-1]).replace("_", "-")
         raise ValueError(f"{name}: {first['msg']}, got {first['input']!r}") from None

@@ -53,3 +53,13 @@ def test_arrivals_are_poisson_and_the_same_for_every_variant() -> None:
     assert times == work.arrivals(1) != work.arrivals(2)
     assert times[0] == 0.0 and times == sorted(times)
     assert times[-1] == pytest.approx(2000 / 4, rel=0.1)
+
+
+def test_shared_prefix() -> None:
+    work = Workload(prompts=3, prompt_lengths=(9, 12), output_length=2, shared_prefix=8)
+    first, second = work.make(1000), work.make(1000, 1)
+    assert [len(prompt) for prompt in first] == [9, 12, 9]
+    assert len({tuple(prompt[:8]) for prompt in first}) == 1
+    assert first[0][:8] != second[0][:8]
+    with pytest.raises(ValueError, match="leaves nothing of a prompt of 9"):
+        Workload(prompts=1, prompt_lengths=(9,), output_length=2, shared_prefix=9)
