@@ -95,7 +95,7 @@ def _flashinfer_plan(
         False,  # disable_split_kv
         0,  # num_colocated_ctas
     ]  # fmt: skip
-    if __version__ != "0.6.15.post1":
+    if not __version__.startswith("0.6.15"):
         arguments.append(0)  # uniform_q_len
     info = [int(x) for x in load_module(dtype, head_dim).plan(*arguments)]
     torch.cuda.synchronize(device)

@@ -22,7 +22,7 @@ import triton.language as tl
 from .pages import PAGE_TOKENS, HeadPages
 from .plan import Fold, Tiles, csr_starts, plan_tiles
 
-TESTED = ("0.6.15.post1", "0.6.18", "0.7.2")
+TESTED = ("0.6.15", "0.6.15.post1", "0.6.18", "0.7.2")
 """FlashInfer versions whose plan layout was read in source and found equal."""
 
 PLAN_FIELDS = 15
@@ -149,6 +149,8 @@ class FlashInferDecode:
         spare: tiles beyond one per row; None = two per multiprocessor.
         kv_indices: page lists of another object over the same pages; one plan is live at a time,
             so all batch sizes can share them.
+        module: what runs the plan; None: FlashInfer's kernel. `flashinfer_model` has another for
+            checks.
     """
 
     def __init__(
@@ -162,6 +164,7 @@ class FlashInferDecode:
         float_workspace: torch.Tensor | None = None,
         longest_first: bool = True,
         kv_indices: torch.Tensor | None = None,
+        module: Any = None,
     ) -> None:
         if pages.dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(
@@ -201,7 +204,7 @@ class FlashInferDecode:
         ]
         self.k = pages.k_pages.unsqueeze(2)  # [pages, 16, 1 head, D]
         self.v = pages.v_pages.unsqueeze(2)
-        self.module = load_module(pages.dtype, pages.head_dim)
+        self.module = module or load_module(pages.dtype, pages.head_dim)
 
     def plan(self, rows: torch.Tensor) -> None:
         """Once per step, after `ops.grow`: work lists of all layers for rows int64 [bs]."""

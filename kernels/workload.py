@@ -38,17 +38,21 @@ def resident(
     device: torch.device | str = "cpu",
     scattered: bool = False,
     seed: int = 0,
+    by_columns: bool | None = None,
 ) -> HeadPages:
     """Random head pages in which row i + 1 holds lens[i, lane] tokens; row 0 pads.
 
     Args:
         lens: integer [bs, lanes].
         scattered: pages of a lane at random places of the arena instead of in runs.
+        by_columns: how keys lie in a page; None: as the device's own kernels read them.
     """
     bs, lanes = lens.shape
     held = (lens + (PAGE_TOKENS - 1)) // PAGE_TOKENS
     total, widest = int(held.sum()), int(held.max()) + 1
-    pages = HeadPages.create(total + bs * lanes, bs + 1, lanes, widest, head_dim, dtype, device)
+    pages = HeadPages.create(
+        total + bs * lanes, bs + 1, lanes, widest, head_dim, dtype, device, by_columns
+    )
     make = torch.Generator(pages.device).manual_seed(seed)
     pages.k_pages.normal_(generator=make)
     pages.v_pages.normal_(generator=make)

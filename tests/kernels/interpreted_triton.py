@@ -26,6 +26,7 @@ from fairkv_sglang.kernels import (
     triton_score,
 )
 from fairkv_sglang.kernels import pages as pages_module
+from fairkv_sglang.kernels.flashinfer_model import FlashInferModel
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 LENS = [[0, 0, 0], [1, 15, 16], [17, 0, 70], [64, 130, 3]]
@@ -197,64 +198,16 @@ def test_warm_up_leaves_nothing_behind() -> None:
     assert triton_ops.warm_up(torch.float32, 16, 2, DEVICE) > 0
 
 
-class FakeFlashInfer:
-    """FA2 paged kernel and merge in torch, from the arrays that the plan points to."""
-
-    def paged_run(self, *arguments: object) -> None:
-        (floats, ints, info, q, k, v, qo_indptr, kv_indptr, indices, last, out, *rest) = arguments
-        assert len(arguments) == 31
-        assert rest[:5] == [None, 0, 0, -1, False]
-        assert rest[5:13] == [None] * 6 + [0.0, 0.25]
-        tiles, rows, group, dim = info[0], info[1], q.shape[1], q.shape[2]
-
-        def ints_at(field: int, count: int, kind: torch.dtype = torch.int32) -> list[int]:
-            part = ints[info[field] : info[field] + count * kind.itemsize]
-            return part.clone().view(kind).tolist()
-
-        assert info[11] % 16 == 0
-        assert info[11] >= tiles * group * dim * q.element_size()
-        assert floats.numel() >= info[11] + tiles * group * 4
-        assert (info[3], info[10], info[13], info[14]) == (16, 0, 1, 1)
-        assert ints_at(2, 1) == [rows] == [len(last)] == [len(kv_indptr) - 1]
-        assert qo_indptr.tolist() == list(range(rows + 1))
-        assert ints_at(5, tiles) == [0] * tiles
-        request, tile = ints_at(4, tiles), ints_at(6, tiles)
-        o_indptr, (chunk,) = ints_at(8, rows + 1), ints_at(9, 1)
-        assert ints_at(7, rows + 1) == o_indptr
-        partial: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for j in range(tiles):
-            if not ints_at(12, tiles, torch.uint8)[j]:
-                continue
-            row = request[j]
-            first, end = int(kv_indptr[row]), int(kv_indptr[row + 1])
-            length = (end - first - 1) * 16 + int(last[row]) if end > first else 0
-            ids = indices[first:end].long()
-            part = slice(tile[j] * chunk, min((tile[j] + 1) * chunk, length))
-            keys = k[ids, :, 0].reshape(-1, dim)[part].double()
-            values = v[ids, :, 0].reshape(-1, dim)[part].double()
-            s = q[row].double() @ keys.T * 0.25
-            at = o_indptr[row] + tile[j]
-            assert at not in partial
-            partial[at] = (s.logsumexp(1), s.softmax(1) @ values)
-        for row in range(rows):
-            mine = [partial[at] for at in range(o_indptr[row], o_indptr[row + 1])]
-            out[row] = 0
-            if mine:
-                weights = torch.stack([lse for lse, _ in mine]).softmax(0)
-                out[row] = sum(w[:, None] * o for w, (_, o) in zip(weights, mine, strict=True))
-
-
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the real FlashInfer is checked")
-def test_flashinfer_decode_hands_over_a_correct_plan(
-    filled: Callable[..., HeadPages], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flashinfer_decode_hands_over_a_correct_plan(filled: Callable[..., HeadPages]) -> None:
     """Uneven heads per layer, rows that are not served, padding rows, changing lengths."""
-    monkeypatch.setattr(flashinfer_decode, "load_module", lambda *_: FakeFlashInfer())
     owned = [[0] * 4, [1, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]]
     lens = [[0] * 4, [300, 0, 16, 1], [17, 200, 0, 0], [128, 129, 900, 33]]
     pages = filled(lens, 16, torch.bfloat16, owned=owned, by_columns=False)
     lane_start, group, bs = [0, 1, 4], 3, 4
-    runner = flashinfer_decode.FlashInferDecode(pages, bs, lane_start, group, 0.25, spare=3)
+    runner = flashinfer_decode.FlashInferDecode(
+        pages, bs, lane_start, group, 0.25, spare=3, module=FlashInferModel()
+    )
     slots = torch.empty((bs, 4), dtype=torch.int64)
     for seed, order in enumerate(([3, 1, 0, 2], [0, 2, 0, 3], [0, 0, 0, 0])):
         rows = torch.tensor(order)

@@ -8,23 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairkv_sglang.kernels.plan import CHUNK, Fold, csr_pages, csr_starts, plan_tiles
-
-
-def scalar(lens: list[int], spare: int, page: int) -> tuple[int, list[int], list[tuple[int, int]]]:
-    """chunk, o_indptr and (row, tile) in FlashInfer's order, in plain Python."""
-    chunk = CHUNK
-    while chunk * spare < sum(lens):
-        chunk += CHUNK
-    o_indptr, tiles = [0], []
-    for row, length in enumerate(lens):
-        left, tile = -(-length // page), 0
-        while left > 0:
-            tiles.append((row, tile))
-            left -= chunk // page
-            tile += 1
-        o_indptr.append(len(tiles))
-    return chunk, o_indptr, tiles
+from fairkv_sglang.kernels.flashinfer_model import scalar_plan
+from fairkv_sglang.kernels.plan import Fold, csr_pages, csr_starts, plan_tiles
 
 
 def test_golden_case() -> None:
@@ -56,7 +41,7 @@ def test_equals_scalar_restatement(lens: list[list[int]], spare: int, page: int)
     plain = plan_tiles(torch.tensor(lens), spare, page, longest_first=False)
     sorted_ = plan_tiles(torch.tensor(lens), spare, page)
     for layer, of_layer in enumerate(lens):
-        chunk, o_indptr, tiles = scalar(of_layer, spare, page)
+        chunk, o_indptr, tiles = scalar_plan(of_layer, spare, page)
         count = len(tiles)
         assert count <= len(of_layer) + spare
         for plan in (plain, sorted_):
