@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fairkv_sglang.cpu_environment import yield_to_gloo_workers
 from fairkv_sglang.patches.ledger import Hook
 
 
@@ -18,7 +19,23 @@ def around_unaligned_tp(original: Any, model_config: Any, *args: Any, **kwargs: 
     return model_config
 
 
+def after_init_torch_distributed(result: Any, *args: Any, **kwargs: Any) -> Any:
+    """The rank's process groups exist: see ``cpu_environment.yield_to_gloo_workers``."""
+    yield_to_gloo_workers()
+    return result
+
+
 HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.model_executor.model_runner.ModelRunner.init_torch_distributed",
+        kind="after",
+        function=after_init_torch_distributed,
+        why="gloo's network threads interrupt the threads that they wait for, which makes an "
+        "all-reduce take milliseconds where ranks have one core each",
+        since="0.5.17",
+        upstream="sglang/srt/model_executor/model_runner.py",
+        test="tests/engine/test_platform.py",
+    ),
     Hook(
         target="sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
         kind="around",

@@ -65,8 +65,10 @@ class CpuPrefill(TorchNativeAttnBackend):  # type: ignore[misc]
         start = 0
         for slots, cached in self._spans:
             end = start + len(slots) - cached
+            # Contiguous by head: torch's kernel is a tenth slower on strided rows.
             keys, values = (
-                cache[slots].movedim(0, 1).to(query.dtype) for cache in (k_cache, v_cache)
+                cache[slots].movedim(0, 1).to(query.dtype).contiguous()
+                for cache in (k_cache, v_cache)
             )
             # Without a cached part one causal call does it, without a mask.
             step = BLOCK if cached else len(slots)
@@ -74,7 +76,7 @@ class CpuPrefill(TorchNativeAttnBackend):  # type: ignore[misc]
                 last = min(first + step, end)
                 seen = cached + last - start
                 rows = scaled_dot_product_attention(
-                    query[first:last].movedim(0, 1).unsqueeze(0),
+                    query[first:last].movedim(0, 1).contiguous().unsqueeze(0),
                     keys[None, :, :seen],
                     values[None, :, :seen],
                     attn_mask=self._mask(last - first, seen) if cached else None,

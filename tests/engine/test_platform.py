@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -48,7 +49,21 @@ def test_stock_engine_equals_hugging_face(
     # once more, now with every prompt in the prefix cache
     assert engine.generate(PROMPTS, NEW_TOKENS) == expected
     assert "FairKV" not in engine.log
+    policies = gloo_policies(engine.process.pid)
+    assert len(policies) >= (arguments["tp_size"] if arguments["tp_size"] > 1 else 0)
+    assert set(policies) <= {os.SCHED_BATCH}
     engine.close()
+
+
+def gloo_policies(group: int) -> list[int]:
+    """Scheduling policies of gloo's network threads in a process group."""
+    found = []
+    for comm in Path("/proc").glob("[0-9]*/task/[0-9]*/comm"):
+        with contextlib.suppress(OSError):  # it has ended
+            mine = os.getpgid(int(comm.parts[2])) == group
+            if mine and comm.read_text().startswith("gloo_tcp_loop"):
+                found.append(os.sched_getscheduler(int(comm.parts[4])))
+    return found
 
 
 def _python(
