@@ -47,6 +47,8 @@ def _register_rank() -> None:
     hooks = list(cpu.HOOKS) if on_cpu else []
     # The parent reads flags later than this and runs no model: only its children need more.
     if multiprocessing.parent_process() is not None:
+        if on_cpu:
+            hooks += cpu.RANK_HOOKS
         config = from_environment()
         if config is not None and config.enabled:
             from fairkv_sglang.patches import all_hooks

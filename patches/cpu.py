@@ -27,16 +27,6 @@ def after_init_torch_distributed(result: Any, *args: Any, **kwargs: Any) -> Any:
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
-        target="sglang.srt.model_executor.model_runner.ModelRunner.init_torch_distributed",
-        kind="after",
-        function=after_init_torch_distributed,
-        why="gloo's network threads interrupt the threads that they wait for, which makes an "
-        "all-reduce take milliseconds where ranks have one core each",
-        since="0.5.17",
-        upstream="sglang/srt/model_executor/model_runner.py",
-        test="tests/engine/test_platform.py",
-    ),
-    Hook(
         target="sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
         kind="around",
         function=around_unaligned_tp,
@@ -48,3 +38,18 @@ HOOKS: tuple[Hook, ...] = (
         test="tests/engine/test_platform.py",
     ),
 )
+"""Of every process."""
+
+RANK_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.model_executor.model_runner.ModelRunner.init_torch_distributed",
+        kind="after",
+        function=after_init_torch_distributed,
+        why="gloo's network threads interrupt the threads that they wait for, which makes an "
+        "all-reduce take milliseconds where ranks have one core each",
+        since="0.5.17",
+        upstream="sglang/srt/model_executor/model_runner.py",
+        test="tests/engine/test_platform.py",
+    ),
+)
+"""Of the ranks."""

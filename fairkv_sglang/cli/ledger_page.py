@@ -23,6 +23,7 @@ def hook_groups() -> dict[str, tuple[Hook, ...]]:
     return {
         "Every process, FairKV on or off: flags": tuple(flag_hooks()),
         "Every process on the CPU platform": tuple(cpu.HOOKS),
+        "Ranks on the CPU platform": tuple(cpu.RANK_HOOKS),
         "Ranks of a server with FairKV": all_hooks(),
         f"Ranks that are measured ({measure.VARIABLE}=1), FairKV on or off": measure.HOOKS,
     }
