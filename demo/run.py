@@ -33,7 +33,9 @@ sys.path.append(str(ROOT))  # behind everything else: kernels/ and patches/ must
 
 from demo.prompts import RecallPrompt, make_prompts  # noqa: E402
 from fairkv_sglang.kernels.pages import PAGE_TOKENS  # noqa: E402
-from fairkv_sglang.placement import Plan  # noqa: E402
+from fairkv_sglang.placement import Plan, make_plan  # noqa: E402
+from fairkv_sglang.profiles import read_profile  # noqa: E402
+from fairkv_sglang.runtime import REQUEST_SPREAD  # noqa: E402
 
 MODEL = ROOT / "demo" / "model"
 PROFILE = ROOT / "demo" / "profile.json"
@@ -51,21 +53,10 @@ def main() -> int:
         f"model {MODEL.relative_to(ROOT)}, TP {args.tp}"
     )
     stock = _serve(console, "stock SGLang", args, prompts, [])
-    fair = _serve(
-        console,
-        f"FairKV, {args.ratio:.0%} of the cache",
-        args,
-        prompts,
-        [
-            "--fairkv",
-            "--fairkv-ratio",
-            str(args.ratio),
-            "--fairkv-profile",
-            str(PROFILE),
-            "--fairkv-expected-prompt",
-            str(args.tokens),
-        ],
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--fairkv", "--fairkv-ratio", str(args.ratio), "--fairkv-profile", str(PROFILE)]
+        flags += ["--fairkv-plan", str(_plan(args, Path(folder)))]
+        fair = _serve(console, f"FairKV, {args.ratio:.0%} of the cache", args, prompts, flags)
     _print_answers(console, prompts, stock["answers"], fair["answers"])
     right = {name: _right(prompts, run["answers"]) for name, run in _named(stock, fair)}
     _print_summary(console, args, right, stock, fair)
@@ -89,6 +80,20 @@ def _arguments() -> argparse.Namespace:
 
 def _named(stock: dict[str, Any], fair: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [("stock SGLang", stock), ("FairKV", fair)]
+
+
+def _plan(args: argparse.Namespace, folder: Path) -> Path:
+    """A plan as for a GPU, where a copied head costs little: kept tokens as even as they get.
+
+    Left to itself the server would plan for this CPU, where a copy of so small a head costs more
+    than it brings.
+    """
+    loads = read_profile(PROFILE).relative * args.ratio * args.tokens
+    path = folder / "plan.json"
+    make_plan("fair_copying", loads, args.tp, spread=REQUEST_SPREAD, lane_tolerance=1.02).to_file(
+        path
+    )
+    return path
 
 
 # -- servers --------------------------------------------------------------------------------------

@@ -27,16 +27,17 @@ class ModelSizes(BaseModel):
         """Query heads per KV head."""
         return self.q_heads // self.kv_heads
 
-    def cost_model(self, dtype_bytes: int, batch: int) -> CostModel:
-        """What the placement policies weigh copies with."""
-        return CostModel(
-            head_dim=self.head_dim,
-            hidden_size=self.hidden,
-            group=self.group,
-            weight_bytes=dtype_bytes,
-            kv_bytes=dtype_bytes,
-            batch=batch,
-        )
+    def cost_model(self, dtype_bytes: int, batch: int, device: str | None = None) -> CostModel:
+        """What the placement policies weigh copies with; bytes alone without a device."""
+        sizes = {
+            "head_dim": self.head_dim,
+            "hidden_size": self.hidden,
+            "group": self.group,
+            "weight_bytes": dtype_bytes,
+            "kv_bytes": dtype_bytes,
+            "batch": batch,
+        }
+        return CostModel(**sizes) if device is None else CostModel.for_device(device, **sizes)
 
 
 PRESETS: dict[str, ModelSizes] = {

@@ -31,6 +31,7 @@ from fairkv_sglang.bench.virtual_rank import Device, LayerShare, upkeep_seconds
 from fairkv_sglang.bench.workload import portable
 from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.placement import CostModel, Plan, Router, make_plan
+from fairkv_sglang.runtime import LANE_TOLERANCE
 
 FORMAT, VERSION = "fairkv-virtual", 1
 RANK_LOCAL = "rank_local"
@@ -52,8 +53,8 @@ class VirtualSettings(BaseModel):
         layers: Layers that are measured, evenly spaced, and stand for all; None: all.
         repeats: Measurements of each part, of which the median counts.
         decode: ``auto`` is what the engine takes on the device: FlashInfer, or numba on CPU.
-        cost: What the policies weigh copies with: ``bytes`` as the engine does (a byte of weights
-            costs what a byte of KV costs), or both ``measured`` on the device first.
+        cost: What the policies weigh copies with: ``device`` as the engine does (bytes, and the
+            device's constants), ``bytes`` alone, or both kinds of bytes ``measured`` first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,7 +74,7 @@ class VirtualSettings(BaseModel):
     device: str = "cpu"
     dtype: str = "bfloat16"
     decode: str = "auto"
-    cost: Literal["bytes", "measured"] = "bytes"
+    cost: Literal["device", "bytes", "measured"] = "device"
 
     def cases(self) -> list[tuple[int, int, int]]:
         """``(tp, batch, budget)`` of every case."""
@@ -118,7 +119,8 @@ def _case(
     chosen = picked(min(settings.layers or sizes.layers, sizes.layers), sizes.layers)
     even = _even_parts(settings, device, tp, batch)
     results = {}
-    cost = sizes.cost_model(device.dtype_bytes, batch)
+    kind = settings.device if settings.cost == "device" else None
+    cost = sizes.cost_model(device.dtype_bytes, batch, kind)
     if settings.cost == "measured":
         cost = measured_cost(device, sizes, cost, budget, settings.repeats)
     for name in settings.placements:
@@ -172,7 +174,7 @@ def place(name: str, kept: Tokens, tp: int, cost: CostModel) -> tuple[Plan, Toke
     profile says.
     """
     policy = "contiguous" if name == RANK_LOCAL else name
-    plan = make_plan(policy, kept, tp, cost=cost)
+    plan = make_plan(policy, kept, tp, cost=cost, lane_tolerance=LANE_TOLERANCE)
     if name != RANK_LOCAL:
         return plan, kept
     loads = np.einsum("lrh,lh->lr", plan.shares(), kept)

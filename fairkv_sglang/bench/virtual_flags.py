@@ -38,9 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--latency", type=float, default=10.0, help="all-reduce model: microseconds")
     add(
         "--cost",
-        default="bytes",
-        choices=("bytes", "measured"),
-        help="weigh copies by bytes, as the engine does, or by costs measured on this device",
+        default="device",
+        choices=("device", "bytes", "measured"),
+        help="weigh copies as the engine does on this kind of device, by bytes alone, or by costs "
+        "measured first",
     )
     add("--decode", default="auto", help="auto, numba, triton or flashinfer")
 
