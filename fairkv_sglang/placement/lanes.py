@@ -35,11 +35,11 @@ def even_lanes(problem: Problem, options: PlanOptions, shares: FloatArray) -> Fl
         candidates.append(dealt)
         dealt = np.stack([_one_more(problem, layer, part) for layer, part in enumerate(dealt)])
     stacked = np.stack(candidates)
-    decode = np.stack([problem.rank_costs(x).max(axis=1) for x in candidates])  # [C, L]
-    lanes = (stacked > 0).sum(axis=3).max(axis=2)  # [C, L]
     if problem.prefill > 0.0:
-        value = decode + problem.prefill * lanes
+        value = np.stack([problem.step_costs(x) for x in candidates])  # [C, L]
     else:
+        decode = np.stack([problem.rank_costs(x).max(axis=1) for x in candidates])
+        lanes = (stacked > 0).sum(axis=3).max(axis=2)
         near = decode <= decode.min(axis=0) * options.lane_tolerance
         value = np.where(near, lanes + decode / decode.max(axis=0), np.inf)
     best = value.argmin(axis=0)
