@@ -214,6 +214,8 @@ def make_placement(
         # the router room to even that out. Static budgets do not differ.
         spread=REQUEST_SPREAD if scope.input_dependent and scope.profile is not None else 0.0,
     )
+    if "prefill" in plan.info:
+        logger.warning("--fairkv-expected-output: prefill is %s", plan.info["prefill"])
     return _checked(config, plan)
 
 

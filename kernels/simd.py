@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
@@ -33,8 +34,8 @@ LINE_BYTES = 64
 TILE = 16
 """Tokens whose scores are made together: those of a page."""
 
-CHAINS = 8
-"""Independent sums that hide the latency of a multiply-add."""
+CHAINS = 8 if get_host_cpu_features().get("avx512f") else 4
+"""Independent sums that hide the latency of a multiply-add and fit the registers."""
 
 UNROLL = 4
 """Words of a page of keys for each turn of the loop."""
@@ -197,9 +198,7 @@ def _emit_scores(
     chains = min(max(1, CHAINS // max(1, heads)), unroll * pack)
     zero = _const(_FLOAT, TILE, 0)
     sums = {(h, c): cgutils.alloca_once_value(b, zero) for h in range(heads) for c in range(chains)}
-    # The number of turns is hidden from LLVM, which would unroll the loop.
-    turns = b.add(b.and_(k, _I64(0)), _I64(words // unroll))
-    with cgutils.for_range(b, turns) as loop:
+    with cgutils.for_range(b, _I64(words // unroll)) as loop:
         page_skip = b.mul(loop.index, _I64(unroll * LINE_BYTES))
         at, q_at = b.add(k, page_skip), b.add(q, b.mul(loop.index, _I64(unroll * pack * 4)))
         later_at = b.add(later, page_skip)

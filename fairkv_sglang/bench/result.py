@@ -26,7 +26,7 @@ METRICS: dict[str, Callable[[Run], float | None]] = {
     "ttft_s": lambda run: statistics.median(run["ttft"]) if run["ttft"] else None,
     "ttft_p99_s": lambda run: _tail(run["ttft"]),
     "prefill_s": lambda run: max(run["measured"].get("prefill_s", []), default=None),
-    "compress_share": lambda run: _compress_share(run),
+    "compress_share": lambda run: run.get("compress_share"),
     "itl_ms": lambda run: 1e3 * statistics.median(run["itl"]) if run["itl"] else None,
     "retractions": lambda run: run["retractions"],
     "peak_requests": lambda run: run["measured"].get("peak_batch"),
@@ -48,15 +48,6 @@ PER_RANK = ("step_ms", "collective_ms", "waiting_ms", "compute_ms", "cpu_ms", "r
 """Lists by rank in the ranks' measurements; medians over rounds are reported."""
 
 COMPARED = ("output_tokens_per_s", "total_tokens_per_s", "decode_tokens_per_s")
-
-
-def _compress_share(run: Run) -> float | None:
-    """Scoring, selection and copying over all of prefill, on the rank where it is most."""
-    ranks = (run.get("fairkv") or {}).get("ranks", [])
-    return max(
-        (r["compress_seconds"] / r["prefill_seconds"] for r in ranks if r.get("prefill_seconds")),
-        default=None,
-    )
 
 
 def _tail(values: Sequence[float]) -> float | None:

@@ -78,7 +78,7 @@ def run(engine: Any, workload: Workload, vocab: int, round_index: int) -> dict[s
     prompts = workload.make(vocab, round_index)
     sampling = {"temperature": 0, "max_new_tokens": workload.output_length, "ignore_eos": True}
     engine.flush_cache()
-    _state(engine)  # the recording starts anew
+    before = _state(engine)  # the recording starts anew
     started = time.perf_counter()
     clock = time.time()
     if workload.request_rate is None:
@@ -100,8 +100,23 @@ def run(engine: Any, workload: Workload, vocab: int, round_index: int) -> dict[s
         "prompt_tokens": sum(map(len, prompts)),
         **_latencies(infos, sent),
         "retractions": sum(info.get("num_retractions") or 0 for info in infos),
-        **_state(engine),
+        **(after := _state(engine)),
+        "compress_share": _compress_share(before["fairkv"], after["fairkv"]),
     }
+
+
+def _compress_share(before: dict[str, Any] | None, after: dict[str, Any] | None) -> float | None:
+    """Scoring, selection and copying over all of prefill between two states, of the rank where it
+    is most; None without FairKV.
+    """
+    if not before or not after:
+        return None
+    pairs = list(zip(before["ranks"], after["ranks"], strict=True))
+    spent = [
+        [new[key] - old[key] for key in ("compress_seconds", "prefill_seconds")]
+        for old, new in pairs
+    ]
+    return max((part / whole for part, whole in spent if whole > 0), default=None)
 
 
 async def _serve(

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budgets", metavar="N,N", help="mean kept tokens per head, e.g. 128,512 (default 256)")
     add("--ratio", type=float, help="budget as a share of the prompt, instead of --budgets")
     add("--rounds", type=int, default=3, help="measured runs of each variant (default 3)")
-    add("--prompts", type=int, default=32, help="requests of a run, sent at once (default 32)")
+    add("--prompts", type=int, default=32, help="requests of a run (default 32)")
     add("--prompt-len", metavar="N,N", help="prompt tokens (default 1024; 8192 for virtual ranks)")
     add("--output-len", type=int, default=64, help="new tokens of a request (default 64)")
     add(

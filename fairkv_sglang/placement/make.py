@@ -79,6 +79,8 @@ def make_plan(
     if options.max_extra_bytes is not None and cost is None:
         raise ValueError("max_extra_bytes needs a cost model, which knows a head's weight bytes")
     problem = make_problem(loads, tp_size, cost, samples)
+    if problem.prefill > 0.0 and policy != "fair_copying":
+        problem.notes["prefill"] = f"not weighed: {policy} places by decode alone"
     shares = POLICIES[policy](problem, options)
     if policy != "contiguous":
         shares = even_totals(problem, shares, options.max_copies_per_rank is not None)

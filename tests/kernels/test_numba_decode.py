@@ -33,6 +33,11 @@ def batch(pages: HeadPages, n: int, group: int, rows: list[int]) -> tuple[torch.
     [
         *((g, 32, torch.float32) for g in (1, 2, 3, 4, 5, 7, 8)),
         *((2, d, torch.float32) for d in (16, 24, 64, 80)),
+        # more heads than the registers take at once, and sizes between the usual ones
+        (11, 32, torch.float32),
+        (12, 96, torch.bfloat16),
+        (17, 32, torch.float32),
+        (5, 192, torch.float16),
         (4, 128, torch.float32),
         (7, 128, torch.bfloat16),
         (5, 64, torch.bfloat16),

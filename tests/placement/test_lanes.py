@@ -72,6 +72,22 @@ def test_limits_on_copies_win() -> None:
     assert plan.copy_counts().sum() == 0
 
 
+def test_spare_copies_leave_lanes_even() -> None:
+    loads = np.random.default_rng(5).lognormal(0, 1, (8, 8)) * 500
+    plan = make_plan("fair_copying", loads, 2, lane_tolerance=1.1, spread=0.3)
+    assert plan.info["spare_copies"] > 0
+    rows = np.array(lanes(plan.shares()))
+    assert (rows[:, 1] - rows[:, 0] <= 1).all()
+
+
+def test_what_is_not_weighed_is_said() -> None:
+    cost = CostModel.for_device("cuda").with_prefill(4096, 64)
+    limited = make_plan("fair_copying", HUNGRY, 2, cost, max_extra_bytes=1e9)
+    assert "limited" in limited.info["prefill"]
+    assert "best_effort" in make_plan("best_effort", HUNGRY, 2, cost).info["prefill"]
+    assert "prefill" not in make_plan("fair_copying", HUNGRY, 2, cost).info
+
+
 def test_tolerance_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="lane_tolerance"):
         make_plan("fair_copying", HUNGRY, 2, lane_tolerance=0.9)

@@ -24,8 +24,9 @@ def fair_copying(problem: Problem, options: PlanOptions) -> FloatArray:
 
     Free copies (``problem.lane`` = 0): the fewest copies over all layers such that the sum over
     layers of the fullest rank is at most ``options.tolerance`` times the mean. Otherwise: the
-    lowest step cost, ties to fewer copies. With scenarios (samples of requests, or a spread)
-    spare copies are added where requests differ from the mean, see ``spare.py``.
+    lowest step cost, ties to fewer copies. Then lanes are evened where prefill counts or
+    ``options.lane_tolerance`` allows it, see ``lanes.py``. With scenarios (samples of requests, or
+    a spread) spare copies are added where requests differ from the mean, see ``spare.py``.
     """
     curves = layer_curves(problem)
     most: int | None = None
