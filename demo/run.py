@@ -83,10 +83,10 @@ def _named(stock: dict[str, Any], fair: dict[str, Any]) -> list[tuple[str, dict[
 
 
 def _plan(args: argparse.Namespace, folder: Path) -> Path:
-    """A plan as for a GPU, where a copied head costs little: kept tokens as even as they get.
+    """A plan with free copies: kept tokens as even as they get.
 
     Left to itself the server would plan for this CPU, where a copy of so small a head costs more
-    than it brings.
+    than it brings; for large models on GPUs it makes such plans.
     """
     loads = read_profile(PROFILE).relative * args.ratio * args.tokens
     path = folder / "plan.json"

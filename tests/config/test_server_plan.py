@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan that a server makes for itself from its options, model and kind of device."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fairkv_sglang.config import from_mapping
+from fairkv_sglang.placement import Plan
+from fairkv_sglang.placement.cost import DEVICES
+from fairkv_sglang.profiles import HeadProfile
+from fairkv_sglang.runtime import ModelShape, make_budgets, make_placement
+
+LAYERS, HEADS = 3, 8
+
+
+def plan_of(tmp_path: Path, device: str = "cuda", **options: Any) -> Plan:
+    shares = np.ones((LAYERS, HEADS))
+    shares[:, 2] = 40.0
+    profile = tmp_path / "profile.json"
+    HeadProfile(model="m", shares=shares, meta={}).save(profile)
+    config = from_mapping(
+        {
+            "enabled": True, "budget": 1024, "scope": "head", "profile": str(profile),
+            "expected_prompt": 16384, "expected_batch": 64, **options,
+        }
+    )  # fmt: skip
+    shape = ModelShape("m", LAYERS, HEADS, 4, 128, 4096, 2, device)
+    _, scope, _ = make_budgets(config, LAYERS, HEADS)
+    return make_placement(config, shape, scope, 2)
+
+
+def test_constants_are_those_of_the_device(tmp_path: Path) -> None:
+    for device in ("cpu", "cuda"):
+        model = plan_of(tmp_path, device).info["cost_model"]
+        assert {key: model[key] for key in DEVICES[device]} == DEVICES[device]
+        assert model["batch"] == 64
+
+
+def test_expected_output_weighs_prefill(tmp_path: Path) -> None:
+    decode_alone = plan_of(tmp_path)
+    short, long = (plan_of(tmp_path, expected_output=n) for n in (16, 4096))
+    assert decode_alone.info["cost_model"]["prefill_weight"] == 0
+    assert decode_alone.copy_counts().sum() > 0
+    assert short.copy_counts().sum() == 0 and short.info["lane_imbalance"] == 1
+    tokens = short.info["cost_model"]["prefill_tokens"]
+    assert tokens == 64 * 16384 / 16 == 256 * long.info["cost_model"]["prefill_tokens"]
+    # half of the output lies in every head on average
+    total = sum(long.info["rank_token_totals"]) - sum(decode_alone.info["rank_token_totals"])
+    assert total == pytest.approx(LAYERS * HEADS * 4096 / 2)
+
+
+def test_prefill_that_is_not_weighed_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        plan_of(tmp_path, expected_output=64, placement="best_effort")
+    assert "prefill is not weighed: best_effort" in caplog.text
