@@ -9,10 +9,10 @@ _HEAD = """\
 # Patch ledger
 
 Every touch on SGLang, made by `fairkv check --ledger --markdown`. Hooks are registered with
-SGLang's own hook registry; every rank of a server with FairKV checks that all of FairKV's hooks took
-effect and stops, naming the hook, when one did not (`patches/ledger.py`; hooks of the CPU platform
-and of measuring are covered by their tests alone). Two of SGLang's registries need no hook and get
-an entry each: the attention backend and the prefix cache (`patches/registries.py`).
+SGLang's own hook registry; every rank of a server with FairKV checks that all of FairKV's hooks
+took effect and stops, naming the hook, when one did not (`patches/ledger.py`; hooks of the CPU
+platform and of measuring are covered by their tests alone). Two of SGLang's registries need no hook
+and get an entry each: the attention backend and the prefix cache (`patches/registries.py`).
 """
 
 
