@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from fairkv_sglang.config import (
     FILE_VARIABLE,
@@ -24,10 +24,8 @@ from fairkv_sglang.config import (
     from_environment,
     from_flags,
 )
+from fairkv_sglang.model_facts import ModelFacts
 from fairkv_sglang.patches.ledger import Hook
-
-if TYPE_CHECKING:
-    from fairkv_sglang import support
 
 logger = logging.getLogger(__name__)
 
@@ -122,11 +120,9 @@ def _resolve(original: Any, server_args: Any) -> None:
         logger.info("FairKV is on: %s", config.model_dump_json(exclude_defaults=True))
 
 
-def model_facts(server_args: Any) -> support.ModelFacts:
+def model_facts(server_args: Any) -> ModelFacts:
     """Facts of the model that the arguments name; reads its config.json, no weights."""
-    from fairkv_sglang import support
-
-    return support.ModelFacts.of(_model_config(server_args))
+    return ModelFacts.of(_model_config(server_args))
 
 
 def _configuration() -> FairKVConfig:

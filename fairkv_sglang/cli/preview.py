@@ -10,7 +10,7 @@ import numpy as np
 
 from fairkv_sglang.cli.output import print_json, print_table
 from fairkv_sglang.config import FairKVConfig, from_environment
-from fairkv_sglang.support import ModelFacts
+from fairkv_sglang.model_facts import ModelFacts
 
 
 def preview(flags: Sequence[str], as_json: bool) -> int:

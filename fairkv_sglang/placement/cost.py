@@ -23,7 +23,7 @@ DEVICES: dict[str, dict[str, float]] = {
     # data sheets. Kernels fuse most passes over activations. Untested on a GPU.
     "cuda": {"ops_per_byte": 200.0, "activation_passes": 4.0},
     # One core of a current server, float32, and torch's unfused element-wise operations: fitted to
-    # decode steps of ``fairkv bench`` (docs/performance.md).
+    # decode steps of ``fairkv bench`` (docs/placement.md).
     "cpu": {"ops_per_byte": 4.0, "activation_passes": 16.0},
 }
 """Constants of a kind of device for :meth:`CostModel.for_device`."""

@@ -51,7 +51,7 @@ def _best(
     problem: Problem, options: PlanOptions, layer: int, plans: list[FloatArray], copies: int
 ) -> FloatArray:
     """The best of a layer's ``plans`` and of the last one with up to ``copies`` more copies."""
-    decode = [_level(problem, layer, plan) for plan in plans]
+    decode = [float(_load(problem, layer, plan).max()) for plan in plans]
     lanes = [int((plan > 0).sum(axis=1).max()) for plan in plans]
 
     def value(index: int) -> float:
@@ -67,7 +67,7 @@ def _best(
         if plan is plans[-1]:
             break
         plans.append(plan)
-        decode.append(_level(problem, layer, plan))
+        decode.append(float(_load(problem, layer, plan).max()))
         lanes.append(int((plan > 0).sum(axis=1).max()))
     indices = range(len(plans))
     if problem.prefill > 0.0:
@@ -76,10 +76,11 @@ def _best(
     return plans[min(near, key=lambda i: (lanes[i], decode[i]))]
 
 
-def _level(problem: Problem, layer: int, shares: FloatArray) -> float:
-    """Decode cost of the fullest rank with ``shares [R, H]``."""
-    used = (shares * problem.costs[layer]).sum(axis=1)
-    return float((used + problem.lane * (shares > 0).sum(axis=1)).max())
+def _load(problem: Problem, layer: int, shares: FloatArray) -> FloatArray:
+    """Decode cost ``[R]`` of a layer with ``shares [R, H]``; :meth:`Problem.rank_costs` of one."""
+    used: FloatArray = (shares * problem.costs[layer]).sum(axis=1)
+    load: FloatArray = used + problem.lane * (shares > 0).sum(axis=1)
+    return load
 
 
 def _one_more(problem: Problem, layer: int, shares: FloatArray) -> FloatArray:
@@ -87,7 +88,7 @@ def _one_more(problem: Problem, layer: int, shares: FloatArray) -> FloatArray:
     the fullest rank gets lowest; ``shares`` itself if no copy helps.
     """
     costs, support = problem.costs[layer], shares > 0
-    load = (shares * costs).sum(axis=1) + problem.lane * support.sum(axis=1)
+    load = _load(problem, layer, shares)
     top, rank = int(load.argmax()), int(load.argmin())
     best, best_level = shares, float(load[top])
     useful = np.flatnonzero(support[top] & ~support[rank])
@@ -96,7 +97,7 @@ def _one_more(problem: Problem, layer: int, shares: FloatArray) -> FloatArray:
         wider = support.copy()
         wider[rank, head] = True
         tried = balanced_shares(costs, wider, problem.lane)
-        level = _level(problem, layer, tried)
+        level = float(_load(problem, layer, tried).max())
         if level < best_level * (1 - 1e-9):
             best, best_level = tried, level
     return best

@@ -48,12 +48,6 @@ class Problem:
         cost: FloatArray = used + self.lane * lanes
         return cost
 
-    def step_costs(self, shares: FloatArray) -> FloatArray:
-        """``[L]``: the fullest rank's decode, and the prefill of the rank with the most lanes."""
-        lanes = (shares > 0).sum(axis=2)
-        cost: FloatArray = self.rank_costs(shares).max(axis=1) + self.prefill * lanes.max(axis=1)
-        return cost
-
     def lower_bound(self) -> FloatArray:
         """``[L]``: no plan has a lower fullest rank (see :func:`lower_bound`)."""
         return lower_bound(self.costs, self.ranks, self.lane)

@@ -14,8 +14,8 @@ import pytest
 
 from fairkv_sglang.cli.preview import describe
 from fairkv_sglang.config import from_mapping
+from fairkv_sglang.model_facts import ModelFacts
 from fairkv_sglang.profiles import HeadProfile
-from fairkv_sglang.support import ModelFacts
 
 MODEL = ModelFacts(
     name="m", architecture="LlamaForCausalLM", layers=3, q_heads=16, kv_heads=8, head_dim=64,

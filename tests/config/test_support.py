@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from fairkv_sglang.config import ConfigError
-from fairkv_sglang.support import REFUSALS, ModelFacts, Refusal, check_split, refuse, table
+from fairkv_sglang.model_facts import ModelFacts
+from fairkv_sglang.support import REFUSALS, Refusal, check_split, refuse, table
 
 LLAMA = ModelFacts(
     name="tiny",
