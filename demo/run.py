@@ -34,8 +34,8 @@ sys.path.append(str(ROOT))  # behind everything else: kernels/ and patches/ must
 from demo.prompts import RecallPrompt, make_prompts  # noqa: E402
 from fairkv_sglang.kernels.pages import PAGE_TOKENS  # noqa: E402
 from fairkv_sglang.placement import Plan, make_plan  # noqa: E402
+from fairkv_sglang.planning import LANE_TOLERANCE, REQUEST_SPREAD  # noqa: E402
 from fairkv_sglang.profiles import read_profile  # noqa: E402
-from fairkv_sglang.runtime import LANE_TOLERANCE, REQUEST_SPREAD  # noqa: E402
 
 MODEL = ROOT / "demo" / "model"
 PROFILE = ROOT / "demo" / "profile.json"

@@ -9,22 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from fairkv_sglang.budgets import (
-    BudgetScope,
-    BudgetSpec,
-    Scorer,
-    make_scope,
-    make_scorer,
-)
+from fairkv_sglang.budgets import BudgetScope, Scorer
 from fairkv_sglang.parallel import RankHeads
-from fairkv_sglang.placement import CostModel, Plan, Router, make_plan
-from fairkv_sglang.profiles import HeadProfile, read_profile
+from fairkv_sglang.placement import Plan, Router
+from fairkv_sglang.planning import ModelShape, budget_text, make_budgets, make_placement
 
 if TYPE_CHECKING:
     from fairkv_sglang.attention.forward_plan import ForwardPlan
@@ -33,29 +26,6 @@ if TYPE_CHECKING:
     from fairkv_sglang.memory.sizing import MemoryDivision
 
 logger = logging.getLogger(__name__)
-
-# Coefficient of variation of a head's kept tokens between small batches, from the per-request
-# counts of Tangram's four scorers on Llama-3.1-8B (docs/placement.md).
-REQUEST_SPREAD = 0.3
-
-
-# Decode time given for even lanes, which prefill waits for (placement/lanes.py).
-LANE_TOLERANCE = 1.02
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What placement and budgets need to know of a model."""
-
-    name: str
-    num_layers: int
-    num_kv_heads: int
-    group_size: int  # query heads per KV head
-    head_dim: int
-    hidden_size: int
-    dtype_bytes: int
-    device: str = "cuda"  # kind of device, whose constants the load model takes
-
 
 class FairKVRuntime:
     """State of one rank; see :func:`create_runtime`."""
@@ -139,93 +109,6 @@ class FairKVRuntime:
             f"with {int(self.plan.copy_counts().sum())} copies{planned}; rank {self.heads.rank} "
             f"serves {self.heads.num_lanes} lanes"
         )
-
-
-def budget_text(config: FairKVConfig) -> str:
-    """The budget as a person would say it."""
-    if config.budget is not None:
-        return f"{config.budget} tokens per head"
-    return f"{config.effective_ratio:.0%} of the prompt"
-
-
-def make_budgets(
-    config: FairKVConfig, num_layers: int, num_kv_heads: int
-) -> tuple[Scorer, BudgetScope, HeadProfile | None]:
-    """Scorer, scope and profile of a configuration.
-
-    Raises:
-        ValueError: in one line, for a profile of another model or a budget that cannot be met.
-    """
-    if config.scorer == "snapkv":
-        scorer = make_scorer(
-            "snapkv", window=config.window, kernel=config.kernel_size, pooling=config.pooling
-        )
-    else:
-        scorer = make_scorer(config.scorer, sink=config.sink, recent=config.window)
-    profile = read_profile(config.profile) if config.profile is not None else None
-    spec = BudgetSpec(
-        tokens=config.budget, ratio=config.effective_ratio, floor_alpha=config.floor_alpha
-    )
-    scope = make_scope(config.scope, spec, num_layers, num_kv_heads, scorer, profile)
-    return scorer, scope, profile
-
-
-def make_placement(
-    config: FairKVConfig, shape: ModelShape, scope: BudgetScope, tp_size: int
-) -> Plan:
-    """The plan file of the configuration, or a plan made from the profile.
-
-    Raises:
-        ValueError: in one line, if a plan file is for another model or number of ranks, or if the
-            placement has copies and the budget scope allows none.
-    """
-    if config.plan is not None:
-        plan = Plan.from_file(config.plan)
-        wanted = (shape.num_layers, shape.num_kv_heads, tp_size)
-        found = (plan.num_layers, plan.num_kv_heads, plan.tp_size)
-        if found != wanted:
-            raise ValueError(
-                f"plan {config.plan} is for {found[0]} layers, {found[1]} KV heads, TP {found[2]}; "
-                f"this server has {wanted[0]} layers, {wanted[1]} KV heads, TP {wanted[2]}"
-            )
-        return _checked(config, plan)
-    cost = CostModel.for_device(
-        shape.device,
-        head_dim=shape.head_dim,
-        hidden_size=shape.hidden_size,
-        group=shape.group_size,
-        weight_bytes=shape.dtype_bytes,
-        kv_bytes=shape.dtype_bytes,
-        batch=config.expected_batch,
-    )
-    loads = scope.expected(config.expected_prompt).astype(np.float64)
-    if config.expected_output:
-        cost = cost.with_prefill(config.expected_prompt, config.expected_output)
-        loads = loads + config.expected_output / 2  # a request is half done on average
-    plan = make_plan(
-        config.placement,
-        loads,
-        tp_size,
-        cost=cost,
-        model=shape.name,
-        max_copies_per_layer=config.max_copies,
-        lane_tolerance=LANE_TOLERANCE,
-        # Requests differ from a measured profile when scores decide; copies that pay for it leave
-        # the router room to even that out. Static budgets do not differ.
-        spread=REQUEST_SPREAD if scope.input_dependent and scope.profile is not None else 0.0,
-    )
-    if "prefill" in plan.info:
-        logger.warning("--fairkv-expected-output: prefill is %s", plan.info["prefill"])
-    return _checked(config, plan)
-
-
-def _checked(config: FairKVConfig, plan: Plan) -> Plan:
-    if config.scope == "rank" and int(plan.copy_counts().sum()):
-        raise ValueError(
-            "budget scope 'rank' shares a budget over the heads of one rank, so no head can be on "
-            "two: use --fairkv-placement contiguous or best_effort, or --fairkv-scope layer"
-        )
-    return plan
 
 
 def create_runtime(

@@ -358,7 +358,7 @@ def check_model(config: FairKVConfig, model: ModelFacts, tp_size: int, device: s
         ConfigError: for a profile or plan that is broken or of another model or TP size, and for
             budgets and placements that this model cannot have.
     """
-    from fairkv_sglang.runtime import make_budgets, make_placement
+    from fairkv_sglang.planning import make_budgets, make_placement
 
     shape = model.shape(device)
     try:

@@ -10,7 +10,8 @@ import torch
 
 from fairkv_sglang.memory.sizing import divide_memory
 from fairkv_sglang.patches.ledger import Hook, HookError
-from fairkv_sglang.runtime import FairKVRuntime, ModelShape, create_runtime, get_runtime
+from fairkv_sglang.planning import ModelShape
+from fairkv_sglang.runtime import FairKVRuntime, create_runtime, get_runtime
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from fairkv_sglang.bench.virtual_rank import Device, LayerShare, upkeep_seconds
 from fairkv_sglang.bench.workload import portable
 from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.placement import CostModel, Plan, Router, make_plan
-from fairkv_sglang.runtime import LANE_TOLERANCE
+from fairkv_sglang.planning import LANE_TOLERANCE
 
 FORMAT, VERSION = "fairkv-virtual", 1
 RANK_LOCAL = "rank_local"

@@ -60,7 +60,7 @@ def describe(config: FairKVConfig, model: ModelFacts, tp_size: int, device: str)
         tp_size: Tensor-parallel ranks.
         device: Kind of device that serves.
     """
-    from fairkv_sglang.runtime import budget_text, make_budgets, make_placement
+    from fairkv_sglang.planning import budget_text, make_budgets, make_placement
 
     shape = model.shape(device)
     _, scope, _ = make_budgets(config, shape.num_layers, shape.num_kv_heads)

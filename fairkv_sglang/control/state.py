@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 import fairkv_sglang
 from fairkv_sglang.memory.ledger import PAGE_TOKENS
-from fairkv_sglang.runtime import FairKVRuntime, budget_text, get_runtime
+from fairkv_sglang.planning import budget_text
+from fairkv_sglang.runtime import FairKVRuntime, get_runtime
 
 
 def collect_state(scheduler: Any) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.memory import MemoryDivision
 from fairkv_sglang.placement import Plan
-from fairkv_sglang.runtime import ModelShape, create_runtime
+from fairkv_sglang.planning import ModelShape
+from fairkv_sglang.runtime import create_runtime
 
 LAYERS, HEADS, GROUP, DIM, SLOTS, CONTEXT = 2, 4, 2, 8, 600, 200
 SCALE = DIM**-0.5

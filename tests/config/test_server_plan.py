@@ -13,8 +13,8 @@ import pytest
 from fairkv_sglang.config import from_mapping
 from fairkv_sglang.placement import Plan
 from fairkv_sglang.placement.cost import DEVICES
+from fairkv_sglang.planning import ModelShape, make_budgets, make_placement
 from fairkv_sglang.profiles import HeadProfile
-from fairkv_sglang.runtime import ModelShape, make_budgets, make_placement
 
 LAYERS, HEADS = 3, 8
 

@@ -22,8 +22,8 @@ from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.kernels import HeadPages
 from fairkv_sglang.memory import PAGE_TOKENS, PageDemand, PageLedger
 from fairkv_sglang.placement import make_plan
+from fairkv_sglang.planning import make_budgets
 from fairkv_sglang.profiles import read_profile
-from fairkv_sglang.runtime import make_budgets
 
 LIMIT = 1.03
 COLLECTED = Path(__file__).resolve().parents[3] / "shared" / "profiles"
