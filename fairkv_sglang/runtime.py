@@ -17,6 +17,7 @@ import torch
 from fairkv_sglang.budgets import BudgetScope, Scorer
 from fairkv_sglang.parallel import RankHeads
 from fairkv_sglang.placement import Plan, Router
+from fairkv_sglang.plan_file import received
 from fairkv_sglang.planning import ModelShape, budget_text, make_budgets, make_placement
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ class FairKVRuntime:
         return (
             f"FairKV on: scorer {self.config.scorer}, scope {self.config.scope}, budget "
             f"{budget_text(self.config)}, placement {self.plan.policy} over {self.tp_size} ranks "
-            f"with {int(self.plan.copy_counts().sum())} copies{planned}; rank {self.heads.rank} "
+            f"with {int(self.plan.copy_counts().sum())} copies{planned}, plan "
+            f"{self.plan.digest[:12]}; rank {self.heads.rank} "
             f"serves {self.heads.num_lanes} lanes"
         )
 
@@ -118,13 +120,23 @@ def create_runtime(
     rank: int,
     verify_hooks: Callable[[], list[str]],
 ) -> FairKVRuntime:
-    """Build the state of this rank before its model is loaded.
+    """Build the state of this rank before its model is loaded, with the plan that the parent made.
+
+    Without one, as in tests, a single rank or a plan file of the configuration is as good.
 
     Raises:
         ValueError: in one line, for anything in the configuration that does not fit the model.
+        RuntimeError: if several ranks would have to make the plan, each for itself.
     """
     scorer, scope, _ = make_budgets(config, shape.num_layers, shape.num_kv_heads)
-    plan = make_placement(config, shape, scope, tp_size)
+    plan = received()
+    if plan is None:
+        if tp_size > 1 and config.plan is None:
+            raise RuntimeError(
+                "FairKV: the parent handed over no plan; its hook on SGLang's server arguments did "
+                "not take effect"
+            )
+        plan = make_placement(config, shape, scope, tp_size)
     global _runtime
     _runtime = FairKVRuntime(
         config=config,

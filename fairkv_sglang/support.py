@@ -13,6 +13,8 @@ from typing import Any
 
 from fairkv_sglang.config import ConfigError, FairKVConfig
 from fairkv_sglang.model_facts import ModelFacts
+from fairkv_sglang.placement import Plan
+from fairkv_sglang.planning import make_budgets, make_placement
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -351,19 +353,17 @@ def check_split(model: ModelFacts, tp_size: int, fairkv: bool) -> None:
     )
 
 
-def check_model(config: FairKVConfig, model: ModelFacts, tp_size: int, device: str) -> None:
-    """Make the budgets and the plan as every rank will, to find out what does not fit the model.
+def check_model(config: FairKVConfig, model: ModelFacts, tp_size: int, device: str) -> Plan:
+    """Make the budgets and the plan of a start, which finds out what does not fit the model.
 
     Raises:
         ConfigError: for a profile or plan that is broken or of another model or TP size, and for
             budgets and placements that this model cannot have.
     """
-    from fairkv_sglang.planning import make_budgets, make_placement
-
     shape = model.shape(device)
     try:
         _, scope, _ = make_budgets(config, shape.num_layers, shape.num_kv_heads)
-        make_placement(config, shape, scope, tp_size)
+        return make_placement(config, shape, scope, tp_size)
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from None
 

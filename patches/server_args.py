@@ -26,6 +26,7 @@ from fairkv_sglang.config import (
 )
 from fairkv_sglang.model_facts import ModelFacts
 from fairkv_sglang.patches.ledger import Hook
+from fairkv_sglang.plan_file import PLAN_VARIABLE, hand_out
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +47,17 @@ def starting(config: FairKVConfig | None) -> Iterator[None]:
 
     The environment that child processes read is put back afterwards.
     """
-    before = os.environ.get(RESOLVED_VARIABLE)
+    before = {name: os.environ.get(name) for name in (RESOLVED_VARIABLE, PLAN_VARIABLE)}
     _State.engine = config
     try:
         yield
     finally:
         _State.engine = None
-        if before is None:
-            os.environ.pop(RESOLVED_VARIABLE, None)
-        else:
-            os.environ[RESOLVED_VARIABLE] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def after_add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
@@ -95,6 +97,7 @@ def _resolve(original: Any, server_args: Any) -> None:
 
     config = _configuration()
     _export(config)
+    os.environ.pop(PLAN_VARIABLE, None)  # of an earlier start
     on_cpu = is_active()
     if on_cpu:
         _settle_cpu(server_args)
@@ -116,8 +119,13 @@ def _resolve(original: Any, server_args: Any) -> None:
     if config.enabled or on_cpu:
         support.check_split(model, view.tp_size, config.enabled)
     if config.enabled:
-        support.check_model(config, model, view.tp_size, str(view.device))
-        logger.info("FairKV is on: %s", config.model_dump_json(exclude_defaults=True))
+        plan = support.check_model(config, model, view.tp_size, str(view.device))
+        os.environ[PLAN_VARIABLE] = hand_out(plan)
+        logger.info(
+            "FairKV is on: %s, plan %s",
+            config.model_dump_json(exclude_defaults=True),
+            plan.digest[:12],
+        )
 
 
 def model_facts(server_args: Any) -> ModelFacts:

@@ -9,12 +9,11 @@ from fairkv_sglang.patches.ledger import Hook
 
 
 def after_scheduler_init(_: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Last point before serving: every hook is in effect, all ranks have the same plan."""
-    from fairkv_sglang.control.state import require_same_plan, start_reporting
+    """Last point before serving: every hook is in effect."""
+    from fairkv_sglang.control.state import start_reporting
     from fairkv_sglang.runtime import get_runtime
 
     get_runtime().verify_hooks()
-    require_same_plan(scheduler)
     start_reporting(scheduler)
 
 

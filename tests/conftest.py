@@ -12,7 +12,13 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-for _variable in ("FAIRKV_CONFIG", "FAIRKV_RESOLVED", "SGLANG_PLUGINS", "SGLANG_PLATFORM"):
+for _variable in (
+    "FAIRKV_CONFIG",
+    "FAIRKV_RESOLVED",
+    "FAIRKV_PLAN",
+    "SGLANG_PLUGINS",
+    "SGLANG_PLATFORM",
+):
     os.environ.pop(_variable, None)
 
 import pytest  # noqa: E402

@@ -7,7 +7,6 @@ collective inside the handler is safe; only the first rank's answer goes back to
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -57,6 +56,7 @@ def collect_state(scheduler: Any) -> dict[str, Any]:
         "copies": int(runtime.plan.copy_counts().sum()),
         "planned": _plain(runtime.plan.info),
         "plan": runtime.plan.to_json(),
+        "plan_digest": runtime.plan.digest,
         "kept": {
             "prompts": runtime.book.kept_prompts,
             "prompt_tokens": runtime.book.kept_prompt_tokens,
@@ -66,26 +66,6 @@ def collect_state(scheduler: Any) -> dict[str, Any]:
         "ranks": ranks,
         "decisions_agree": len({rank["decisions"]["digest"] for rank in ranks}) == 1,
     }
-
-
-def require_same_plan(scheduler: Any) -> None:
-    """Every rank made its plan for itself; one that differs would corrupt answers in silence.
-
-    Raises:
-        RuntimeError: if they differ. Only ``exact`` may, when its time limit strikes.
-    """
-    runtime = get_runtime()
-    if runtime.tp_size == 1:
-        return
-    layers = repr([[[tuple(x) for x in row] for row in layer] for layer in runtime.plan.layers])
-    digests: list[Any] = [None] * runtime.tp_size
-    mine = hashlib.blake2b(layers.encode(), digest_size=16).hexdigest()
-    dist.all_gather_object(digests, mine, group=scheduler.tp_cpu_group)
-    if len(set(digests)) > 1:
-        raise RuntimeError(
-            "FairKV: the ranks made different plans; make one with `fairkv plan --out FILE` and "
-            "start with --fairkv-plan FILE"
-        )
 
 
 def rank_state(runtime: FairKVRuntime) -> dict[str, Any]:

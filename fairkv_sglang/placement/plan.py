@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,11 @@ class HeadShare(BaseModel):
 
     head: int = Field(ge=0)
     share: float = Field(gt=0.0, le=1.0 + SHARE_TOLERANCE)
+
+
+def digest(data: bytes) -> str:
+    """What identifies a plan file: blake2b of its bytes, 128 bit in hexadecimal."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 LayerPlan = tuple[tuple[HeadShare, ...], ...]
@@ -157,6 +163,11 @@ class Plan(BaseModel):
         """``[L]``: lanes beyond one per head, the extra weight slices of each layer."""
         lanes = [sum(len(row) for row in layer) for layer in self.layers]
         return np.asarray(lanes, dtype=np.int64) - self.num_kv_heads
+
+    @property
+    def digest(self) -> str:
+        """Digest of the file that :meth:`to_file` writes."""
+        return digest(self.to_json().encode())
 
     # -- files --------------------------------------------------------------------------------
 
