@@ -34,7 +34,7 @@ sys.path.append(str(ROOT))  # behind everything else: kernels/ and patches/ must
 from demo.prompts import RecallPrompt, make_prompts  # noqa: E402
 from fairkv_sglang.kernels.pages import PAGE_TOKENS  # noqa: E402
 from fairkv_sglang.placement import Plan, make_plan  # noqa: E402
-from fairkv_sglang.planning import LANE_TOLERANCE, REQUEST_SPREAD  # noqa: E402
+from fairkv_sglang.planning import REQUEST_SPREAD  # noqa: E402
 from fairkv_sglang.profiles import read_profile  # noqa: E402
 
 MODEL = ROOT / "demo" / "model"
@@ -90,9 +90,7 @@ def _plan(args: argparse.Namespace, folder: Path) -> Path:
     """
     loads = read_profile(PROFILE).relative * args.ratio * args.tokens
     path = folder / "plan.json"
-    make_plan(
-        "fair_copying", loads, args.tp, spread=REQUEST_SPREAD, lane_tolerance=LANE_TOLERANCE
-    ).to_file(path)
+    make_plan("fair_copying", loads, args.tp, spread=REQUEST_SPREAD).to_file(path)
     return path
 
 

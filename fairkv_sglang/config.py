@@ -113,12 +113,6 @@ class FairKVConfig(BaseModel):
     expected_prompt: int = Field(
         4096, gt=0, description="Prompt length in tokens, for making the plan."
     )
-    expected_output: int = Field(
-        0,
-        ge=0,
-        description="New tokens of a request, for making the plan: the fewer, the more prefill "
-        "counts; 0 = decode alone counts.",
-    )
     prefill_pool: int | None = Field(
         None, gt=0, description="Tokens of the pool for prompts in prefill and cached prefixes."
     )

@@ -5,7 +5,6 @@ commands alike. Needs a model's sizes only; imports nothing of SGLang.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,15 +14,9 @@ from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.placement import CostModel, Plan, make_plan
 from fairkv_sglang.profiles import HeadProfile, read_profile
 
-logger = logging.getLogger(__name__)
-
 # Coefficient of variation of a head's kept tokens between small batches, from the per-request
 # counts of Tangram's four scorers on Llama-3.1-8B (docs/placement.md).
 REQUEST_SPREAD = 0.3
-
-
-# Decode time given for even lanes, which prefill waits for (placement/lanes.py).
-LANE_TOLERANCE = 1.02
 
 
 @dataclass(frozen=True)
@@ -97,21 +90,14 @@ def make_placement(
         batch=config.expected_batch,
     )
     loads = scope.expected(config.expected_prompt).astype(np.float64)
-    if config.expected_output:
-        cost = cost.with_prefill(config.expected_prompt, config.expected_output)
-        loads = loads + config.expected_output / 2  # a request is half done on average
-    plan = make_plan(
+    return make_plan(
         config.placement,
         loads,
         tp_size,
         cost=cost,
         model=shape.name,
         max_copies_per_layer=config.max_copies,
-        lane_tolerance=LANE_TOLERANCE,
         # Requests differ from a measured profile when scores decide; copies that pay for it leave
         # the router room to even that out. Static budgets do not differ.
         spread=REQUEST_SPREAD if scope.input_dependent and scope.profile is not None else 0.0,
     )
-    if "prefill" in plan.info:
-        logger.warning("--fairkv-expected-output: prefill is %s", plan.info["prefill"])
-    return plan

@@ -15,7 +15,7 @@ THROUGHPUT = [
 ]  # fmt: skip
 STEPS = [
     "variant", "decode step ms", "compute ms", "waiting ms", "kept tokens", "balance plan/run",
-    "copies", "lanes most/mean", "prefill s", "of it scoring",
+    "copies", "rows at home", "prefill s", "of it scoring",
 ]  # fmt: skip
 BALANCING = [
     "over contiguous", "speed-up", "allowed", "reached", "of gain", "CPU speed-up", "CPU allowed",
@@ -80,7 +80,7 @@ def _steps(name: str, entry: Mapping[str, Any]) -> list[str]:
         _by_rank(ranks.get("rank_tokens"), 0),
         f"{planned:.3f}/{found['median']:.3f}" if planned and found else "-",
         str(plan.get("copies", "-")),
-        f"{plan['lane_imbalance']:.2f}" if plan.get("lane_imbalance") else "-",
+        f"{plan['home_rows']:.0%}" if plan.get("home_rows") is not None else "-",
         _figure(entry, "prefill_s", alone=True),
         f"{entry['metrics']['compress_share']['median']:.1%}"
         if "compress_share" in entry["metrics"]

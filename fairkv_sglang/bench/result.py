@@ -202,7 +202,7 @@ def _plan(run: Run) -> dict[str, Any]:
         "copies": state["copies"],
         "planned_balancedness": 1 / planned if planned else None,
         "lanes": [rank["lanes"] for rank in state["ranks"]],
-        "lane_imbalance": state["planned"].get("lane_imbalance"),
+        "home_rows": state["planned"].get("home_rows"),
         "decisions_agree": state["decisions_agree"],
     }
 

@@ -31,7 +31,6 @@ class Settings(BaseModel):
         ratio: Budget as a share of the prompt.
         variants: Names from ``variants``.
         rounds: Measured runs of each variant.
-        expected_output: New tokens of a request, for plans to weigh prefill; 0: decode alone.
         scope: Budget scope of the variants with budgets.
         window: Tokens at the prompt's end that every head keeps.
         floor_alpha: Part of the budget that every head keeps in any case.
@@ -54,7 +53,6 @@ class Settings(BaseModel):
     variants: tuple[str, ...]
     rounds: int = Field(default=5, ge=1)
     workload: Workload
-    expected_output: int = Field(default=0, ge=0)
     scope: Literal["uniform", "head", "layer"] = "head"
     window: int = Field(default=16, ge=1)
     floor_alpha: float = Field(default=0.2, ge=0, le=1)
@@ -123,7 +121,6 @@ class Settings(BaseModel):
             "floor_alpha": self.floor_alpha,
             "expected_batch": self.workload.prompts,
             "expected_prompt": round(self.workload.mean_prompt),
-            "expected_output": self.expected_output,
         }
         if profile is not None:
             shared["profile"] = str(profile)

@@ -31,7 +31,6 @@ from fairkv_sglang.bench.virtual_rank import Device, LayerShare, upkeep_seconds
 from fairkv_sglang.bench.workload import portable
 from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.placement import CostModel, Plan, Router, make_plan
-from fairkv_sglang.planning import LANE_TOLERANCE
 
 FORMAT, VERSION = "fairkv-virtual", 1
 RANK_LOCAL = "rank_local"
@@ -124,9 +123,7 @@ def _case(
     if settings.cost == "measured":
         cost = measured_cost(device, sizes, cost, budget, settings.repeats)
     for name in settings.placements:
-        # As the engine does; the other costs are for comparison, with nothing else in the plan.
-        tolerance = LANE_TOLERANCE if settings.cost == "device" else 1.0
-        plan, tokens = place(name, kept, tp, cost, tolerance)
+        plan, tokens = place(name, kept, tp, cost)
         progress(f"TP {tp} batch {batch} budget {budget}: {name}")
         results[name] = _placement(settings, device, plan, tokens, batch, chosen, even)
     base = results.get("contiguous")
@@ -169,16 +166,14 @@ def kept_tokens(settings: VirtualSettings, budget: int) -> Tokens:
     return np.asarray(scope.expected(settings.prompt_len), dtype=np.int64)
 
 
-def place(
-    name: str, kept: Tokens, tp: int, cost: CostModel, lane_tolerance: float = 1.0
-) -> tuple[Plan, Tokens]:
+def place(name: str, kept: Tokens, tp: int, cost: CostModel) -> tuple[Plan, Tokens]:
     """Plan of a placement and the tokens ``[L, H]`` that its heads keep.
 
     ``rank_local`` keeps other tokens: the same total on every rank, shared by its heads as the
     profile says.
     """
     policy = "contiguous" if name == RANK_LOCAL else name
-    plan = make_plan(policy, kept, tp, cost=cost, lane_tolerance=lane_tolerance)
+    plan = make_plan(policy, kept, tp, cost=cost)
     if name != RANK_LOCAL:
         return plan, kept
     loads = np.einsum("lrh,lh->lr", plan.shares(), kept)

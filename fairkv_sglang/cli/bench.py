@@ -35,12 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt-len", metavar="N,N", help="prompt tokens (default 1024; 8192 for virtual ranks)")
     add("--output-len", type=int, default=64, help="new tokens of a request (default 64)")
     add(
-        "--expected-output",
-        type=int,
-        default=0,
-        help="new tokens that plans weigh prefill by (default 0: plans look at decode alone)",
-    )
-    add(
         "--shared-prefix",
         type=int,
         default=0,
@@ -153,7 +147,6 @@ def settings_of(args: argparse.Namespace) -> Settings:
                 shared_prefix=args.shared_prefix,
                 request_rate=args.request_rate,
             ),
-            expected_output=args.expected_output,
             scope=args.scope,
             window=args.window,
             floor_alpha=args.floor_alpha,

@@ -83,7 +83,6 @@ def describe(config: FairKVConfig, model: ModelFacts, tp_size: int, device: str)
         "placement": plan.policy,
         "copies": int(plan.copy_counts().sum()),
         "fullest rank over mean": round(fullest, 4),
-        "most lanes over mean (prefill)": round(plan.info.get("lane_imbalance", 1.0), 4),
         "ranks": [
             {"rank": rank, "lanes": int(lanes[rank]), "tokens": round(float(tokens[:, rank].sum()))}
             for rank in range(tp_size)

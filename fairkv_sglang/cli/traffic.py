@@ -39,13 +39,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--activation-passes", type=float, default=0.0, help="over a lane's activations; default 0"
     )
     group.add_argument(
-        "--prefill-weight", type=float, default=0.0, help="0: decode only; 1: prefill counts fully"
-    )
-    group.add_argument("--prefill-tokens", type=float, default=2048.0, help="per decode step")
-    group.add_argument(
-        "--prefill-token-cost", type=float, help="per lane; default: its weight bytes / 300"
-    )
-    group.add_argument(
         "--free-copies", "--copies-are-free", action="store_true", help="copies cost nothing"
     )
 
@@ -59,9 +52,6 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-extra-bytes", type=float, help="weights of all copies")
     group.add_argument("--spread", type=float, help="variation of a head's load between batches")
     group.add_argument("--spare-tolerance", type=float, help="balance under it; default 1.01")
-    group.add_argument(
-        "--lane-tolerance", type=float, help="dearer decode allowed for even prefill; default 1"
-    )
     group.add_argument("--time-limit", type=float, help="exact: seconds per layer; default 5")
 
 
@@ -83,13 +73,7 @@ def model_shape(args: argparse.Namespace, layers: int, heads: int) -> ModelShape
 
 
 def cost_model(args: argparse.Namespace, shape: ModelShape) -> CostModel:
-    """The load model; with ``--free-copies`` weights and prefill cost nothing."""
-    # A prompt token costs two operations per weight; the default takes a machine that does
-    # 600 of them in the time it reads 2 bytes (about the ratio of current accelerators).
-    slice_bytes = (2 * shape.group + 2) * shape.head_dim * shape.hidden_size * shape.weight_bytes
-    per_token = args.prefill_token_cost
-    if per_token is None:
-        per_token = slice_bytes * args.weight_byte_cost / 300
+    """The load model; with ``--free-copies`` weights cost nothing."""
     return checked(
         CostModel,
         head_dim=shape.head_dim,
@@ -103,9 +87,6 @@ def cost_model(args: argparse.Namespace, shape: ModelShape) -> CostModel:
         row_cost=args.row_cost,
         ops_per_byte=args.ops_per_byte,
         activation_passes=0.0 if args.free_copies else args.activation_passes,
-        prefill_weight=0.0 if args.free_copies else args.prefill_weight,
-        prefill_tokens=args.prefill_tokens,
-        prefill_token_cost=per_token,
     )
 
 

@@ -3,9 +3,8 @@
 
 cost(layer, rank) = lanes * lane cost + sum over its heads of share * batch * (expected kept
 tokens * KV row + row cost). A step waits in every layer for the most loaded rank (all-reduce), so
-it costs the sum over layers of the maximum over ranks. Prefill has barriers of its own: a rank
-computes every prompt for every lane, so per decode step it adds the maximum over ranks of
-lanes * prefill cost.
+it costs the sum over layers of the maximum over ranks. Prefill runs on the homes (``homes.py``)
+whatever the plan and is no part of it.
 """
 
 from __future__ import annotations
@@ -44,9 +43,7 @@ class CostModel(BaseModel):
     read or written outside of attention: projections, rotary embedding, append.
 
     ``weight_byte_cost`` and ``kv_byte_cost`` turn bytes into cost, 1.0 each unless measured;
-    ``row_cost`` is the cost of one (request, head) pair whatever its length. Prefill projects
-    every prompt token for every head served, owned or not: per decode step ``prefill_tokens *
-    prefill_token_cost`` per lane, times ``prefill_weight``; see :meth:`with_prefill`.
+    ``row_cost`` is the cost of one (request, head) pair whatever its length.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,9 +59,6 @@ class CostModel(BaseModel):
     row_cost: float = Field(default=0.0, ge=0.0)
     ops_per_byte: float = Field(default=0.0, ge=0.0)
     activation_passes: float = Field(default=0.0, ge=0.0)
-    prefill_weight: float = Field(default=0.0, ge=0.0)
-    prefill_tokens: float = Field(default=0.0, ge=0.0)
-    prefill_token_cost: float = Field(default=0.0, ge=0.0)
 
     @classmethod
     def for_device(cls, device: str, **sizes: Any) -> CostModel:
@@ -96,32 +90,6 @@ class CostModel(BaseModel):
         width = (2 * self.group + 2) * self.head_dim
         moved = self.batch * self.activation_passes * width * self.kv_bytes
         return projections * self.weight_byte_cost + moved * self.kv_byte_cost
-
-    @property
-    def prefill_cost(self) -> float:
-        """Cost of a lane's prefill, per decode step."""
-        return self.prefill_weight * self.prefill_tokens * self.prefill_token_cost
-
-    def with_prefill(self, prompt: float, output: float) -> CostModel:
-        """The same with prefill of requests of ``prompt`` tokens that get ``output`` new ones.
-
-        A prompt token costs two operations per weight and, on average over a causal prompt,
-        attention to half of it: two products of ``head_dim`` for each of ``group`` query heads.
-
-        Raises:
-            ValueError: without ``ops_per_byte``, which turns operations into cost.
-        """
-        if self.ops_per_byte <= 0.0:
-            raise ValueError("the cost of prefill needs ops_per_byte, operations per byte read")
-        attention = 2 * prompt * self.group * self.head_dim
-        operations = 2 * self.slice_parameters + attention
-        return self.model_copy(
-            update={
-                "prefill_weight": 1.0,
-                "prefill_tokens": self.batch * prompt / output,
-                "prefill_token_cost": operations / self.ops_per_byte * self.weight_byte_cost,
-            }
-        )
 
     def head_cost(self, loads: ArrayLike) -> FloatArray:
         """Cost of all requests of each head, ``[L, H]``, from expected kept tokens ``[L, H]``."""

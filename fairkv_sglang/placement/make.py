@@ -47,7 +47,6 @@ def make_problem(
         slice_bytes=cost.slice_bytes,
         samples=None if seen is None else cost.head_cost(seen),
         batch=cost.batch,
-        prefill=cost.prefill_cost,
     )
 
 
@@ -79,8 +78,6 @@ def make_plan(
     if options.max_extra_bytes is not None and cost is None:
         raise ValueError("max_extra_bytes needs a cost model, which knows a head's weight bytes")
     problem = make_problem(loads, tp_size, cost, samples)
-    if problem.prefill > 0.0 and policy != "fair_copying":
-        problem.notes["prefill"] = f"not weighed: {policy} places by decode alone"
     shares = POLICIES[policy](problem, options)
     if policy != "contiguous":
         shares = even_totals(problem, shares, options.max_copies_per_rank is not None)
@@ -104,7 +101,6 @@ def figures(problem: Problem, shares: FloatArray) -> dict[str, Any]:
         "token_imbalance": _ratio(
             float(tokens.max(axis=1).sum()), float(tokens.mean(axis=1).sum())
         ),
-        "lane_imbalance": _lane_imbalance(shares),
         "step_cost": step,
         "step_lower_bound": low,
         "step_over_bound": _ratio(step, low),
@@ -116,12 +112,6 @@ def figures(problem: Problem, shares: FloatArray) -> dict[str, Any]:
         "capacity_imbalance": _ratio(float(totals.max()), float(totals.mean())),
         **problem.notes,
     }
-
-
-def _lane_imbalance(shares: FloatArray) -> float:
-    """Lanes of the rank with the most over the mean, over all layers: who waits in prefill."""
-    lanes = (shares > 0).sum(axis=2)
-    return _ratio(float(lanes.max(axis=1).sum()), float(lanes.mean(axis=1).sum()))
 
 
 def _ratio(value: float, base: float) -> float:

@@ -26,8 +26,6 @@ class PlanOptions(BaseModel):
         of requests) ``fair_copying`` adds spare copies that give the router room, until
         ``spare_tolerance`` is reached on average over the scenarios (free copies) or no copy
         pays for itself.
-    lane_tolerance: how much dearer ``fair_copying`` may make a layer's decode step so that the rank
-        with the most lanes has fewer of them, for prefill computes every prompt for every lane.
     time_limit, gap: of ``exact``, seconds per layer and relative gap.
     """
 
@@ -39,7 +37,6 @@ class PlanOptions(BaseModel):
     max_copies_per_rank: int | None = Field(default=None, ge=0)
     max_extra_bytes: float | None = Field(default=None, ge=0.0)
     spread: float = Field(default=0.0, ge=0.0)
-    lane_tolerance: float = Field(default=1.0, ge=1.0)
     time_limit: float = Field(default=5.0, gt=0.0)
     gap: float = Field(default=1e-4, ge=0.0)
 

@@ -18,9 +18,8 @@ class Problem:
     tokens: ``[L, H]`` expected kept tokens. costs: ``[L, H]`` the same in cost units for the
     whole batch. lane: cost of a head served at all (0: copies are free). slice_bytes: weight bytes
     of a lane, for the limit on extra bytes. samples: ``[N, L, H]`` costs as if the whole batch were
-    like one sampled request. batch: requests served at a time. prefill: cost of a lane in prefill,
-    per decode step, which waits for the rank with the most lanes. notes: what a policy wants to
-    say about its run (solver status, gap); ends up in ``Plan.info``.
+    like one sampled request. batch: requests served at a time. notes: what a policy wants to say
+    about its run (solver status, gap); ends up in ``Plan.info``.
     """
 
     tokens: FloatArray
@@ -30,7 +29,6 @@ class Problem:
     slice_bytes: float
     samples: FloatArray | None = None
     batch: float = 32.0
-    prefill: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property

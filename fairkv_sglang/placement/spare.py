@@ -53,9 +53,8 @@ def add_spares(
     if problem.ranks > MAX_RANKS:
         problem.notes["spare_copies"] = f"none: not available above {MAX_RANKS} ranks"
         return shares
-    even = options.lane_tolerance > 1.0 or problem.prefill > 0.0
     layers = [
-        _Layer(scenarios[:, index], shares[index] > 0, problem.lane, problem.batch, even)
+        _Layer(scenarios[:, index], shares[index] > 0, problem.lane, problem.batch)
         for index in range(problem.layers)
     ]
     per_layer, room = _room(problem, shares, options, most)
@@ -66,7 +65,7 @@ def add_spares(
     while added < room and sum(layer.level for layer in layers) > goal:
         gains = [nexts[i][0] if layer.copies < per_layer else 0.0 for i, layer in enumerate(layers)]
         index = int(np.argmax(gains))
-        if gains[index] <= max(_MIN_GAIN * layers[index].level, problem.prefill):
+        if gains[index] <= _MIN_GAIN * layers[index].level:
             break
         layers[index].add(*nexts[index][1:])
         nexts[index] = layers[index].next_edge()
@@ -123,16 +122,10 @@ def _room(
 
 
 class _Layer:
-    """Support of one layer and its level in every scenario.
+    """Support of one layer and its level in every scenario."""
 
-    With ``even`` a copy goes to the rank with the most lanes only if all have as many, so that
-    spare copies do not undo what ``lanes.py`` has evened.
-    """
-
-    def __init__(
-        self, loads: FloatArray, support: BoolArray, lane: float, batch: float, even: bool = False
-    ) -> None:
-        self.loads, self.support, self.lane, self.even = loads, support.copy(), lane, even
+    def __init__(self, loads: FloatArray, support: BoolArray, lane: float, batch: float) -> None:
+        self.loads, self.support, self.lane = loads, support.copy(), lane
         mean = loads.mean(axis=0)
         self._order = np.argsort(-mean, kind="stable")
         self._mean = mean[self._order]
@@ -173,9 +166,6 @@ class _Layer:
         useful = np.zeros(self.support.shape, dtype=bool)
         for index in critical:
             useful |= np.outer(~self._in[index], self._inside[index])
-        lanes = self.support.sum(axis=1)
-        if self.even and lanes.min() < lanes.max():
-            useful[lanes == lanes.max()] = False
         best = (0.0, 0, 0)
         for rank, head in np.argwhere(useful & ~self.support):
             leaves = self._inside[:, head] & ~self._in[:, rank]

@@ -46,7 +46,6 @@ def test_every_budget_with_every_tp() -> None:
         (("--ratio", "1.5"), "--ratio: .*less than or equal to 1.*1.5"),
         (("--prompt-len", "9", "--shared-prefix", "9"), "leaves nothing of a prompt of 9"),
         (("--request-rate", "0"), "--request-rate: .*greater than 0"),
-        (("--expected-output", "-1"), "--expected-output: .*greater"),
         (("--rounds", "0"), "--rounds: .*greater than or equal to 1"),
         (("--prompts", "0"), "--prompts: .*greater than 0"),
         (("--output-len", "1"), "--output-length"),

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from fairkv_sglang.config import from_mapping
 from fairkv_sglang.placement import Plan
@@ -40,24 +38,3 @@ def test_constants_are_those_of_the_device(tmp_path: Path) -> None:
         model = plan_of(tmp_path, device).info["cost_model"]
         assert {key: model[key] for key in DEVICES[device]} == DEVICES[device]
         assert model["batch"] == 64
-
-
-def test_expected_output_weighs_prefill(tmp_path: Path) -> None:
-    decode_alone = plan_of(tmp_path)
-    short, long = (plan_of(tmp_path, expected_output=n) for n in (16, 4096))
-    assert decode_alone.info["cost_model"]["prefill_weight"] == 0
-    assert decode_alone.copy_counts().sum() > 0
-    assert short.copy_counts().sum() == 0 and short.info["lane_imbalance"] == 1
-    tokens = short.info["cost_model"]["prefill_tokens"]
-    assert tokens == 64 * 16384 / 16 == 256 * long.info["cost_model"]["prefill_tokens"]
-    # half of the output lies in every head on average
-    total = sum(long.info["rank_token_totals"]) - sum(decode_alone.info["rank_token_totals"])
-    assert total == pytest.approx(LAYERS * HEADS * 4096 / 2)
-
-
-def test_prefill_that_is_not_weighed_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        plan_of(tmp_path, expected_output=64, placement="best_effort")
-    assert "prefill is not weighed: best_effort" in caplog.text

@@ -39,13 +39,6 @@ def test_rank_cost_counts_lanes_shares_and_rows() -> None:
     np.testing.assert_allclose(rows, [[2 * lane + zero + one / 4, lane + 0.75 * one]])
 
 
-def test_prefill_is_a_cost_of_its_own() -> None:
-    plain = CostModel()
-    heavy = CostModel(prefill_weight=0.5, prefill_tokens=100, prefill_token_cost=3)
-    assert heavy.lane_cost == plain.lane_cost
-    assert (plain.prefill_cost, heavy.prefill_cost) == (0, 150)
-
-
 def test_projections_take_the_longer_of_reading_and_computing() -> None:
     sizes = {"head_dim": 2, "hidden_size": 5, "group": 1, "weight_bytes": 2.0}
     small, large = (CostModel(batch=b, ops_per_byte=10.0, **sizes) for b in (1, 30))  # type: ignore[arg-type]
@@ -58,17 +51,6 @@ def test_activations_count_for_every_request_of_a_lane() -> None:
     sizes = {"head_dim": 2, "hidden_size": 5, "group": 1, "batch": 3.0, "kv_bytes": 4.0}
     more = CostModel(activation_passes=7.0, **sizes).lane_cost - CostModel(**sizes).lane_cost  # type: ignore[arg-type]
     assert more == 3 * 7 * (4 * 2) * 4
-
-
-def test_prefill_per_decode_step() -> None:
-    cost = CostModel.for_device("cuda", batch=8.0)
-    with pytest.raises(ValueError, match="ops_per_byte"):
-        CostModel().with_prefill(100, 10)
-    # 8 requests of 10 new tokens each: 8/10 of a prompt per step
-    once = cost.with_prefill(1000, 10)
-    operations = 1000 * (2 * 10 * 128 * 4096) + 4 * 128 * (4 * 1000**2 / 2)
-    assert once.prefill_cost == pytest.approx(0.8 * operations / cost.ops_per_byte)
-    assert cost.with_prefill(1000, 20).prefill_cost == pytest.approx(once.prefill_cost / 2)
 
 
 def test_lower_bound() -> None:

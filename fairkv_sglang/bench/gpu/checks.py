@@ -88,22 +88,36 @@ def _admit(
     pick: random.Random,
     make: torch.Generator,
 ) -> None:
-    """A prompt with random owners and kept tokens, layer by layer, out of a pool with gaps."""
+    """A prompt with random owners and kept tokens, layer by layer, out of a pool with gaps.
+
+    Most layers store from a pool with its own number of columns, some from one column seen as many.
+    """
     owned = torch.tensor([pick.random() < 0.7 for _ in range(slow.lanes)], dtype=torch.uint8)
     for module, pages in ((kernels, fast), (reference, slow)):
         module.set_owned(pages, row, owned.to(pages.device))
     for first, end in itertools.pairwise(LANE_START):
         n = end - first
-        pool = torch.randn((60, 2 * n + 1, slow.head_dim), generator=make).to(slow.dtype)
+        m, columns = n, None
+        if pick.random() < 0.8:
+            m = pick.randint(1, 4)
+            columns = torch.tensor([pick.randrange(-1, m) for _ in range(n)])
+        expanded = pick.random() < 0.3
+        pool = torch.randn((60, 2 * m + 1, slow.head_dim), generator=make).to(slow.dtype)
         slots = torch.randperm(60, generator=make)[:55]
-        counts = [pick.choice((0, 1, 15, 16, 17, 33, 50)) for _ in range(n)]
-        kept = torch.full((n, max(1, *counts)), -1)
-        for h, count in enumerate(counts):
-            kept[h, :count] = torch.randperm(55, generator=make)[:count].sort().values
+        counts = [pick.choice((0, 1, 15, 16, 17, 33, 50)) for _ in range(m)]
+        kept = torch.full((m, max(1, *counts)), 10**6)  # past a count nothing is read
+        for c, count in enumerate(counts):
+            kept[c, :count] = torch.randperm(55, generator=make)[:count].sort().values
+            if columns is not None and c not in columns:
+                counts[c] = 10**6  # nobody's column needs no pages
         for module, pages in ((kernels, fast), (reference, slow)):
             there = pool.to(pages.device)
-            rest = (t.to(pages.device) for t in (slots, kept, torch.tensor(counts)))
-            module.store_kept(pages, row, first, there[:, 1 : n + 1], there[:, n + 1 :], *rest)
+            k, v = there[:, 1 : m + 1], there[:, m + 1 :]
+            if expanded:
+                k, v = (x[:, :1].expand(-1, m, -1) for x in (k, v))
+            rest = [t.to(pages.device) for t in (slots, kept, torch.tensor(counts))]
+            where = None if columns is None else columns.to(pages.device)
+            module.store_kept(pages, row, first, k, v, *rest, where)
 
 
 def _decode_step(

@@ -11,7 +11,6 @@ import numpy as np
 
 from fairkv_sglang.placement.choose import choose_copies
 from fairkv_sglang.placement.curves import Curves, layer_curves
-from fairkv_sglang.placement.lanes import even_lanes
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
 from fairkv_sglang.placement.policies.contiguous import contiguous
 from fairkv_sglang.placement.problem import Problem
@@ -24,16 +23,14 @@ def fair_copying(problem: Problem, options: PlanOptions) -> FloatArray:
 
     Free copies (``problem.lane`` = 0): the fewest copies over all layers such that the sum over
     layers of the fullest rank is at most ``options.tolerance`` times the mean. Otherwise: the
-    lowest step cost, ties to fewer copies. Then lanes are evened where prefill counts or
-    ``options.lane_tolerance`` allows it, see ``lanes.py``. With scenarios (samples of requests, or
-    a spread) spare copies are added where requests differ from the mean, see ``spare.py``.
+    lowest step cost, ties to fewer copies. With scenarios (samples of requests, or a spread) spare
+    copies are added where requests differ from the mean, see ``spare.py``.
     """
     curves = layer_curves(problem)
     most: int | None = None
     while True:
         shares = _build(problem, options, curves, most)
         shares = _not_worse_than_contiguous(problem, options, shares)
-        shares = even_lanes(problem, options, shares)
         shares = add_spares(problem, shares, options, most)
         limit = options.max_copies_per_rank
         if limit is None:
