@@ -85,15 +85,20 @@ def store_kept(
     token_slots: torch.Tensor,
     kept_idx: torch.Tensor,
     counts: torch.Tensor,
+    columns: torch.Tensor | None = None,
 ) -> None:
-    shape = (k_pool.shape[0], counts.shape[0], pages.head_dim)
+    m = counts.shape[0]
+    if kept_idx.shape[0] != m:
+        raise ValueError(f"kept_idx must have {m} rows, one for each count: {list(kept_idx.shape)}")
+    taken = np.arange(m, dtype=np.int64) if columns is None else columns.numpy()
+    shape = (k_pool.shape[0], m, pages.head_dim)
     k = _bytes(k_pool, "k_pool", shape, pages.dtype)
     v = _bytes(v_pool, "v_pool", shape, pages.dtype)
     arena = _arena(pages)
     _check(
         numba_pages.store_kept(
             *_state(pages), row, lane_lo, *arena, *k, *v, k_pool.shape[0],
-            token_slots.numpy(), kept_idx.numpy(), counts.numpy(),
+            token_slots.numpy(), kept_idx.numpy(), counts.numpy(), taken,
         )
     )  # fmt: skip
 

@@ -128,52 +128,60 @@ def release(table, lens, owned, stack, count, rows):  # type: ignore[no-untyped-
 
 
 @nb.njit(  # type: ignore[untyped-decorator]
-    I64(*STATE, *([I64] * 12), I64_1D, I64_2D, I64_1D), cache=True, nogil=True
+    I64(*STATE, *([I64] * 12), I64_1D, I64_2D, I64_1D, I64_1D), cache=True, nogil=True
 )
 def store_kept(  # type: ignore[no-untyped-def]
     table, lens, owned, stack, count, row, lane_lo, k_to, v_to, row_bytes,
     k_from, k_stride, k_head, v_from, v_stride, v_head, pool_slots,
-    token_slots, kept_idx, counts,
+    token_slots, kept_idx, counts, columns,
 ):  # fmt: skip
-    """Copy the kept rows of one layer's prompt into fresh pages. Returns 0 or an error bit."""
-    heads, max_pages = counts.shape[0], table.shape[2]
-    if not (0 < row < lens.shape[0] and 0 <= lane_lo <= lens.shape[1] - heads):
+    """Copy the kept rows of one layer's prompt into fresh pages. Returns 0 or an error bit.
+
+    Lane lane_lo + j takes column columns[j] of the pools, kept_idx and counts. A column that no
+    lane of the row takes may hold anything: it is not looked at.
+    """
+    lanes, max_pages = columns.shape[0], table.shape[2]
+    if not (0 < row < lens.shape[0] and 0 <= lane_lo <= lens.shape[1] - lanes):
         return ERROR_INDEX
     need = 0
-    for h in range(heads):
-        if counts[h] < 0 or counts[h] > kept_idx.shape[1]:
+    for j in range(lanes):
+        c = columns[j]
+        if c >= counts.shape[0]:
             return ERROR_INDEX
-        for i in range(counts[h]):
-            if not 0 <= kept_idx[h, i] < token_slots.shape[0]:
+        if c < 0 or not owned[row, lane_lo + j]:
+            continue
+        if counts[c] < 0 or counts[c] > kept_idx.shape[1]:
+            return ERROR_INDEX
+        for i in range(counts[c]):
+            if not 0 <= kept_idx[c, i] < token_slots.shape[0]:
                 return ERROR_INDEX
-            if not 0 <= token_slots[kept_idx[h, i]] < pool_slots:
+            if not 0 <= token_slots[kept_idx[c, i]] < pool_slots:
                 return ERROR_INDEX
-        if owned[row, lane_lo + h]:
-            pages = (counts[h] + PAGE_TOKENS - 1) // PAGE_TOKENS
-            if lens[row, lane_lo + h] != 0:
-                return ERROR_ROW_NOT_EMPTY
-            if pages > max_pages:
-                return ERROR_ROW_FULL
-            need += pages
+        pages = (counts[c] + PAGE_TOKENS - 1) // PAGE_TOKENS
+        if lens[row, lane_lo + j] != 0:
+            return ERROR_ROW_NOT_EMPTY
+        if pages > max_pages:
+            return ERROR_ROW_FULL
+        need += pages
     if need > count[0]:
         return ERROR_NO_FREE_PAGE
     top = count[0]
-    for h in range(heads):
-        lane = lane_lo + h
-        if not owned[row, lane]:
+    for j in range(lanes):
+        c, lane = columns[j], lane_lo + j
+        if c < 0 or not owned[row, lane]:
             continue
         page = nb.int64(0)
-        for i in range(counts[h]):
+        for i in range(counts[c]):
             offset = i % PAGE_TOKENS
             if offset == 0:
                 top -= 1
                 page = nb.int64(stack[top])
                 table[row, lane, i // PAGE_TOKENS] = page
-            slot = token_slots[kept_idx[h, i]]
+            slot = token_slots[kept_idx[c, i]]
             to = page * PAGE_TOKENS + offset
-            _copy_key(k_to, to, k_from + slot * k_stride + h * k_head, row_bytes)
-            _copy(v_to + to * row_bytes, v_from + slot * v_stride + h * v_head, row_bytes)
-        lens[row, lane] = counts[h]
+            _copy_key(k_to, to, k_from + slot * k_stride + c * k_head, row_bytes)
+            _copy(v_to + to * row_bytes, v_from + slot * v_stride + c * v_head, row_bytes)
+        lens[row, lane] = counts[c]
     count[0] = top
     return 0
 

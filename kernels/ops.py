@@ -65,16 +65,28 @@ def store_kept(
     token_slots: torch.Tensor,
     kept_idx: torch.Tensor,
     counts: torch.Tensor,
+    columns: torch.Tensor | None = None,
 ) -> None:
     """After the last chunk of a prompt, for one layer: copy the kept rows into new pages.
 
-    k_pool, v_pool: [slots, n, D] the layer's prefill pool. token_slots: int64 [N], pool slot of
-    each prompt position. kept_idx: int64 [n, most], ascending positions, -1 after the first
-    counts[h]. counts: int64 [n]. Head h goes to lane lane_lo + h if `row` owns it, else nothing
-    happens for it.
+    The pool has m columns, the layer n lanes on this rank.
+
+    Args:
+        k_pool, v_pool: [slots, m, D] the layer's prefill pool; any strides but the last, which is
+            1. All columns may be one (a stride of 0).
+        token_slots: int64 [N], pool slot of each prompt position.
+        kept_idx: int64 [m, most], ascending positions; what follows the first counts[c] of row c
+            is not read.
+        counts: int64 [m], kept tokens of each column.
+        columns: int64 [n], lane lane_lo + j takes column columns[j] < m of the pools, of kept_idx
+            and of counts. Several lanes may take a column, or none. None: n is m and every lane
+            takes the column of its own number.
+
+    Nothing happens for a lane that `row` does not own or whose columns[j] is negative. A column
+    that no other lane takes needs no pages, and its row of kept_idx and of counts is not read.
     """
     backend(pages.device).store_kept(
-        pages, row, lane_lo, k_pool, v_pool, token_slots, kept_idx, counts
+        pages, row, lane_lo, k_pool, v_pool, token_slots, kept_idx, counts, columns
     )
 
 

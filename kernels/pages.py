@@ -39,7 +39,7 @@ ERROR_TEXT = {
     ERROR_NO_FREE_PAGE: "no free head page (admission let in more than the arena holds)",
     ERROR_ROW_FULL: "a row needs more pages than its page table has columns",
     ERROR_ROW_NOT_EMPTY: "a row that still holds pages was given to a new request",
-    ERROR_INDEX: "a row, token position, slot or count is out of range",
+    ERROR_INDEX: "a row, column, token position, slot or count is out of range",
 }
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .pages import (
+    ERROR_INDEX,
     ERROR_NO_FREE_PAGE,
     ERROR_ROW_FULL,
     ERROR_ROW_NOT_EMPTY,
@@ -74,21 +75,24 @@ def store_kept(
     token_slots: torch.Tensor,
     kept_idx: torch.Tensor,
     counts: torch.Tensor,
+    columns: torch.Tensor | None = None,
 ) -> None:
-    lanes = [(h, lane_lo + h) for h in range(len(counts)) if pages.owned[row, lane_lo + h]]
-    need = [-(-int(counts[h]) // PAGE_TOKENS) for h, _ in lanes]
+    chosen = list(range(len(counts))) if columns is None else columns.tolist()
+    _require(all(c < len(counts) for c in chosen), ERROR_INDEX)
+    lanes = [(c, j) for j, c in enumerate(chosen, lane_lo) if c >= 0 and pages.owned[row, j]]
+    need = [-(-int(counts[c]) // PAGE_TOKENS) for c, _ in lanes]
     _require(not any(pages.lens[row, j] for _, j in lanes), ERROR_ROW_NOT_EMPTY)
     _require(sum(need) <= int(pages.free_count), ERROR_NO_FREE_PAGE)
     _require(max(need, default=0) <= pages.max_pages, ERROR_ROW_FULL)
-    for h, j in lanes:
-        n = int(counts[h])
-        slot = token_slots[kept_idx[h, :n].long()]
+    for c, j in lanes:
+        n = int(counts[c])
+        slot = token_slots[kept_idx[c, :n].long()]
         for first in range(0, n, PAGE_TOKENS):
             page, part = _pop(pages), slot[first : first + PAGE_TOKENS]
             pages.page_table[row, j, first // PAGE_TOKENS] = page
             keys = pages.keys
-            keys[page.long(), : len(part)] = k_pool[part, h].unflatten(1, keys.shape[2:])
-            pages.v_pages[page.long(), : len(part)] = v_pool[part, h]
+            keys[page.long(), : len(part)] = k_pool[part, c].unflatten(1, keys.shape[2:])
+            pages.v_pages[page.long(), : len(part)] = v_pool[part, c]
         pages.lens[row, j] = n
 
 

@@ -13,11 +13,13 @@ import logging
 import time
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from . import triton_decode
 from .pages import (
+    ERROR_INDEX,
     ERROR_NO_FREE_PAGE,
     ERROR_ROW_FULL,
     ERROR_ROW_NOT_EMPTY,
@@ -89,22 +91,23 @@ def _release(  # type: ignore[no-untyped-def]
 @triton.jit
 def _store_kept(  # type: ignore[no-untyped-def]
     table, k_pages, v_pages, k_pool, v_pool, token_slots, kept, kept_stride,
-    counts, new_pages, need, before, lane_entry, max_pages,
+    columns, tokens, new_pages, need, before, lane_entry, max_pages,
     k_slot, k_head, v_slot, v_head,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Program (h, p) fills page p of head h: 16 gathered rows of K and of V."""
-    h, p = tl.program_id(0), tl.program_id(1)
-    if p < tl.load(need + h):
-        page = tl.load(new_pages - (tl.load(before + h) + p)).to(tl.int64)
-        tl.store(table + lane_entry + h * max_pages + p, page.to(tl.int32))
+    """Program (j, p) fills page p of lane j: 16 gathered rows of K and of V of its column."""
+    j, p = tl.program_id(0), tl.program_id(1)
+    if p < tl.load(need + j):
+        c = tl.load(columns + j)
+        page = tl.load(new_pages - (tl.load(before + j) + p)).to(tl.int64)
+        tl.store(table + lane_entry + j * max_pages + p, page.to(tl.int32))
         t, d = tl.arange(0, PAGE), tl.arange(0, D_PAD)
-        live = p * PAGE + t < tl.load(counts + h)
-        position = tl.load(kept + h * kept_stride + p * PAGE + t, mask=live, other=0)
+        live = p * PAGE + t < tl.load(tokens + j)
+        position = tl.load(kept + c * kept_stride + p * PAGE + t, mask=live, other=0)
         slot = tl.load(token_slots + position, mask=live, other=0)
         both = live[:, None] & (d < D)[None, :]
-        k = tl.load(k_pool + (slot * k_slot + h * k_head)[:, None] + d[None, :], mask=both)
-        v = tl.load(v_pool + (slot * v_slot + h * v_head)[:, None] + d[None, :], mask=both)
+        k = tl.load(k_pool + (slot * k_slot + c * k_head)[:, None] + d[None, :], mask=both)
+        v = tl.load(v_pool + (slot * v_slot + c * v_head)[:, None] + d[None, :], mask=both)
         to = (page * PAGE + t)[:, None] * D + d[None, :]
         tl.store(k_pages + to, k, mask=both)
         tl.store(v_pages + to, v, mask=both)
@@ -170,31 +173,48 @@ def store_kept(
     token_slots: torch.Tensor,
     kept_idx: torch.Tensor,
     counts: torch.Tensor,
+    columns: torch.Tensor | None = None,
 ) -> None:
-    n, most = kept_idx.shape
+    m, most = kept_idx.shape
+    if columns is None:
+        columns = torch.arange(m, device=pages.device)
+    n, dim = columns.shape[0], pages.head_dim
+    if counts.shape[0] != m or any(x.shape[1:] != (m, dim) for x in (k_pool, v_pool)):
+        raise ValueError(f"store_kept: counts and pools must have {m} columns, as kept_idx has")
+    if k_pool.stride(2) != 1 or v_pool.stride(2) != 1:
+        raise ValueError("store_kept: pools must be contiguous in their last dimension")
+    if not 0 <= lane_lo <= pages.lanes - n:
+        raise ValueError(f"store_kept: {n} lanes from {lane_lo} on, of {pages.lanes}")
+    if n == 0:
+        return
+    # A column out of range, below or above, finds the zero at the end: the host cannot look at it,
+    # and an index past the end would stop the device.
+    columns = columns.clamp(-1, m).contiguous()
+    tokens = F.pad(counts, (0, 1))[columns]
     mine = slice(lane_lo, lane_lo + n)
-    owned, lens = pages.owned[row, mine] != 0, pages.lens[row, mine]
-    need = (counts + (PAGE_TOKENS - 1)) // PAGE_TOKENS * owned
+    takes, lens = (pages.owned[row, mine] != 0) & (columns >= 0), pages.lens[row, mine]
+    need = (tokens + (PAGE_TOKENS - 1)) // PAGE_TOKENS * takes
     total = need.sum()
     # All or nothing, decided on the device.
     lacking = total > pages.free_count
     full = (need > pages.max_pages).any()
-    busy = ((lens != 0) & owned).any()
+    busy = ((lens != 0) & takes).any()
+    outside = (columns == m).any()
     bits = lacking.int() * ERROR_NO_FREE_PAGE + full.int() * ERROR_ROW_FULL
-    pages.error.bitwise_or_(bits + busy.int() * ERROR_ROW_NOT_EMPTY)
-    fits = ~(lacking | full | busy)
+    bits += busy.int() * ERROR_ROW_NOT_EMPTY + outside.int() * ERROR_INDEX
+    pages.error.bitwise_or_(bits)
+    fits = ~(lacking | full | busy | outside)
     need = need * fits
     before = pages.num_pages - pages.free_count + need.cumsum(0) - need
-    dim = pages.head_dim
     _store_kept[(n, max(1, triton.cdiv(most, PAGE_TOKENS)))](
         pages.page_table, pages.k_pages, pages.v_pages, k_pool, v_pool, token_slots,
-        kept_idx, kept_idx.stride(0), counts, pages.free_pages[-1:], need, before,
+        kept_idx, kept_idx.stride(0), columns, tokens, pages.free_pages[-1:], need, before,
         (row * pages.lanes + lane_lo) * pages.max_pages, pages.max_pages,
         k_pool.stride(0), k_pool.stride(1), v_pool.stride(0), v_pool.stride(1),
         D=dim, D_PAD=triton.next_power_of_2(dim), PAGE=PAGE_TOKENS,
     )  # fmt: skip
     pages.free_count -= need.sum()
-    lens.copy_(torch.where(owned & fits, counts.to(torch.int32), lens))
+    lens.copy_(torch.where(takes & fits, tokens.to(torch.int32), lens))
 
 
 def append(pages: HeadPages, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -152,9 +152,15 @@ def broken(name: str) -> Any:
         numba_cpu.append(pages, slots, v, k)
 
     def store_kept(pages: HeadPages, *arguments: Any) -> None:
-        row, lane_lo, k, v, slots, kept, counts = arguments
+        row, lane_lo, k, v, slots, kept, counts, columns = arguments
         fewer = (counts - 1).clamp(min=0)
-        numba_cpu.store_kept(pages, row, lane_lo, k, v, slots, kept, fewer)
+        numba_cpu.store_kept(pages, row, lane_lo, k, v, slots, kept, fewer, columns)
+
+    def store_columns(pages: HeadPages, *arguments: Any) -> None:
+        columns = arguments[-1]
+        numba_cpu.store_kept(
+            pages, *arguments[:-1], None if columns is None else columns.clamp(min=0)
+        )
 
     def release(pages: HeadPages, rows: torch.Tensor) -> None:
         numba_cpu.release(pages, rows[:0])
@@ -162,10 +168,12 @@ def broken(name: str) -> Any:
     operations = {n: getattr(numba_cpu, n) for n in ("set_owned", "grow", "append", "store_kept")}
     operations["release"] = numba_cpu.release
     wrong = {"grow": grow, "append": append, "store_kept": store_kept, "release": release}
-    return SimpleNamespace(**{**operations, name: wrong[name]})
+    wrong["columns"] = store_columns
+    replaced = "store_kept" if name == "columns" else name
+    return SimpleNamespace(**{**operations, replaced: wrong[name]})
 
 
-@pytest.mark.parametrize("name", ["grow", "append", "store_kept", "release"])
+@pytest.mark.parametrize("name", ["grow", "append", "store_kept", "columns", "release"])
 def test_page_operations_that_are_wrong_are_noticed(name: str) -> None:
     with pytest.raises(RuntimeError):
         checks.page_operations(broken(name), "cpu", torch.float32, by_columns=True, rounds=1)

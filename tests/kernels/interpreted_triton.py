@@ -104,34 +104,67 @@ def test_exhausted_arena_sets_the_error_bit_and_damages_nothing() -> None:
     assert int(pages.error) == pages_module.ERROR_ROW_NOT_EMPTY
 
 
-def test_store_kept_and_release(filled: Callable[..., HeadPages]) -> None:
+@pytest.mark.parametrize(
+    ("m", "columns"),
+    [
+        (2, None),
+        (2, [1, 0]),
+        (2, [1, 1]),
+        (3, [2, 0]),
+        (3, [-1, 2]),
+        (1, [0, -1]),
+        (1, [-1, -7]),
+        (0, [-1, -1]),
+    ],
+)
+@pytest.mark.parametrize("expanded", [False, True])
+def test_store_kept_and_release(
+    filled: Callable[..., HeadPages], m: int, columns: list[int] | None, expanded: bool
+) -> None:
+    """Row 2 owns lane 2 of lanes 1 and 2 that are stored, row 3 both."""
     owned = [[0, 0, 0], [1, 1, 1], [0, 0, 0], [1, 1, 1]]
     lens = [[0, 0, 0], [30, 16, 3], [0, 0, 0], [1, 0, 40]]
     slow = filled(lens, 24, owned=owned, by_columns=False)
     fast = on_device(slow)
     make = torch.Generator().manual_seed(5)
-    pool = torch.randn((60, 5, 24), generator=make)
+    pool = torch.randn((60, 7, 24), generator=make)
     slots = torch.randperm(60, generator=make)[:50]
-    kept = torch.full((2, 40), -1)
-    counts = torch.tensor([33, 17])
-    for h, count in enumerate(counts.tolist()):
-        kept[h, :count] = torch.randperm(50, generator=make)[:count].sort().values
+    lanes = list(range(m)) if columns is None else columns
+    # What nobody reads is out of range: positions past a count, counts that no lane takes.
+    kept = torch.full((m, 40), 10**6)
+    counts = torch.tensor([33, 17, 16][:m], dtype=torch.int64)
+    for c, count in enumerate(counts.tolist()):
+        kept[c, :count] = torch.randperm(50, generator=make)[:count].sort().values
+        if c not in lanes:
+            counts[c] = 10**6
 
     def store(module: object, pages: HeadPages, row: int) -> None:
         to = pages.device
-        k, v = pool.to(to)[:, 1:3], pool.to(to)[:, 3:5]
+        k, v = pool.to(to)[:, 1 : 1 + m], pool.to(to)[:, 4 : 4 + m]
+        if expanded:
+            k, v = (x.to(to)[:, :1].expand(-1, m, -1) for x in (pool, pool[:, 5:]))
         rest = (slots.to(to), kept.to(to), counts.to(to))
-        module.store_kept(pages, row, 1, k, v, *rest)  # type: ignore[attr-defined]
+        where = None if columns is None else torch.tensor(columns, device=to)
+        module.store_kept(pages, row, 1, k, v, *rest, where)  # type: ignore[attr-defined]
 
     for module, pages in ((reference, slow), (triton_ops, fast)):
         module.release(pages, torch.tensor([3, 3, 0], device=pages.device))
         module.set_owned(pages, 2, torch.tensor([1, 0, 1], dtype=torch.uint8).to(pages.device))
+        module.set_owned(pages, 3, torch.tensor([0, 1, 1], dtype=torch.uint8).to(pages.device))
         store(module, pages, 2)
+        store(module, pages, 3)
     same(fast, slow)
-    # Row 1 holds pages: refused as a whole.
+    assert fast.lens[2:, 1:].tolist() == [
+        [int(counts[c]) if mine and c >= 0 else 0 for c, mine in zip(lanes, owns, strict=True)]
+        for owns in ((0, 1), (1, 1))
+    ]
+    for module, pages in ((reference, slow), (triton_ops, fast)):
+        module.release(pages, torch.tensor([3], device=pages.device))
+    # Row 1 holds pages: refused as a whole, unless no lane takes anything.
     before = fast.lens.clone()
     store(triton_ops, fast, 1)
-    assert int(fast.error) == pages_module.ERROR_ROW_NOT_EMPTY
+    bit = pages_module.ERROR_ROW_NOT_EMPTY if max(lanes) >= 0 else 0
+    assert int(fast.error) == bit
     assert torch.equal(fast.lens, before)
     fast.error.zero_()
     same(fast, slow)
@@ -142,9 +175,15 @@ def test_store_kept_and_release(filled: Callable[..., HeadPages]) -> None:
 
 
 def test_store_kept_into_a_full_arena_changes_nothing() -> None:
-    for num_pages, max_pages, bit in (
-        (2, 9, pages_module.ERROR_NO_FREE_PAGE),
-        (9, 1, pages_module.ERROR_ROW_FULL),
+    for num_pages, max_pages, columns, bit in (
+        (2, 9, None, pages_module.ERROR_NO_FREE_PAGE),
+        (3, 9, [0, 0], pages_module.ERROR_NO_FREE_PAGE),
+        (1, 9, [0, -1], pages_module.ERROR_NO_FREE_PAGE),
+        (9, 1, None, pages_module.ERROR_ROW_FULL),
+        (9, 9, [1, 2], pages_module.ERROR_INDEX),
+        (9, 9, [2**40, -1], pages_module.ERROR_INDEX),
+        (1, 1, [-1, 1], 0),
+        (2, 1, [1, 1], 0),
     ):
         pages = HeadPages.create(
             num_pages, 2, 2, max_pages, 16, torch.float32, DEVICE, by_columns=False
@@ -153,12 +192,31 @@ def test_store_kept_into_a_full_arena_changes_nothing() -> None:
         pool = torch.ones((20, 2, 16), device=DEVICE)
         at = torch.arange(20, device=DEVICE)
         counts = torch.tensor([20, 3], device=DEVICE)
-        triton_ops.store_kept(pages, 1, 0, pool, pool, at, at.repeat(2, 1), counts)
+        where = None if columns is None else torch.tensor(columns, device=DEVICE)
+        triton_ops.store_kept(pages, 1, 0, pool, pool, at, at.repeat(2, 1), counts, where)
         assert int(pages.error) == bit
-        assert pages.num_used == 0
-        assert not bool(pages.lens.any())
+        assert pages.num_used == (0 if bit else num_pages)
+        assert bool(pages.lens.any()) == (bit == 0)
         pages.error.zero_()
         pages.check_integrity()
+
+
+def test_store_kept_refuses_wrong_shapes() -> None:
+    pages = HeadPages.create(9, 2, 2, 2, 16, torch.float32, DEVICE, by_columns=False)
+    pool, at = torch.ones((20, 1, 16), device=DEVICE), torch.arange(20, device=DEVICE)
+    kept, counts, columns = at[None], at[:1], at[:2] * 0
+    wide = torch.ones((20, 1, 32), device=DEVICE)[..., ::2]
+    for bad, message in (
+        ((pool, pool.expand(-1, 2, -1), at, kept, counts, columns), "must have 1 columns"),
+        ((pool, pool, at, kept, at[:2], columns), "must have 1 columns"),
+        ((pool, pool, at, kept.repeat(2, 1), counts, columns), "must have 2 columns"),
+        ((pool, wide, at, kept, counts, columns), "contiguous in their last dimension"),
+        ((pool, pool, at, kept, counts, at[:3] * 0), "3 lanes from 0 on, of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            triton_ops.store_kept(pages, 1, 0, *bad)
+    triton_ops.store_kept(pages, 1, 2, pool, pool, at, kept, counts, at[:0])  # a layer of no lanes
+    pages.check_integrity()
 
 
 @pytest.mark.parametrize(("group", "dim"), [(1, 16), (5, 24), (8, 32)])

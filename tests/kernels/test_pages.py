@@ -67,17 +67,26 @@ class Pages(RuleBasedStateMachine):
         for lane_lo, n in ((0, 1), (1, 2)):
             most = data.draw(st.integers(1, POOL))
             slots = torch.tensor(data.draw(st.permutations(range(POOL))))[:most]
-            k, v = self.new(POOL, n), self.new(POOL, n)
-            counts = [data.draw(st.integers(0, min(most, 70))) for _ in range(n)]
-            kept = torch.full((n, max(1, *counts)), -1, dtype=torch.int64)
-            for h, count in enumerate(counts):
-                chosen = data.draw(st.permutations(range(most)))[:count]
-                kept[h, :count] = torch.tensor(sorted(chosen), dtype=torch.int64)
-            arguments = (row, lane_lo, k, v, slots, kept, torch.tensor(counts))
-            done = self.both("store_kept", *arguments)
-            for h, count in enumerate(counts):
-                mine = bool(owned[lane_lo + h])
-                rows = k[slots[kept[h, :count]], h, 0].tolist() if done else []
+            m = data.draw(st.integers(0, 3))
+            several = st.lists(st.integers(-1, m - 1), min_size=n, max_size=n)
+            columns = data.draw(st.none() | several)
+            m, columns_or_own = (n, list(range(n))) if columns is None else (m, columns)
+            taken = {c for c, mine in zip(columns_or_own, owned[lane_lo:], strict=False) if mine}
+            k, v = self.new(POOL, m), self.new(POOL, m)
+            # What nobody reads is out of range: positions past a count, counts that no lane takes.
+            counts = torch.full((m,), data.draw(st.sampled_from((-40, 10**6))))
+            kept = torch.full((m, most), data.draw(st.sampled_from((-1, 10**6))))
+            for c in range(m):
+                if c in taken:
+                    counts[c] = count = data.draw(st.integers(0, min(most, 70)))
+                    chosen = data.draw(st.permutations(range(most)))[:count]
+                    kept[c, :count] = torch.tensor(sorted(chosen), dtype=torch.int64)
+            arguments = (row, lane_lo, k, v, slots, kept, counts)
+            where = None if columns is None else torch.tensor(columns)
+            done = self.both("store_kept", *arguments, where)
+            for c, mine in zip(columns_or_own, owned[lane_lo : lane_lo + n], strict=True):
+                stored = mine and c >= 0 and done
+                rows = k[slots[kept[c, : counts[c]]], c, 0].tolist() if stored else []
                 contents.append(rows if mine else None)
         self.held[row] = contents
 
@@ -186,6 +195,14 @@ def test_bad_arguments_are_refused() -> None:
         bad = [*good[:at], wrong, *good[at + 1 :]]
         with pytest.raises(RuntimeError, match="out of range"):
             numba_cpu.store_kept(pages, 1, 0, pool, pool, *bad)
+    with pytest.raises(RuntimeError, match="row, column"):
+        numba_cpu.store_kept(pages, 1, 0, pool, pool, *good, torch.tensor([0, 1]))
+    with pytest.raises(RuntimeError, match="out of range"):  # more lanes than there are
+        numba_cpu.store_kept(pages, 1, 0, pool, pool, *good, torch.tensor([0, -1, -1]))
+    with pytest.raises(ValueError, match="kept_idx must have 1 rows"):
+        numba_cpu.store_kept(pages, 1, 0, pool, pool, good[0], good[1].repeat(2, 1), good[2])
+    with pytest.raises(ValueError, match="k_pool must be"):
+        numba_cpu.store_kept(pages, 1, 0, pool.expand(-1, 2, -1), pool, *good)
     assert pages.num_used == 0
     numba_cpu.store_kept(pages, 1, 0, pool, pool, *good)
     with pytest.raises(RuntimeError, match="still holds pages"):
@@ -198,6 +215,25 @@ def test_bad_arguments_are_refused() -> None:
             HeadPages.create(**sizes, dtype=torch.float32)
     with pytest.raises(ValueError, match="floating-point"):
         HeadPages.create(1, 1, 1, 1, 8, torch.int8)
+
+
+def test_a_column_needs_pages_once_for_every_lane_that_takes_it() -> None:
+    """Lanes 0 and 1 take column 0 (2 pages each); column 1 alone is more than the arena holds."""
+    at, pool = torch.arange(90), torch.zeros((90, 2, DIM))
+    arguments = (pool, pool, at, at.repeat(2, 1), torch.tensor([20, 90]))
+    for num_pages, fits in ((3, False), (4, True)):
+        pages = HeadPages.create(num_pages, 2, 3, 4, DIM, torch.float32)
+        numba_cpu.set_owned(pages, 1, torch.ones(3))
+        if not fits:
+            with pytest.raises(RuntimeError, match="no free head page"):
+                numba_cpu.store_kept(pages, 1, 0, *arguments, torch.tensor([0, 0, -1]))
+            assert pages.num_used == 0
+            continue
+        numba_cpu.store_kept(pages, 1, 0, *arguments, torch.tensor([0, -1, -1]))
+        # A lane that holds pages is in nobody's way as long as it takes no column.
+        numba_cpu.store_kept(pages, 1, 0, *arguments, torch.tensor([-1, 0, -1]))
+        assert pages.lens[1].tolist() == [20, 20, 0]
+        pages.check_integrity()
 
 
 def test_integrity_check_sees_every_damage() -> None:
@@ -243,3 +279,20 @@ def test_store_and_append_from_strided_views_and_any_dtype() -> None:
             chosen = slots[kept[lane][kept[lane] >= 0]]
             assert torch.equal(got_k, torch.cat([k[chosen, lane], pool[0, 30:31, new_k]]))
             assert torch.equal(got_v, torch.cat([v[chosen, lane], pool[1, 30:31, new_v]]))
+
+
+def test_store_from_one_column_seen_as_many() -> None:
+    """A pool of one head whose view has a head stride of 0, and columns of a larger table."""
+    make = torch.Generator().manual_seed(2)
+    pool = torch.randn((40, 3, DIM), generator=make)
+    k, v = pool[:, 1:2].expand(-1, 3, -1), pool[::1, 2:3].expand(-1, 3, -1)
+    slots = torch.randperm(40, generator=make)
+    kept, counts = torch.tensor([[1, 2, 7], [0, 5, 99], [3, 4, 6]]), torch.tensor([3, 2, 1])
+    pages = HeadPages.create(9, 2, 4, 2, DIM, torch.float32)
+    numba_cpu.set_owned(pages, 1, torch.ones(4))
+    columns = torch.tensor([[2, 8], [1, 8], [-1, 8], [2, 8]])[:, 0]
+    numba_cpu.store_kept(pages, 1, 0, k, v, slots, kept, counts, columns)
+    for lane, positions in enumerate(([3], [0, 5], [], [3])):
+        got_k, got_v = reference.gather(pages, 1, lane)
+        assert torch.equal(got_k, pool[slots[positions], 1])
+        assert torch.equal(got_v, pool[slots[positions], 2])

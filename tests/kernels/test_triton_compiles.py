@@ -25,7 +25,7 @@ KERNELS = [
     (triton_ops._grow, PAGES + " *i64 i32 *i64 i32 i32 i32 i32",
      {"PAGE": 16, "BLOCK": 1024, "NO_PAGE": 1, "FULL": 2}),
     (triton_ops._release, "*i32 *i32 *i64 *i64 *i64 i32 i32", {"BLOCK": 128}),
-    (triton_ops._store_kept, "*i32 T T T T *i64 *i64 i32 *i64 *i32 *i64 *i64" + 6 * " i32",
+    (triton_ops._store_kept, "*i32 T T T T *i64 *i64 i32 *i64 *i64 *i32 *i64 *i64" + 6 * " i32",
      {**HEAD, "PAGE": 16}),
     (triton_ops._append, "T T *i64 i32 T T i32 i32 i32 i32", HEAD),
     (triton_decode._decode, "T T T T *i32 *i32 *u8 *i64 fp32" + 7 * " i32",
