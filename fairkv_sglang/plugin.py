@@ -49,15 +49,16 @@ def _register_rank() -> None:
     if multiprocessing.parent_process() is not None:
         if on_cpu:
             hooks += cpu.RANK_HOOKS
+            cpu.register_attention()
         config = from_environment()
         if config is not None and config.enabled:
             from fairkv_sglang.patches import all_hooks
-            from fairkv_sglang.patches.registries import register_backends
+            from fairkv_sglang.patches.registries import register_prefix_cache
 
             rank_hooks = all_hooks()
             targets = {hook.target for hook in rank_hooks}
             hooks = [hook for hook in hooks if hook.target not in targets] + list(rank_hooks)
-            register_backends(on_cpu)
+            register_prefix_cache()
         if measure.is_asked_for():
             hooks += measure.HOOKS
     ledger.register(hooks)

@@ -8,14 +8,14 @@ find the rank's state here. There is one rank per process.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from fairkv_sglang.budgets import BudgetScope, Scorer
-from fairkv_sglang.parallel import RankHeads
+from fairkv_sglang.parallel import RankHeads, TwinWeights
 from fairkv_sglang.placement import Plan, Router
 from fairkv_sglang.plan_file import received
 from fairkv_sglang.planning import ModelShape, budget_text, make_budgets, make_placement
@@ -54,6 +54,7 @@ class FairKVRuntime:
         self.division: MemoryDivision | None = None
         self.prefill_seconds = 0.0
         self.compress_seconds = 0.0
+        self.twins: TwinWeights | None = None
         self._book: RowBook | None = None
 
     @property
@@ -99,6 +100,17 @@ class FairKVRuntime:
         )
         return self._book
 
+    def build_twins(
+        self, modules: Sequence[torch.nn.Module], group: torch.distributed.ProcessGroup | None
+    ) -> None:
+        """Make the decode twins of SGLang's attention ``modules``, layer by layer, and fill them.
+
+        All ranks of ``group`` call this at the same time.
+        """
+        self.twins = TwinWeights(modules, self.heads, self.shape.head_dim, group)
+        self.twins.build()
+        logger.info("FairKV: %s", self.twins.describe())
+
     def describe(self) -> str:
         """One line that says what is on."""
         info = self.plan.info
@@ -137,6 +149,8 @@ def create_runtime(
                 "not take effect"
             )
         plan = make_placement(config, shape, scope, tp_size)
+    heads = RankHeads(plan, rank, shape.group_size)
+    scope.home_size = heads.homes.per_rank
     global _runtime
     _runtime = FairKVRuntime(
         config=config,
@@ -144,7 +158,7 @@ def create_runtime(
         plan=plan,
         scope=scope,
         scorer=scorer,
-        heads=RankHeads(plan, rank, shape.group_size),
+        heads=heads,
         verify_hooks=verify_hooks,
     )
     logger.info(_runtime.describe())

@@ -141,16 +141,11 @@ REFUSALS: tuple[Refusal, ...] = (
         _OWN,
     ),
     Refusal(
-        "another attention backend",
-        "--attention-backend",
-        _not_in("attention_backend", "fairkv", "torch_native"),
-        _OWN,
-    ),
-    Refusal(
-        "an attention backend per phase",
-        "--prefill-attention-backend, --decode-attention-backend",
-        _on("prefill_attention_backend", "decode_attention_backend"),
-        _OWN,
+        "another decode attention",
+        "--decode-attention-backend",
+        # SGLang may choose one for itself later; nobody asked for that one
+        lambda args, model: model is None and bool(args.decode_attention_backend),
+        "FairKV brings its own, see --fairkv-decode-backend; prompts take --attention-backend",
     ),
     Refusal(
         "another KV layout",
@@ -222,10 +217,10 @@ REFUSALS: tuple[Refusal, ...] = (
         "use an unquantised checkpoint",
     ),
     Refusal(
-        "other ways to load weights",
-        "--load-format",
-        _not_in("load_format", "auto", "safetensors", "pt", "npcache", "dummy"),
-        "use --load-format auto",
+        "weights that load behind the start",
+        "--startup-weight-load-mode overlap (untested)",
+        lambda args, model: args.startup_weight_load_mode == "overlap",
+        _LEAVE,
     ),
     Refusal(
         "weights on the CPU",
@@ -235,7 +230,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "CUDA graphs in prefill",
-        "--cuda-graph-backend-prefill",
+        "--cuda-graph-backend-prefill (untested)",
         _prefill_graph,
         "leave it out or use disabled; decode keeps its graphs",
     ),
@@ -325,11 +320,10 @@ def refuse(arguments: Any, model: ModelFacts | None = None) -> None:
             raise ConfigError(row.message)
 
 
-def check_split(model: ModelFacts, tp_size: int, fairkv: bool) -> None:
-    """Check that the model can be split over ``tp_size`` ranks.
+def check_split(model: ModelFacts, tp_size: int) -> None:
+    """Check that SGLang can split the model over ``tp_size`` ranks.
 
-    Stock SGLang deals out equal numbers of heads, or copies each KV head to the same number of
-    ranks. FairKV places heads itself, so only the MLP has to divide.
+    It deals out equal numbers of heads, or copies each KV head to the same number of ranks.
 
     Raises:
         ConfigError: naming the count that does not divide and the sizes that do.
@@ -338,8 +332,6 @@ def check_split(model: ModelFacts, tp_size: int, fairkv: bool) -> None:
     def splits(ranks: int) -> bool:
         if model.intermediate is not None and model.intermediate % ranks:
             return False
-        if fairkv:
-            return True
         return model.q_heads % ranks == 0 and (
             model.kv_heads % ranks == 0 or ranks % model.kv_heads == 0
         )

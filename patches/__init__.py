@@ -14,9 +14,9 @@ __all__ = ["Hook", "HookError", "all_hooks", "verify_hooks"]
 
 def all_hooks() -> tuple[Hook, ...]:
     """The hooks of a serving rank, in ledger order (imports SGLang's scheduler)."""
-    from fairkv_sglang.patches import models, pools, scheduling, state
+    from fairkv_sglang.patches import models, pools, registries, scheduling, state
 
-    return (*pools.HOOKS, *models.HOOKS, *scheduling.HOOKS, *state.HOOKS)
+    return (*pools.HOOKS, *models.HOOKS, *registries.HOOKS, *scheduling.HOOKS, *state.HOOKS)
 
 
 def verify_hooks() -> list[str]:

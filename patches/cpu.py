@@ -25,6 +25,18 @@ def after_init_torch_distributed(result: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
+def register_attention() -> None:
+    """SGLang's torch backend without its work on cached tokens, for FairKV on and off alike."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    def create(runner: Any) -> Any:
+        from fairkv_sglang.attention.cpu import CpuAttnBackend
+
+        return CpuAttnBackend(runner)
+
+    ATTENTION_BACKENDS["torch_native"] = create
+
+
 HOOKS: tuple[Hook, ...] = (
     Hook(
         target="sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",

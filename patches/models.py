@@ -1,71 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks on model construction and weight loading: the rank remapper."""
+"""Hooks on attention modules and weights: prompts run on SGLang's module, decode on its twin."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from fairkv_sglang.parallel import attention_kwargs, remap_weights
+from fairkv_sglang.parallel.twins import ARGUMENTS, TWIN
 from fairkv_sglang.patches.ledger import Hook
 from fairkv_sglang.runtime import get_runtime
 
+# MistralForCausalLM has Llama's.
 _ATTENTION_CLASSES = (
     "sglang.srt.models.llama.LlamaAttention",
     "sglang.srt.models.qwen2.Qwen2Attention",
     "sglang.srt.models.qwen3.Qwen3Attention",
 )
-# MistralForCausalLM inherits both from the Llama classes.
-_MODEL_CLASSES = (
-    "sglang.srt.models.llama.LlamaForCausalLM",
-    "sglang.srt.models.qwen2.Qwen2ForCausalLM",
-    "sglang.srt.models.qwen3.Qwen3ForCausalLM",
+_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+_UPDATES = (
+    "update_weights_from_disk",
+    "load_weights_from_distributed",
+    "update_weights_from_tensor",
+    "update_weights_from_ipc",
+    "end_weight_update",
 )
 
 
-def before_attention_init(module: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Build this rank's heads of the layer."""
-    return (module,), attention_kwargs(kwargs, get_runtime().heads)
-
-
 def after_attention_init(_: None, module: Any, **kwargs: Any) -> None:
-    """The loader gets weights that are this rank's already, and the shapes must be what we meant.
+    """Remember how SGLang built the module; its twin is built the same way."""
+    object.__setattr__(module, ARGUMENTS, kwargs)
 
-    Raises:
-        RuntimeError: if SGLang built other heads than the plan says.
-    """
+
+def around_attention_forward(
+    original: Any,
+    module: Any,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    forward_batch: Any,
+) -> torch.Tensor:
+    """Prompts on SGLang's module, decode on its twin; a mixed batch is cut and both run."""
+    twin = getattr(module, TWIN, None)
+    if twin is None:  # this is a twin, or twins are not built yet
+        return original(module, positions, hidden_states, forward_batch)
+    if forward_batch.forward_mode.is_decode():
+        return original(twin, positions, hidden_states, forward_batch)
+    plan = get_runtime().forward_plan
+    if plan is None or not plan.decode_rows:
+        return original(module, positions, hidden_states, forward_batch)
+    from fairkv_sglang.attention.mixed import prompts_only, running_only
+
+    cut = plan.prompt_tokens
+    prompts = original(
+        module, positions[:cut], hidden_states[:cut], prompts_only(forward_batch, plan)
+    )
+    running = original(
+        twin, positions[cut:], hidden_states[cut:], running_only(forward_batch, plan)
+    )
+    return torch.cat([prompts, running])
+
+
+def after_load_model(_: None, runner: Any) -> None:
+    """Weights are loaded: build the twins before memory is measured and divided."""
+    from sglang.srt.distributed import get_tp_group
+
     runtime = get_runtime()
-    module.qkv_proj.use_presharded_weights = True
-    module.o_proj.use_presharded_weights = True
-    layer = kwargs["layer_id"]
-    count, shape = len(runtime.heads.heads[layer]), runtime.shape
-    expected = (count, count * shape.group_size, shape.head_dim)
-    built = (module.attn.tp_k_head_num, module.attn.tp_q_head_num, module.head_dim)
-    if built != expected:
+    modules: dict[int, Any] = {}
+    for module in runner.model.modules():
+        if hasattr(module, ARGUMENTS):
+            modules[getattr(module, ARGUMENTS)["layer_id"]] = module
+    if sorted(modules) != list(range(runtime.plan.num_layers)):
         raise RuntimeError(
-            f"FairKV: layer {layer} was built with (KV heads, query heads, head size) {built}, "
-            f"the plan needs {expected}"
+            f"FairKV: found attention of layers {sorted(modules)}, the plan has "
+            f"{runtime.plan.num_layers} layers"
         )
+    group = get_tp_group().device_group if runtime.tp_size > 1 else None
+    runtime.build_twins([modules[layer] for layer in sorted(modules)], group)
 
 
-def before_load_weights(
-    model: Any, weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pick this rank's heads out of the checkpoint; run-time weight updates come here too."""
+def after_weight_update(result: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
+    """Twins follow their homes, also after an update that failed half way."""
     runtime = get_runtime()
-    mine = remap_weights(weights, runtime.heads, runtime.shape.head_dim)
-    return (model, mine, *args), kwargs
+    if runtime.twins is not None:
+        runtime.twins.refresh()
+    return result
 
 
 HOOKS: tuple[Hook, ...] = (
     *(
         Hook(
             target=f"{name}.__init__",
-            kind="before",
-            function=before_attention_init,
-            why="a rank's attention layer has the plan's number of heads",
+            kind="after",
+            function=after_attention_init,
+            why="the decode twin is built with the arguments of SGLang's module",
             since="0.5.17",
             upstream="sglang/srt/models (constructor of the attention class)",
         )
@@ -73,24 +100,33 @@ HOOKS: tuple[Hook, ...] = (
     ),
     *(
         Hook(
-            target=f"{name}.__init__",
-            kind="after",
-            function=after_attention_init,
-            why="weights arrive already sharded by the remapper; wrong shapes must stop the start",
+            target=f"{name}.forward",
+            kind="around",
+            function=around_attention_forward,
+            why="decode runs on the lanes of the plan, prompts on SGLang's own split",
             since="0.5.17",
-            upstream="sglang/srt/layers/linear.py (use_presharded_weights)",
+            upstream="sglang/srt/models (forward of the attention class)",
         )
         for name in _ATTENTION_CLASSES
     ),
+    Hook(
+        target="sglang.srt.model_executor.model_runner.ModelRunner.load_model",
+        kind="after",
+        function=after_load_model,
+        why="twins are filled from the loaded weights before KV memory is measured",
+        since="0.5.17",
+        upstream="sglang/srt/model_executor/model_runner.py",
+    ),
     *(
         Hook(
-            target=f"{name}.load_weights",
-            kind="before",
-            function=before_load_weights,
-            why="each rank loads the q, k, v rows and o columns of its own heads",
-            since="0.5.17",
-            upstream="sglang/srt/models (load_weights)",
+            target=f"{_UPDATER}.{name}",
+            kind="after",
+            function=after_weight_update,
+            why="twins hold copies of weights, which an update at run time must reach",
+            since="0.5.20",
+            upstream="sglang/srt/model_executor/model_runner_components/weight_updater.py",
+            test="tests/engine/test_weights.py",
         )
-        for name in _MODEL_CLASSES
+        for name in _UPDATES
     ),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks on memory pools: division of the KV memory, uneven prefill pool, head-page arena."""
+"""Hooks on memory pools: division of the KV memory, head-page arena."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from fairkv_sglang.memory.sizing import divide_memory
 from fairkv_sglang.patches.ledger import Hook, HookError
 from fairkv_sglang.planning import ModelShape
-from fairkv_sglang.runtime import FairKVRuntime, create_runtime, get_runtime
+from fairkv_sglang.runtime import create_runtime, get_runtime
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def before_load_model(runner: Any) -> None:
         dtype_bytes=torch.empty((), dtype=model.dtype).element_size(),
         device=str(runner.device),
     )
-    # Attention classes fall back to hidden_size // heads, which the remapper's counts would change.
+    # Attention classes fall back to hidden_size // heads, which a twin's counts would change.
     hf.head_dim = shape.head_dim
     create_runtime(config, shape, runner.tp_size, runner.tp_rank, verify_hooks)
 
@@ -90,7 +90,17 @@ def after_resolve_pool_config(result: Any, configurator: Any, *args: Any, **kwar
 
 
 def after_configure(result: Any, configurator: Any, *args: Any, **kwargs: Any) -> None:
-    """Allocate head pages and let SGLang's request table carry them."""
+    """Allocate head pages and let SGLang's request table carry them.
+
+    Raises:
+        RuntimeError: for a layout of SGLang's pool that kept rows cannot be read from.
+    """
+    layout = getattr(result.token_to_kv_pool, "kv_cache_layout", "nhd")
+    if layout != "nhd":
+        raise RuntimeError(
+            f"FairKV needs SGLang's NHD KV layout, found {layout}: unset SGLANG_USE_HND_KVCACHE, "
+            "or choose another --prefill-attention-backend"
+        )
     runtime = get_runtime()
     if runtime.division is None:
         raise RuntimeError("FairKV: the pools were built without the division of memory")
@@ -100,46 +110,6 @@ def after_configure(result: Any, configurator: Any, *args: Any, **kwargs: Any) -
     result.req_to_token_pool.attach_aux_cache(book)
 
 
-def _layer_heads(runtime: FairKVRuntime, pool: Any, index: int) -> int:
-    return len(runtime.heads.heads[pool.start_layer + index])
-
-
-def around_create_buffers(original: Any, pool: Any) -> None:
-    """Prefill pool with this rank's heads in each layer: ``[slots, n_l, D]``."""
-    if pool.kv_cache_layout != "nhd":
-        raise RuntimeError(
-            f"FairKV needs SGLang's NHD KV layout, found {pool.kv_cache_layout}: "
-            "unset SGLANG_USE_HND_KVCACHE"
-        )
-    runtime = get_runtime()
-    slots = pool.size + pool.page_size
-    with pool.memory_saver_adapter.region("kv_cache"):
-        for name, width in (("k_buffer", pool.head_dim), ("v_buffer", pool.v_head_dim)):
-            buffers = [
-                torch.zeros(
-                    (slots, _layer_heads(runtime, pool, index), width),
-                    dtype=pool.store_dtype,
-                    device=pool.device,
-                )
-                for index in range(pool.layer_num)
-            ]
-            setattr(pool, name, buffers)
-
-
-def around_store_kv_layer(
-    original: Any, pool: Any, layer_index: int, loc: Any, cache_k: Any, cache_v: Any
-) -> Any:
-    """SGLang's store kernel views a row by one uniform width; give it this layer's."""
-    heads = _layer_heads(get_runtime(), pool, layer_index)
-    uniform = pool.row_dim, pool.v_row_dim
-    pool.row_dim, pool.v_row_dim = heads * pool.head_dim, heads * pool.v_head_dim
-    try:
-        return original(pool, layer_index, loc, cache_k, cache_v)
-    finally:
-        pool.row_dim, pool.v_row_dim = uniform
-
-
-_POOL = "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool"
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 
 HOOKS: tuple[Hook, ...] = (
@@ -166,21 +136,5 @@ HOOKS: tuple[Hook, ...] = (
         why="head pages live and die with the rows of SGLang's request table",
         since="0.5.20",
         upstream="sglang/srt/mem_cache/memory_pool.py (attach_aux_cache)",
-    ),
-    Hook(
-        target=f"{_POOL}._create_buffers_normal",
-        kind="around",
-        function=around_create_buffers,
-        why="layers of the prefill pool have uneven head counts",
-        since="0.5.17",
-        upstream="sglang/srt/mem_cache/memory_pool.py",
-    ),
-    Hook(
-        target=f"{_POOL}._store_kv_layer",
-        kind="around",
-        function=around_store_kv_layer,
-        why="the KV store kernel views rows by one width for all layers",
-        since="0.5.20",
-        upstream="sglang/srt/mem_cache/memory_pool.py (_set_kv_buffer_impl)",
     ),
 )

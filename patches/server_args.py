@@ -31,7 +31,7 @@ from fairkv_sglang.plan_file import PLAN_VARIABLE, hand_out
 logger = logging.getLogger(__name__)
 
 BACKEND = "fairkv"
-"""Name of FairKV's radix cache and of its attention backend."""
+"""Name of FairKV's prefix cache in SGLang's registry."""
 
 
 class _State:
@@ -108,7 +108,7 @@ def _resolve(original: Any, server_args: Any) -> None:
                 "--device cpu with FairKV needs a machine without an accelerator: hide it with "
                 "CUDA_VISIBLE_DEVICES='' or leave --device out"
             )
-        _settle(server_args, on_cpu)
+        _settle(server_args)
     original(server_args)
     if not (config.enabled or on_cpu) or not _has_model(server_args):
         return
@@ -117,7 +117,7 @@ def _resolve(original: Any, server_args: Any) -> None:
     if config.enabled:
         support.refuse(view, model)
     if config.enabled or on_cpu:
-        support.check_split(model, view.tp_size, config.enabled)
+        support.check_split(model, view.tp_size)
     if config.enabled:
         plan = support.check_model(config, model, view.tp_size, str(view.device))
         os.environ[PLAN_VARIABLE] = hand_out(plan)
@@ -148,12 +148,13 @@ def _export(config: FairKVConfig) -> None:
         os.environ[RESOLVED_VARIABLE] = config.to_json()
 
 
-def _settle(server_args: Any, on_cpu: bool) -> None:
+def _settle(server_args: Any) -> None:
     """Set what FairKV needs; the check before made sure that nobody asked for other values."""
     server_args.radix_cache_backend = BACKEND
-    # On CPU only the entry `torch_native` keeps SGLang from running Triton kernels, so FairKV's
-    # backend takes the place of that one there.
-    server_args.attention_backend = "torch_native" if on_cpu else BACKEND
+    # Decode is FairKV's, so SGLang builds one backend, the one for prompts.
+    if server_args.prefill_attention_backend is not None:
+        server_args.attention_backend = server_args.prefill_attention_backend
+        server_args.prefill_attention_backend = None
     # Compacting a prompt is host-driven and must not be captured.
     if server_args.cuda_graph_backend_prefill is None:
         server_args.disable_prefill_cuda_graph = True
@@ -228,8 +229,8 @@ def flag_hooks() -> tuple[Hook, ...]:
             target=_resolution_target(),
             kind="around",
             function=around_resolve,
-            why="cache and attention backend are FairKV's for every way of starting, and what "
-            "FairKV cannot serve is refused before weights are loaded",
+            why="the prefix cache is FairKV's for every way of starting, and what FairKV cannot "
+            "serve is refused before weights are loaded",
             since="0.5.15 (__post_init__ up to 0.5.19, resolve_once after)",
             upstream="sglang/srt/server_args.py",
             test="tests/engine/test_platform.py",

@@ -1,30 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score, select, copy into head pages: what happens to a prompt after its attention.
+"""Score, select, hand over: what happens to a prompt after its attention.
 
-Runs layer by layer inside the forward pass, when the pool still holds the full prompt. Prefill
-attention never sees a compressed cache, so the first token is the uncompressed model's.
+Runs layer by layer inside the forward pass, at the heads' homes, when SGLang's pool still holds
+the full prompt. Prefill attention never sees a compressed cache, so the first token is the
+uncompressed model's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fairkv_sglang.attention.exchange import LayerExchange, gather_counts
+from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
+from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, IntArray
 from fairkv_sglang.budgets import Kept, pick
 from fairkv_sglang.budgets.scorers.snapkv import SnapKV
 from fairkv_sglang.kernels import ops
 from fairkv_sglang.runtime import FairKVRuntime
-
-
-@dataclass
-class _Prompt:
-    span: PromptSpan
-    slots: Tensor  # int64 [N] pool slots of the prompt
-    counts: list[Tensor] = field(default_factory=list)  # per layer: [H], or [n] of own lanes
 
 
 class PromptCompressor:
@@ -39,27 +35,31 @@ class PromptCompressor:
         self, runtime: FairKVRuntime, device_group: torch.distributed.ProcessGroup | None
     ) -> None:
         self.runtime = runtime
-        self.group = device_group
+        self.scope = runtime.scope
+        heads = runtime.heads
+        self.hand_over = HandOver(heads, runtime.scope, runtime.book.pages, device_group)
         # row -> layer -> last queries so far [<=W, n, g, D]
         self._tails: dict[int, dict[int, Tensor]] = {}
-        self._prompts: list[_Prompt] = []
-        self._indices: dict[tuple[int, ...], Tensor] = {}
-        self._exchange = (
-            LayerExchange(runtime.plan, runtime.heads, device_group)
-            if runtime.scope.spans_ranks and device_group is not None
-            else None
-        )
+        self._endings: list[Ending] = []
+        self._home = torch.tensor(heads.home, device=runtime.book.pages.device)
+        self._exchange = None if device_group is None else HomeExchange(heads.homes, device_group)
+        # Replicas of a head have a part of its query heads each, so no rank can score it alone.
+        self._together = self.scope.spans_ranks or heads.homes.replicas > 1
 
     def begin(self, plan: ForwardPlan, req_to_token: Tensor) -> None:
-        """Look up the slots of the prompts that end in this pass.
+        """Look up the slots and owners of the prompts that end in this pass.
 
         Args:
             plan: The pass.
             req_to_token: SGLang's request table ``[rows, context]``.
         """
-        self._prompts = [
-            _Prompt(span, req_to_token[span.row, : span.prompt_len].long()) for span in plan.last
-        ]
+        source = self.runtime.heads.homes.source
+        self._endings = []
+        for span in plan.last:
+            owners = self.runtime.book.owners(span.row).astype(np.int64)
+            slots = req_to_token[span.row, : span.prompt_len].long()
+            sources = source[np.arange(source.shape[0])[None, :], owners]
+            self._endings.append(Ending(span, slots, owners, sources))
         # A row starts anew when its span starts before any carried query could exist.
         for span in plan.spans:
             if span.end == span.length:
@@ -72,31 +72,22 @@ class PromptCompressor:
 
         Args:
             layer: Layer index.
-            q: ``[tokens, n, g, D]`` queries of this pass, RoPE applied.
+            q: ``[tokens, n, g, D]`` queries of this pass for the home heads, RoPE applied; g counts
+                the query heads that are here.
             k_pool: ``[slots, n, D]`` prefill pool of the layer, this pass already written.
             v_pool: The same for values.
             plan: The pass.
             scale: Softmax scale of the layer.
         """
         windows = [self._window(layer, q, span) for span in plan.spans]
-        if not self._prompts:
+        self.hand_over.finish()  # of the layer before, which travelled while this one was computed
+        if not self._endings:
             return
         ending = [window for window, span in zip(windows, plan.spans, strict=True) if span.is_last]
-        kept = self._select(layer, ending, k_pool, scale)
-        pages = self.runtime.book.pages
-        lane = self.runtime.heads.lane_start[layer]
-        for prompt, choice in zip(self._prompts, kept, strict=True):
-            ops.store_kept(
-                pages,
-                prompt.span.row,
-                lane,
-                k_pool,
-                v_pool,
-                prompt.slots,
-                choice.indices,
-                choice.counts,
-            )
+        choices = self._select(layer, ending, k_pool, scale)
+        self.hand_over.start(layer, self._endings, choices, k_pool, v_pool)
         if layer == self.runtime.plan.num_layers - 1:
+            self.hand_over.finish()
             self._finish()
 
     def _window(self, layer: int, q: Tensor, span: PromptSpan) -> Tensor | None:
@@ -114,88 +105,78 @@ class PromptCompressor:
 
     def _select(
         self, layer: int, windows: list[Tensor | None], k_pool: Tensor, scale: float
-    ) -> list[Kept]:
-        """Kept tokens of this rank's lanes of the layer, one entry per ending prompt."""
-        chosen: dict[int, Kept] = {}
+    ) -> list[Choice]:
+        """What each ending prompt keeps in the layer."""
+        chosen: dict[int, Choice] = {}
         scored: list[int] = []
-        for number, prompt in enumerate(self._prompts):
-            if self.runtime.scope.budget(prompt.span.prompt_len) >= prompt.span.prompt_len:
-                chosen[number] = self._everything(layer, prompt)
+        for number, ending in enumerate(self._endings):
+            length = ending.span.prompt_len
+            if self.scope.budget(length) >= length:
+                chosen[number] = self._everything(length)
             else:
                 scored.append(number)
-        if scored:
-            select = self._select_here if self._exchange is None else self._select_together
-            parts = select(layer, scored, windows, k_pool, scale)
-            chosen.update(zip(scored, parts, strict=True))
-        return [chosen[number] for number in range(len(self._prompts))]
+        scores = [
+            self._score(windows[number], k_pool[self._endings[number].slots], scale)
+            for number in scored
+        ]
+        if scores and self._exchange is not None and self._together:
+            scores = self._exchange.scores(scores)
+        for number, table in zip(scored, scores, strict=True):
+            chosen[number] = self._choose(layer, table, self._endings[number])
+        choices = [chosen[number] for number in range(len(self._endings))]
+        for ending, choice in zip(self._endings, choices, strict=True):
+            known = choice.kept.counts if choice.counts is None else choice.counts
+            ending.counts.append(known)
+        if self._exchange is not None and self.hand_over.moves(layer, self._endings):
+            for choice in choices:
+                if choice.counts is None:  # scope rank: owners elsewhere have to be told
+                    choice.counts = self._exchange.counts(choice.kept.counts)
+                    choice.exact = _on_host(choice.counts)
+        return choices
 
-    def _everything(self, layer: int, prompt: _Prompt) -> Kept:
+    def _everything(self, length: int) -> Choice:
         """A prompt within its budget: no scores are needed, on any rank."""
-        length, device = prompt.span.prompt_len, prompt.slots.device
-        lanes = len(self.runtime.heads.heads[layer])
-        counts = torch.full((lanes,), length, dtype=torch.int64, device=device)
-        everyone = self.runtime.plan.num_kv_heads if self._exchange is not None else lanes
-        prompt.counts.append(counts.new_full((everyone,), length))
-        indices = torch.arange(length, device=device).expand(lanes, -1).contiguous()
-        return Kept(counts=counts, indices=indices)
+        exact = np.full(self.scope.num_heads, length, dtype=np.int64)
+        counts = torch.from_numpy(exact).to(self._home.device, non_blocking=True)
+        indices = torch.arange(length, device=counts.device).repeat(len(self._home), 1)
+        return Choice(Kept(counts[self._home], indices), counts, exact)
 
-    def _select_here(
-        self,
-        layer: int,
-        numbers: list[int],
-        windows: list[Tensor | None],
-        k_pool: Tensor,
-        scale: float,
-    ) -> list[Kept]:
-        """Scores and choice of this rank alone: static scopes, scope ``rank``, TP 1."""
-        kept = []
-        for number in numbers:
-            prompt = self._prompts[number]
-            scores = self._score(windows[number], k_pool[prompt.slots], scale)
-            heads = self.runtime.heads.heads[layer]
-            choice = self.runtime.scope.select(layer, heads, scores, prompt.span.prompt_len)
-            prompt.counts.append(choice.counts)
-            kept.append(choice)
-        return kept
+    def _choose(self, layer: int, scores: Tensor, ending: Ending) -> Choice:
+        """From ``scores`` of all heads ``[H, M]``, or of the home heads where that is enough."""
+        scope, length = self.scope, ending.span.prompt_len
+        home = self.runtime.heads.home
+        if not scope.input_dependent:
+            exact: IntArray | None = np.array(scope.expected(length)[layer])
+            counts = torch.tensor(exact).to(scores.device, non_blocking=True)
+        else:
+            groups: Sequence[Sequence[int]] = [range(scope.num_heads)]
+            if not scope.spans_ranks:
+                every, size = range(scope.num_heads), scope.home_size
+                groups = [every[i : i + size] for i in range(0, scope.num_heads, size)]
+            if scores.shape[0] < scope.num_heads:
+                mine = scope.counts(layer, home, scores, length)
+                return Choice(self._pick(layer, scores, mine, length, None), None, None)
+            counts = torch.cat(
+                [scope.counts(layer, g, scores[g[0] : g[-1] + 1], length) for g in groups]
+            )
+            exact = _on_host(counts)
+        mine = scores if scores.shape[0] < scope.num_heads else scores[self._home]
+        kept = self._pick(layer, mine, counts[self._home], length, exact)
+        return Choice(kept, counts, exact)
 
-    def _select_together(
-        self,
-        layer: int,
-        numbers: list[int],
-        windows: list[Tensor | None],
-        k_pool: Tensor,
-        scale: float,
-    ) -> list[Kept]:
-        """Every rank scores its primary heads, and all choose from the scores of all heads."""
-        if self._exchange is None:
-            raise RuntimeError("FairKV: no process group to exchange scores with")
-        scope = self.runtime.scope
-        primary = self._index(self.runtime.heads.primary[layer], k_pool.device)
-        mine = []
-        for number in numbers:
-            window = windows[number]
-            keys = k_pool[self._prompts[number].slots][:, primary]
-            mine.append(self._score(None if window is None else window[:, primary], keys, scale))
-        own = self._index(self.runtime.heads.heads[layer], k_pool.device)
-        kept = []
-        for number, scores in zip(numbers, self._exchange.gather(layer, mine), strict=True):
-            prompt = self._prompts[number]
-            length = prompt.span.prompt_len
-            counts = scope.counts(layer, range(scope.num_heads), scores, length)
-            prompt.counts.append(counts)
-            kept.append(pick(scores[own], counts[own], length))
-        return kept
-
-    def _index(self, heads: tuple[int, ...], device: torch.device) -> Tensor:
-        """Head numbers as a tensor on the device, made once: each copy there would wait for it."""
-        if heads not in self._indices:
-            self._indices[heads] = torch.tensor(heads, dtype=torch.int64, device=device)
-        return self._indices[heads]
+    def _pick(
+        self, layer: int, scores: Tensor, counts: Tensor, length: int, exact: IntArray | None
+    ) -> Kept:
+        """Positions of the home heads; their table is as wide as could be where nothing waits."""
+        home = list(self.runtime.heads.home)
+        most = self.scope.per_head_bound(length)[layer] if exact is None else exact
+        return pick(scores, counts, length, min(int(most[home].max()), length))
 
     def _score(self, window: Tensor | None, keys: Tensor, scale: float) -> Tensor:
         if window is None:
-            shape = (0, keys.shape[1], self.runtime.heads.group_size, keys.shape[2])
-            window = keys.new_empty(shape)
+            window = keys.new_empty(
+                (0, keys.shape[1], self.runtime.heads.group_size, keys.shape[2])
+            )
         scorer = self.runtime.scorer
         if keys.is_cuda and isinstance(scorer, SnapKV) and keys.shape[0] > scorer.window:
             # One fused kernel over all heads; tests compare it with the scorer itself.
@@ -205,24 +186,20 @@ class PromptCompressor:
     def _finish(self) -> None:
         """After the last layer: kept counts of all heads to the host, equal on all ranks."""
         book = self.runtime.book
-        for prompt in self._prompts:
-            self._tails.pop(prompt.span.row, None)
-            if not self.runtime.scope.input_dependent:
+        for ending in self._endings:
+            self._tails.pop(ending.span.row, None)
+            if not self.scope.input_dependent:
                 continue
-            if self._exchange is not None or self.group is None:
-                kept = self._by_head(prompt.counts)
-            else:
-                kept = gather_counts(self.runtime, prompt.counts, self.group)
-            book.note_kept(prompt.span.row, _to_host(kept))
-        self._prompts = []
+            kept = torch.stack(ending.counts)
+            if kept.shape[1] < self.scope.num_heads and self._exchange is not None:
+                kept = self._exchange.counts(kept)
+            book.note_kept(ending.span.row, _to_host(kept))
+        self._endings = []
 
-    def _by_head(self, counts: list[Tensor]) -> Tensor:
-        """``[L, H]`` from per-layer counts: of all heads, or (TP 1) in the plan's head order."""
-        if self._exchange is not None:
-            return torch.stack(counts)
-        table = torch.stack(counts)
-        order = torch.tensor(self.runtime.heads.heads, device=table.device)
-        return torch.empty_like(table).scatter_(1, order, table)
+
+def _on_host(counts: Tensor) -> IntArray | None:
+    """Counts that are in host memory already; on a device nobody waits for them."""
+    return counts.numpy() if counts.device.type == "cpu" else None
 
 
 def _to_host(counts: Tensor) -> Tensor:

@@ -7,81 +7,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fairkv_sglang.parallel import RankHeads
-from fairkv_sglang.placement import Plan
-from fairkv_sglang.runtime import FairKVRuntime
+from fairkv_sglang.placement.homes import Homes
 
 
-class LayerExchange:
-    """All-gather of one layer's scores, so that every rank selects from the same numbers.
-
-    One collective per layer and forward pass carries the scores of all prompts that end in it:
-    4 bytes per (head, token). Each head comes from its primary rank, bit for bit the same for all.
+class HomeExchange:
+    """All-gathers of what each rank knows of its home heads.
 
     Args:
-        plan: Placement of the model.
-        heads: This rank's heads.
+        homes: SGLang's split of the heads.
         group: Process group of the ranks.
     """
 
-    def __init__(self, plan: Plan, heads: RankHeads, group: dist.ProcessGroup) -> None:
-        self.heads = heads
+    def __init__(self, homes: Homes, group: dist.ProcessGroup) -> None:
+        self.homes = homes
         self.group = group
-        primary = plan.primary()  # [L, H]
-        self._rows: list[int] = []
-        self._order: list[Tensor] = []
-        for layer in range(plan.num_layers):
-            sent = [
-                [h for h in plan.heads(layer, rank) if primary[layer, h] == rank]
-                for rank in range(plan.tp_size)
-            ]
-            rows = max(len(row) for row in sent)
-            where = {
-                head: rank * rows + j for rank, row in enumerate(sent) for j, head in enumerate(row)
-            }
-            self._rows.append(rows)
-            self._order.append(torch.tensor([where[h] for h in range(plan.num_kv_heads)]))
 
-    def gather(self, layer: int, scores: list[Tensor]) -> list[Tensor]:
-        """Scores of all heads.
+    def scores(self, mine: list[Tensor]) -> list[Tensor]:
+        """Scores of all heads of a layer, so that every rank selects from the same numbers.
+
+        One collective per layer and forward pass carries the scores of all prompts that end in it:
+        4 bytes per (head, token). A head with several homes is scored by each for its query heads;
+        a head's score is the mean over its query heads, so it is the mean of those.
 
         Args:
-            layer: Layer index.
-            scores: Per prompt ``float32 [primary heads of this rank, M]``.
+            mine: Per prompt ``float32 [home heads, M]``.
 
         Returns:
             Per prompt ``float32 [H, M]`` in head order, equal on all ranks.
         """
-        widths = [part.shape[1] for part in scores]
-        total = sum(widths)
-        device = scores[0].device
-        send = torch.zeros((self._rows[layer], total), dtype=torch.float32, device=device)
-        mine = torch.cat(scores, dim=1)
-        send[: mine.shape[0]] = mine
-        size = dist.get_world_size(self.group)
-        received = torch.empty(
-            (size * self._rows[layer], total), dtype=torch.float32, device=device
-        )
-        if total:
+        send = torch.cat(mine, dim=1)
+        homes, width = self.homes, send.shape[1]
+        received = send.new_empty((homes.tp_size * homes.per_rank, width))
+        if width:
             dist.all_gather_into_tensor(received, send, group=self.group)
-        self._order[layer] = self._order[layer].to(device)  # copied once
-        everyone = received[self._order[layer]]
-        return list(everyone.split(widths, dim=1))
+        if homes.replicas > 1:
+            received = received.view(homes.num_kv_heads, homes.replicas, width).mean(dim=1)
+        return list(received.split([part.shape[1] for part in mine], dim=1))
 
-
-def gather_counts(runtime: FairKVRuntime, counts: list[Tensor], group: dist.ProcessGroup) -> Tensor:
-    """``int64 [L, H]`` kept counts of all heads, once per prompt (scope ``rank``).
-
-    Args:
-        runtime: This rank.
-        counts: Per layer ``[n]`` counts of this rank's lanes; no head is on two ranks.
-        group: Process group of the ranks.
-    """
-    plan, heads = runtime.plan, runtime.heads
-    table = torch.zeros(
-        (plan.num_layers, plan.num_kv_heads), dtype=torch.int64, device=counts[0].device
-    )
-    for layer, row in enumerate(counts):
-        table[layer, list(heads.heads[layer])] = row
-    dist.all_reduce(table, group=group)
-    return table
+    def counts(self, mine: Tensor) -> Tensor:
+        """Kept counts ``int64 [..., H]`` of all heads from ``[..., home heads]`` of each rank."""
+        homes = self.homes
+        send = mine.movedim(-1, 0).contiguous()
+        received = send.new_empty((homes.tp_size * homes.per_rank, *send.shape[1:]))
+        dist.all_gather_into_tensor(received, send, group=self.group)
+        return received[:: homes.replicas].movedim(0, -1).contiguous()

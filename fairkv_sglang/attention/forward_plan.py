@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 
 @dataclass(frozen=True)
 class PromptSpan:
@@ -37,7 +35,7 @@ class PromptSpan:
         return self.end == self.prompt_len
 
 
-@dataclass
+@dataclass(frozen=True)
 class ForwardPlan:
     """Prompts of one pass, in the order of the batch; empty for decode.
 
@@ -47,7 +45,6 @@ class ForwardPlan:
 
     spans: tuple[PromptSpan, ...] = ()
     decode_rows: tuple[int, ...] = ()
-    shared_mask: torch.Tensor | None = None  # [tokens, lanes] 1 where this rank serves the lane
 
     @property
     def prompt_tokens(self) -> int:

@@ -78,7 +78,7 @@ def rank_state(runtime: FairKVRuntime) -> dict[str, Any]:
         "rank": rank,
         "lanes": runtime.heads.num_lanes,
         "pool_tokens": division.pool_tokens if division else 0,
-        "pool_bytes": int(division.pool_bytes[rank]) if division else 0,
+        "pool_bytes": division.pool_bytes if division else 0,
         "total_bytes": division.total_bytes if division else 0,
         "page_bytes": pages.page_bytes,
         "pages": pages.num_pages,

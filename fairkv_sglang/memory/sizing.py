@@ -23,7 +23,7 @@ class MemoryDivision:
     Attributes:
         total_bytes: KV memory of a rank, what stock SGLang would give its own pool.
         pool_tokens: Size of the prefill pool in tokens.
-        pool_bytes: ``[R]`` bytes of the prefill pool (a rank with more heads pays more per token).
+        pool_bytes: Bytes of the prefill pool, SGLang's own with its even split.
         table_bytes: ``[R]`` bytes of page tables.
         arena_pages: ``[R]`` head pages.
         page_bytes: Bytes of one head page (K and V).
@@ -33,7 +33,7 @@ class MemoryDivision:
 
     total_bytes: int
     pool_tokens: int
-    pool_bytes: Pages
+    pool_bytes: int
     table_bytes: Pages
     arena_pages: Pages
     page_bytes: int
@@ -52,7 +52,7 @@ class MemoryDivision:
         mib = 1 << 20
         return (
             f"KV memory of rank {rank}: {self.total_bytes / mib:.1f} MiB = prefill pool "
-            f"{self.pool_bytes[rank] / mib:.1f} MiB ({self.pool_tokens} tokens of full KV) + head "
+            f"{self.pool_bytes / mib:.1f} MiB ({self.pool_tokens} tokens of full KV) + head "
             f"pages {arena * self.page_bytes / mib:.1f} MiB ({arena} pages, {mean_tokens} tokens "
             f"in each of {lanes} lanes) + page tables {self.table_bytes[rank] / mib:.1f} MiB "
             f"({self.max_requests} requests, {self.max_head_tokens} tokens a head)"
@@ -77,7 +77,7 @@ def divide_memory(
     """Divide the KV memory that stock SGLang would use.
 
     Args:
-        plan: Placement; its lanes per rank decide what a token of the prefill pool costs there.
+        plan: Placement; its lanes per rank decide the size of page tables.
         total_tokens: Tokens that stock SGLang's pool would hold in this memory.
         stock_heads: KV heads per rank in stock SGLang.
         head_dim: D.
@@ -103,12 +103,12 @@ def divide_memory(
     wanted = context_len + (chunk or 0)
     pool_tokens = prefill_pool or max(total_tokens // 8, min(wanted, total_tokens // 2))
     pool_tokens = pool_tokens // page_size * page_size
-    pool_bytes = (pool_tokens + page_size) * lanes * vector
-    if pool_tokens < 1 or int(pool_bytes.max()) >= total_bytes:
+    pool_bytes = (pool_tokens + page_size) * stock_heads * layers * vector
+    if pool_tokens < 1 or pool_bytes >= total_bytes:
         raise ValueError(
-            f"a prefill pool of {pool_tokens} tokens needs {int(pool_bytes.max())} bytes on the "
-            f"fullest rank, the KV memory is {total_bytes} bytes: give a smaller "
-            "--fairkv-prefill-pool or more memory (--mem-fraction-static, --max-total-tokens)"
+            f"a prefill pool of {pool_tokens} tokens needs {pool_bytes} bytes, the KV memory is "
+            f"{total_bytes} bytes: give a smaller --fairkv-prefill-pool or more memory "
+            "(--mem-fraction-static, --max-total-tokens)"
         )
 
     head_tokens = min(max_head_tokens or context_len, context_len)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The heads of one rank: lanes, and where they stand in the plan."""
+"""The heads of one rank: its lanes in decode, its home heads in prefill."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairkv_sglang.placement import Plan
+from fairkv_sglang.placement.homes import Homes
 
 
 @dataclass(frozen=True)
 class RankHeads:
-    """What ``rank`` serves under ``plan``.
+    """What ``rank`` serves in decode under ``plan``, and what is at home on it.
 
     Attributes:
         plan: The placement of the whole model.
@@ -52,26 +53,27 @@ class RankHeads:
         return np.asarray([head for row in self.heads for head in row], dtype=np.int64)
 
     @cached_property
-    def primary(self) -> tuple[tuple[int, ...], ...]:
-        """``[layer]`` -> local indices of the heads whose scores this rank contributes.
+    def homes(self) -> Homes:
+        """SGLang's own split, on which prompts are computed and cached."""
+        return Homes(self.plan.num_kv_heads, self.plan.tp_size)
 
-        A copied head is scored by the lowest rank that serves it, so that every rank selects from
-        the same numbers.
-        """
-        first = self.plan.primary()
-        return tuple(
-            tuple(j for j, head in enumerate(row) if first[layer, head] == self.rank)
-            for layer, row in enumerate(self.heads)
-        )
+    @cached_property
+    def home(self) -> tuple[int, ...]:
+        """Heads at home on this rank, the same in all layers, in the order of SGLang's pool."""
+        return self.homes.heads(self.rank)
 
-    def layers_with_copies(self) -> frozenset[int]:
-        """Layers in which this rank serves a head that another rank serves too."""
-        copies = self.plan.copies()
-        return frozenset(
-            layer
-            for layer, row in enumerate(self.heads)
-            if any(len(copies[layer][head]) > 1 for head in row)
-        )
+    @cached_property
+    def home_column(self) -> NDArray[np.int64]:
+        """``[H]`` column of each head in this rank's pool, -1 where it is not at home here."""
+        columns = np.full(self.plan.num_kv_heads, -1, dtype=np.int64)
+        columns[list(self.home)] = np.arange(len(self.home))
+        return columns
+
+    def serves_home(self, layer: int, rank: int | None = None) -> bool:
+        """Whether a rank's lanes of the layer are its home heads, whole and in their order."""
+        rank = self.rank if rank is None else rank
+        whole = self.homes.replicas == 1
+        return whole and self.plan.heads(layer, rank) == self.homes.heads(rank)
 
     def owned(self, owners: NDArray[np.integer]) -> NDArray[np.uint8]:
         """``[lanes]``: 1 where ``owners [L, H]`` gives the lane's head to this rank."""

@@ -100,6 +100,8 @@ class BudgetScope(ABC):
     ) -> None:
         self.spec, self.window, self.profile = spec, window, profile
         self.num_layers, self.num_heads = num_layers, num_heads
+        # Neighbouring heads that are at home on one rank; all of them until a rank says otherwise.
+        self.home_size = num_heads
         self.least = window + max(sink, 1)
         if profile is not None:
             profile.require_shape(num_layers, num_heads)
@@ -138,26 +140,21 @@ class BudgetScope(ABC):
         """[L, H] most tokens that each head may keep, whatever the input. Read-only, cached."""
         return self._per_head_cached(prompt_len)
 
-    def bound(
-        self,
-        prompt_len: int,
-        heads: Sequence[Sequence[int]],
-        groups: Sequence[Sequence[int]] | None = None,
-    ) -> IntArray:
+    def bound(self, prompt_len: int, heads: Sequence[Sequence[int]]) -> IntArray:
         """[L] most tokens that the given heads of each layer may keep together.
 
         Args:
             prompt_len: N.
             heads: For each layer the heads, e.g. those of a prompt that a rank owns.
-            groups: Matters to scope ``rank`` only: for each layer the heads that are given to
-                ``select`` together, if they are more than ``heads`` (copies that compete on this
-                rank, but are owned elsewhere). Default: ``heads``.
         """
         members = tuple(map(tuple, heads))
-        sizes = tuple(map(len, members if groups is None else groups))
-        if not len(members) == len(sizes) == self.num_layers:
+        if len(members) != self.num_layers:
             raise ValueError(f"heads of {len(members)} layers, expected {self.num_layers}")
-        return self._bound_cached(prompt_len, members, sizes)
+        return self._bound_cached(prompt_len, members)
+
+    def most(self, layer: int, prompt_len: int, heads: Sequence[int]) -> int:
+        """Most tokens that the given heads of one layer may keep together, whatever the input."""
+        return int(self.expected(prompt_len)[layer, list(heads)].sum())
 
     def select(self, layer: int, heads: Sequence[int], scores: Tensor, prompt_len: int) -> Kept:
         """The tokens that the given heads of a layer keep.
@@ -205,10 +202,9 @@ class BudgetScope(ABC):
     def _per_head_bound(self, prompt_len: int) -> IntArray:
         return self.expected(prompt_len).copy()
 
-    def _bound(self, prompt_len: int, heads: Heads, groups: tuple[int, ...]) -> IntArray:
-        """See ``bound``; ``groups`` are numbers of heads."""
-        expected = self.expected(prompt_len)
-        sums = [int(row[list(group)].sum()) for row, group in zip(expected, heads, strict=True)]
+    def _bound(self, prompt_len: int, heads: Heads) -> IntArray:
+        """See ``bound``."""
+        sums = [self.most(layer, prompt_len, group) for layer, group in enumerate(heads)]
         return np.array(sums, dtype=np.int64)
 
     def _counts(self, layer: int, heads: Sequence[int], scores: Tensor, prompt_len: int) -> Tensor:

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
-from fairkv_sglang.budgets.scopes.base import SCOPES, Heads
+from fairkv_sglang.budgets.scopes.base import SCOPES
 from fairkv_sglang.budgets.scopes.pooled import Pooled
 from fairkv_sglang.budgets.waterfill import IntArray, water_fill
 
@@ -39,6 +40,6 @@ class Layer(Pooled):
         shape = (self.num_layers, self.num_heads)
         return np.full(shape, self._most(prompt_len, 1, self.num_heads), dtype=np.int64)
 
-    def _bound(self, prompt_len: int, heads: Heads, groups: tuple[int, ...]) -> IntArray:
-        most = [self._most(prompt_len, len(group), self.num_heads) for group in heads]
-        return np.array(most, dtype=np.int64)
+    def most(self, layer: int, prompt_len: int, heads: Sequence[int]) -> int:
+        """See the base class."""
+        return self._most(prompt_len, len(heads), self.num_heads)

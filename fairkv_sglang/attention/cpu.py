@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill on CPU: SGLang's torch backend, without its work on tokens that are in the cache already.
+"""Attention on CPU: SGLang's torch backend, without its work on tokens that are cached already.
+
+The CPU platform of this package uses it for every server, with FairKV on or off.
 
 For a prompt of N tokens of which P are cached (an earlier chunk, a shared prefix) SGLang's backend
 computes attention of N rows and keeps N - P of them; here the N - P rows alone are computed.
@@ -17,7 +19,7 @@ BLOCK = 512
 """Rows of a call that needs a mask: keeps masks small and skips keys that no row sees."""
 
 
-class CpuPrefill(TorchNativeAttnBackend):  # type: ignore[misc]
+class CpuAttnBackend(TorchNativeAttnBackend):  # type: ignore[misc]
     """Causal self-attention of extend batches; anything else goes to SGLang's own code."""
 
     def __init__(self, runner: Any) -> None:
@@ -28,6 +30,8 @@ class CpuPrefill(TorchNativeAttnBackend):  # type: ignore[misc]
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Pool slots and cached length of each prompt, once for all layers."""
         super().init_forward_metadata(forward_batch)
+        if not forward_batch.forward_mode.is_extend():
+            return
         table = self.req_to_token_pool.req_to_token
         self._masks = {}
         self._spans = [

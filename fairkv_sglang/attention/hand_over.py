@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hand-over: kept rows of a prompt go from the heads' homes to the owners' head pages.
+
+A head whose owner is a home of it is copied out of the prefill pool into head pages. The others
+travel: per layer one all-to-all for all prompts that end in the pass, started when the layer's
+tokens are chosen and finished a layer later, so that it runs while the next layer computes. Where
+no head of a layer moves, nothing is communicated.
+
+Sizes are known on the host without waiting for the device: exact on CPU and for static budgets,
+else the most that each pair of ranks could have to move (docs/performance.md says what that
+wastes). Inside its region a pair's rows are packed, head after head, by the counts on the device,
+which sender and receiver both know.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fairkv_sglang.attention.forward_plan import PromptSpan
+from fairkv_sglang.budgets import BudgetScope, Kept
+from fairkv_sglang.kernels import ops
+from fairkv_sglang.kernels.pages import HeadPages
+from fairkv_sglang.parallel import RankHeads
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass
+class Ending:
+    """A prompt that ends in this pass.
+
+    Attributes:
+        span: Its tokens in the pass.
+        slots: ``int64 [N]`` pool slots of the prompt.
+        owners: ``[L, H]`` owner of each head.
+        sources: ``[L, H]`` home from which the owner gets the head's rows.
+        counts: Per layer kept counts, ``[H]``, or of the home heads where others are not known.
+    """
+
+    span: PromptSpan
+    slots: Tensor
+    owners: IntArray
+    sources: IntArray
+    counts: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Choice:
+    """What a prompt keeps in one layer.
+
+    Attributes:
+        kept: Of the home heads, in pool order.
+        counts: ``int64 [H]`` of all heads, on the device; None where only the homes know.
+        exact: The same on the host, where it is known without waiting.
+    """
+
+    kept: Kept
+    counts: Tensor | None
+    exact: IntArray | None
+
+
+@dataclass
+class _Arrival:
+    """Rows under way to this rank's pages: ``[rows, 2, D]``, and where each lane's rows begin."""
+
+    work: Any
+    rows: Tensor
+    sent: Tensor  # kept alive until the exchange is done
+    lanes: list[tuple[int, int, Tensor, Tensor, Tensor]]  # row, lane_lo, kept_idx, counts, columns
+
+
+class HandOver:
+    """Moves kept rows of one rank; see the module text.
+
+    Args:
+        heads: This rank's heads.
+        scope: Budget scope, for bounds of what is not known yet.
+        pages: This rank's head pages.
+        group: Process group of the ranks; None at TP 1.
+    """
+
+    def __init__(
+        self,
+        heads: RankHeads,
+        scope: BudgetScope,
+        pages: HeadPages,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.heads = heads
+        self.scope = scope
+        self.pages = pages
+        self.group = group
+        self.rows_sent = 0  # rows of K and V that left this rank, bounds included
+        self.seconds = 0.0  # host time in packing, waiting and storing of what travels
+        self._arrival: _Arrival | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of K and one of V."""
+        return 2 * self.pages.head_dim * self.pages.v_pages.element_size()
+
+    def moves(self, layer: int, endings: Sequence[Ending]) -> bool:
+        """Whether any rank needs rows of the layer from another one."""
+        return any((e.sources[layer] != e.owners[layer]).any() for e in endings)
+
+    def start(
+        self,
+        layer: int,
+        endings: Sequence[Ending],
+        choices: Sequence[Choice],
+        k_pool: Tensor,
+        v_pool: Tensor,
+    ) -> None:
+        """Store what is at home here, send what others own.
+
+        Args:
+            layer: Layer index.
+            endings: Prompts that end in the pass.
+            choices: What each of them keeps.
+            k_pool: ``[slots, home heads, D]`` SGLang's pool of the layer.
+            v_pool: The same for values.
+        """
+        for ending, choice in zip(endings, choices, strict=True):
+            columns = self._columns(layer, ending)
+            if (columns >= 0).any():
+                ops.store_kept(
+                    self.pages,
+                    ending.span.row,
+                    self.heads.lane_start[layer],
+                    k_pool,
+                    v_pool,
+                    ending.slots,
+                    choice.kept.indices,
+                    choice.kept.counts,
+                    self._device(columns),
+                )
+        if self.group is None or not self.moves(layer, endings):
+            return
+        started = time.perf_counter()
+        sizes = np.stack(
+            [self._sizes(layer, e, c) for e, c in zip(endings, choices, strict=True)]
+        )  # [prompts, from, to]
+        rank, dim = self.heads.rank, self.pages.head_dim
+        outgoing, incoming = sizes[:, rank].sum(axis=0), sizes[:, :, rank].sum(axis=0)
+        sent = k_pool.new_empty((int(outgoing.sum()), 2, dim))
+        at = 0
+        for other in range(self.heads.plan.tp_size):
+            for number, (ending, choice) in enumerate(zip(endings, choices, strict=True)):
+                size = int(sizes[number, rank, other])
+                if size:
+                    columns = self._moving(layer, ending, rank, other)
+                    region = sent[at : at + size]
+                    self._pack(k_pool, v_pool, ending, choice.kept, columns, region)
+                    at += size
+        rows = k_pool.new_empty((int(incoming.sum()), 2, dim))
+        work = dist.all_to_all_single(
+            rows.view(-1).view(torch.uint8),
+            sent.view(-1).view(torch.uint8),
+            [int(n) * self.row_bytes for n in incoming],
+            [int(n) * self.row_bytes for n in outgoing],
+            group=self.group,
+            async_op=True,
+        )
+        lanes = self._lanes(layer, endings, choices, sizes[:, :, rank])
+        self._arrival = _Arrival(work, rows, sent, lanes)
+        self.rows_sent += len(sent)
+        self.seconds += time.perf_counter() - started
+
+    def finish(self) -> None:
+        """Store what has arrived of the layer that was started last."""
+        arrival, self._arrival = self._arrival, None
+        if arrival is None:
+            return
+        started = time.perf_counter()
+        arrival.work.wait()
+        total = arrival.rows.shape[0]
+        identity = torch.arange(total, device=arrival.rows.device)
+        for row, lane_lo, kept_idx, counts, columns in arrival.lanes:
+            k, v = (
+                arrival.rows[:, part : part + 1].expand(-1, counts.shape[0], -1) for part in (0, 1)
+            )
+            ops.store_kept(self.pages, row, lane_lo, k, v, identity, kept_idx, counts, columns)
+        self.seconds += time.perf_counter() - started
+
+    def _device(self, values: IntArray) -> Tensor:
+        return torch.from_numpy(values).to(self.pages.device, non_blocking=True)
+
+    def _columns(self, layer: int, ending: Ending) -> IntArray:
+        """``[lanes of the layer]`` pool column of each lane that is owned and at home here."""
+        heads = np.asarray(self.heads.heads[layer], dtype=np.int64)
+        rank = self.heads.rank
+        here = (ending.owners[layer] == rank) & (ending.sources[layer] == rank)
+        return np.where(here[heads], self.heads.home_column[heads], -1)
+
+    def _moving(self, layer: int, ending: Ending, source: int, owner: int) -> IntArray:
+        """Heads that go from ``source`` to ``owner``, ascending."""
+        if source == owner:
+            return np.empty(0, dtype=np.int64)
+        pair = (ending.sources[layer] == source) & (ending.owners[layer] == owner)
+        return np.flatnonzero(pair)
+
+    def _sizes(self, layer: int, ending: Ending, choice: Choice) -> IntArray:
+        """``[R, R]`` rows that each rank sends to each other one, or the most that it could."""
+        ranks = self.heads.plan.tp_size
+        sizes = np.zeros((ranks, ranks), dtype=np.int64)
+        sources, owners = ending.sources[layer], ending.owners[layer]
+        moved = np.flatnonzero(sources != owners)
+        if choice.exact is not None:
+            np.add.at(sizes, (sources[moved], owners[moved]), choice.exact[moved])
+            return sizes
+        for source, owner in {(int(sources[h]), int(owners[h])) for h in moved}:
+            heads = self._moving(layer, ending, source, owner).tolist()
+            sizes[source, owner] = self.scope.most(layer, ending.span.prompt_len, heads)
+        return sizes
+
+    def _pack(
+        self,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        ending: Ending,
+        kept: Kept,
+        heads: IntArray,
+        region: Tensor,
+    ) -> None:
+        """Rows of the heads, one head after the other, into ``region [rows, 2, D]``.
+
+        A region that is larger than the rows is padded with rows that nobody reads.
+        """
+        columns = self._device(self.heads.home_column[heads])
+        counts = kept.counts[columns]
+        ends = counts.cumsum(0)
+        at = torch.arange(region.shape[0], device=region.device)
+        which = torch.searchsorted(ends, at, right=True).clamp_(max=len(heads) - 1)
+        column = columns[which]
+        place = (at - (ends - counts)[which]).clamp_(max=kept.indices.shape[1] - 1)
+        slot = ending.slots[kept.indices[column, place].clamp_(min=0)]
+        region[:, 0] = k_pool[slot, column]
+        region[:, 1] = v_pool[slot, column]
+
+    def _lanes(
+        self,
+        layer: int,
+        endings: Sequence[Ending],
+        choices: Sequence[Choice],
+        incoming: IntArray,
+    ) -> list[tuple[int, int, Tensor, Tensor, Tensor]]:
+        """For each prompt where the rows of the lanes begin that get rows from other ranks.
+
+        Args:
+            incoming: ``[prompts, R]`` rows of each prompt from each rank.
+        """
+        # Regions come rank by rank, and prompt by prompt within.
+        flat = incoming.T.ravel()
+        begins = (flat.cumsum() - flat).reshape(incoming.T.shape).T
+        lane_heads = np.asarray(self.heads.heads[layer], dtype=np.int64)
+        result = []
+        for number, (ending, choice) in enumerate(zip(endings, choices, strict=True)):
+            if not incoming[number].any():
+                continue
+            if choice.counts is None:
+                raise RuntimeError("FairKV: rows move whose number nobody knows")
+            order: list[int] = []  # heads in the order in which their rows come
+            starts = []
+            for source in np.flatnonzero(incoming[number]).tolist():
+                heads = self._moving(layer, ending, source, self.heads.rank)
+                part = choice.counts[self._device(heads)]
+                starts.append(part.cumsum(0) - part + int(begins[number, source]))
+                order += heads.tolist()
+            columns = np.array([order.index(h) if h in order else -1 for h in lane_heads])
+            counts = choice.counts[self._device(np.array(order))]
+            if choice.exact is None:
+                width = int(self.scope.per_head_bound(ending.span.prompt_len)[layer].max())
+            else:
+                width = int(choice.exact[order].max())
+            places = torch.cat(starts)[:, None] + torch.arange(width, device=counts.device)
+            lane_lo, row = self.heads.lane_start[layer], ending.span.row
+            result.append((row, lane_lo, places, counts, self._device(columns)))
+        return result
