@@ -52,8 +52,11 @@ class FairKVRuntime:
         self.router = Router(plan)
         self.forward_plan: ForwardPlan | None = None
         self.division: MemoryDivision | None = None
+        self.prefill_backend = ""  # class of SGLang's backend for prompts
         self.prefill_seconds = 0.0
         self.compress_seconds = 0.0
+        self.hand_over_seconds = 0.0  # of it: packing, waiting for and storing what travels
+        self.hand_over_bytes = 0  # kept rows that left this rank
         self.twins: TwinWeights | None = None
         self._book: RowBook | None = None
 

@@ -43,6 +43,7 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.runtime = runtime
+        runtime.prefill_backend = type(prefill).__name__
         self.prefill = prefill
         self.decoder = decoder
         self.req_to_token = runner.req_to_token_pool.req_to_token
@@ -131,6 +132,9 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         now = time.perf_counter()
         self.runtime.compress_seconds += now - started
         if index == self.runtime.plan.num_layers - 1:
+            hand_over = self.compressor.hand_over
+            self.runtime.hand_over_seconds = hand_over.seconds
+            self.runtime.hand_over_bytes = hand_over.rows_sent * hand_over.row_bytes
             self.runtime.prefill_seconds += now - self._extend_started
         return out
 

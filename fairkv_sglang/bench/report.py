@@ -15,7 +15,12 @@ THROUGHPUT = [
 ]  # fmt: skip
 STEPS = [
     "variant", "decode step ms", "compute ms", "waiting ms", "kept tokens", "balance plan/run",
-    "copies", "rows at home", "prefill s", "of it scoring",
+    "copies", "rows at home",
+]  # fmt: skip
+PREFILL = [
+    "variant", "TTFT s", "over contiguous", "whole run s", "output tok/s over contiguous",
+    "prefill s", "without FairKV's part", "of stock's", "FairKV's part", "handed over MB/prompt",
+    "ms/prompt",
 ]  # fmt: skip
 BALANCING = [
     "over contiguous", "speed-up", "allowed", "reached", "of gain", "CPU speed-up", "CPU allowed",
@@ -30,6 +35,7 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[st
         title, variants = case_title(case), case["variants"].items()
         shown.append((title, THROUGHPUT, [_throughput(n, e, case) for n, e in variants]))
         shown.append((f"{title}: decode steps by rank", STEPS, [_steps(n, e) for n, e in variants]))
+        shown.append((f"{title}: prefill", PREFILL, [_prefill(n, e, case) for n, e in variants]))
         rows = [_balance_row(name, entry) for name, entry in case["balancing"].items() if entry]
         if rows:
             shown.append((f"{title}: decode step, balancing", BALANCING, rows))
@@ -81,10 +87,27 @@ def _steps(name: str, entry: Mapping[str, Any]) -> list[str]:
         f"{planned:.3f}/{found['median']:.3f}" if planned and found else "-",
         str(plan.get("copies", "-")),
         f"{plan['home_rows']:.0%}" if plan.get("home_rows") is not None else "-",
-        _figure(entry, "prefill_s", alone=True),
-        f"{entry['metrics']['compress_share']['median']:.1%}"
-        if "compress_share" in entry["metrics"]
-        else "-",
+    ]
+
+
+def _prefill(name: str, entry: Mapping[str, Any], case: Mapping[str, Any]) -> list[str]:
+    def ratio(base: str, metric: str) -> str:
+        found = case["ratios"].get(base, {}).get(metric, {}).get(name)
+        return Spread(**found).show(3) if found else "-"
+
+    metrics = entry["metrics"]
+    return [
+        name,
+        _figure(entry, "ttft_s", 2),
+        ratio("contiguous", "ttft_s"),
+        _figure(entry, "seconds"),
+        ratio("contiguous", "output_tokens_per_s"),
+        _figure(entry, "prefill_s"),
+        _figure(entry, "prefill_own_s"),
+        ratio("stock", "prefill_own_s"),
+        f"{metrics['compress_share']['median']:.1%}" if "compress_share" in metrics else "-",
+        _figure(entry, "hand_over_mb_per_prompt"),
+        _figure(entry, "hand_over_ms_per_prompt"),
     ]
 
 

@@ -26,7 +26,10 @@ METRICS: dict[str, Callable[[Run], float | None]] = {
     "ttft_s": lambda run: statistics.median(run["ttft"]) if run["ttft"] else None,
     "ttft_p99_s": lambda run: _tail(run["ttft"]),
     "prefill_s": lambda run: max(run["measured"].get("prefill_s", []), default=None),
-    "compress_share": lambda run: run.get("compress_share"),
+    "prefill_own_s": lambda run: _own_prefill(run),
+    "compress_share": lambda run: _compress_share(run),
+    "hand_over_mb_per_prompt": lambda run: _per_prompt(run, "hand_over_bytes", sum, 1e-6),
+    "hand_over_ms_per_prompt": lambda run: _per_prompt(run, "hand_over_seconds", max, 1e3),
     "itl_ms": lambda run: 1e3 * statistics.median(run["itl"]) if run["itl"] else None,
     "retractions": lambda run: run["retractions"],
     "peak_requests": lambda run: run["measured"].get("peak_batch"),
@@ -47,12 +50,44 @@ METRICS: dict[str, Callable[[Run], float | None]] = {
 PER_RANK = ("step_ms", "collective_ms", "waiting_ms", "compute_ms", "cpu_ms", "rank_tokens")
 """Lists by rank in the ranks' measurements; medians over rounds are reported."""
 
-COMPARED = ("output_tokens_per_s", "total_tokens_per_s", "decode_tokens_per_s")
+COMPARED = (
+    "output_tokens_per_s",
+    "total_tokens_per_s",
+    "decode_tokens_per_s",
+    "ttft_s",
+    "prefill_s",
+    "prefill_own_s",
+)
+"""Metrics whose ratios to a base are shown; of times the lower is the better one."""
 
 
 def _tail(values: Sequence[float]) -> float | None:
     """The 99th percentile (of fewer than 100 values: the largest)."""
     return sorted(values)[max(0, -(-99 * len(values) // 100) - 1)] if values else None
+
+
+def _own_prefill(run: Run) -> float | None:
+    """Seconds of prefill passes before anything of FairKV's, on the rank where they are most."""
+    passes = run["measured"].get("prefill_s", [])
+    spent = (run.get("prefill") or {}).get("compress_seconds", [0.0] * len(passes))
+    return max((a - b for a, b in zip(passes, spent, strict=True)), default=None)
+
+
+def _compress_share(run: Run) -> float | None:
+    """Scoring, selection and handing over, of all of prefill; of the rank where it is most."""
+    prefill = run.get("prefill")
+    if not prefill:
+        return None
+    pairs = zip(prefill["compress_seconds"], prefill["prefill_seconds"], strict=True)
+    return max((part / whole for part, whole in pairs if whole > 0), default=None)
+
+
+def _per_prompt(
+    run: Run, key: str, over_ranks: Callable[[Sequence[float]], float], scale: float
+) -> float | None:
+    """A figure of the hand-over for one prompt."""
+    prefill = run.get("prefill")
+    return over_ranks(prefill[key]) * scale / run["requests"] if prefill else None
 
 
 def _decode_rate(measured: Run) -> float | None:

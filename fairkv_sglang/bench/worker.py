@@ -96,27 +96,28 @@ def run(engine: Any, workload: Workload, vocab: int, round_index: int) -> dict[s
         raise RuntimeError(f"{tokens} tokens came back, not {workload.output_length} per prompt")
     return {
         "seconds": seconds,
+        "requests": len(prompts),
         "output_tokens": tokens,
         "prompt_tokens": sum(map(len, prompts)),
         **_latencies(infos, sent),
         "retractions": sum(info.get("num_retractions") or 0 for info in infos),
         **(after := _state(engine)),
-        "compress_share": _compress_share(before["fairkv"], after["fairkv"]),
+        "prefill": _prefill(before["fairkv"], after["fairkv"]),
     }
 
 
-def _compress_share(before: dict[str, Any] | None, after: dict[str, Any] | None) -> float | None:
-    """Scoring, selection and copying over all of prefill between two states, of the rank where it
-    is most; None without FairKV.
+def _prefill(
+    before: dict[str, Any] | None, after: dict[str, Any] | None
+) -> dict[str, list[float]] | None:
+    """What FairKV did in prefill between two states, by rank: seconds of scoring, selection and
+    copying (``compress``), of them those of the hand-over, and bytes handed over; None without
+    FairKV.
     """
     if not before or not after:
         return None
+    keys = ("prefill_seconds", "compress_seconds", "hand_over_seconds", "hand_over_bytes")
     pairs = list(zip(before["ranks"], after["ranks"], strict=True))
-    spent = [
-        [new[key] - old[key] for key in ("compress_seconds", "prefill_seconds")]
-        for old, new in pairs
-    ]
-    return max((part / whole for part, whole in spent if whole > 0), default=None)
+    return {key: [new[key] - old[key] for old, new in pairs] for key in keys}
 
 
 async def _serve(

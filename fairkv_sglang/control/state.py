@@ -90,8 +90,12 @@ def rank_state(runtime: FairKVRuntime) -> dict[str, Any]:
         "peak_requests": book.peak_requests,
         "max_requests": division.max_requests if division else 0,
         "handed_over_tokens": book.handed_over_tokens,
+        "prefill_backend": runtime.prefill_backend,
         "prefill_seconds": runtime.prefill_seconds,
         "compress_seconds": runtime.compress_seconds,
+        "hand_over_bytes": runtime.hand_over_bytes,
+        "hand_over_seconds": runtime.hand_over_seconds,
+        "twin_bytes": runtime.twins.bytes if runtime.twins else 0,
         "hooks": len(runtime.verify_hooks()),
         "decisions": {"count": book.log.count, "digest": book.log.digest},
     }
