@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fairkv_sglang.placement.cost import CostModel
+from fairkv_sglang.placement.deal import deal_parts
 from fairkv_sglang.placement.options import (
     FloatArray,
     PlanOptions,
@@ -19,7 +20,8 @@ from fairkv_sglang.placement.options import (
 from fairkv_sglang.placement.plan import Plan
 from fairkv_sglang.placement.policies import POLICIES
 from fairkv_sglang.placement.problem import Problem
-from fairkv_sglang.placement.totals import copies_of_ranks, even_totals
+from fairkv_sglang.placement.stay import homes_of, twin_lanes
+from fairkv_sglang.placement.totals import copies_of_ranks
 
 
 def make_problem(
@@ -80,7 +82,7 @@ def make_plan(
     problem = make_problem(loads, tp_size, cost, samples)
     shares = POLICIES[policy](problem, options)
     if policy != "contiguous":
-        shares = even_totals(problem, shares, options.max_copies_per_rank is not None)
+        shares = deal_parts(problem, shares, options.max_copies_per_rank is not None)
     info = figures(problem, shares)
     if cost is not None:
         # lets the router weigh a rank's weight slices against tokens
@@ -108,9 +110,24 @@ def figures(problem: Problem, shares: FloatArray) -> dict[str, Any]:
         "max_copies_in_a_layer": int(copies.max()),
         "copies_of_ranks": [round(float(x), 3) for x in copies_of_ranks(shares)],
         "extra_weight_bytes": float(copies.sum() * problem.slice_bytes),
+        **_at_home(problem, shares),
         "rank_token_totals": [float(x) for x in totals],
         "capacity_imbalance": _ratio(float(totals.max()), float(totals.mean())),
         **problem.notes,
+    }
+
+
+def _at_home(problem: Problem, shares: FloatArray) -> dict[str, Any]:
+    """The part of the expected rows that stays at home and bytes of twins; empty without homes."""
+    home = homes_of(problem)
+    if home is None:
+        return {}
+    stays = float(np.einsum("lrh,lh,rh->", shares, problem.tokens, home))
+    twins = twin_lanes(shares, home).sum(axis=0) * problem.slice_bytes
+    return {
+        "home_rows": _ratio(stays, float(problem.tokens.sum())),
+        "twin_bytes": float(twins.sum()),
+        "most_twin_bytes": float(twins.max()),
     }
 
 

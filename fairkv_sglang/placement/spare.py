@@ -35,6 +35,7 @@ _GROUP = 4
 _MIN_SHARE = 0.02
 _MIN_GAIN = 1e-4
 _WASTE = 0.5  # of a request, per rank
+_DEARER = 1.01
 
 BoolArray = NDArray[np.bool_]
 
@@ -54,7 +55,13 @@ def add_spares(
         problem.notes["spare_copies"] = f"none: not available above {MAX_RANKS} ranks"
         return shares
     layers = [
-        _Layer(scenarios[:, index], shares[index] > 0, problem.lane, problem.batch)
+        _Layer(
+            scenarios[:, index],
+            shares[index] > 0,
+            problem.lane,
+            problem.batch,
+            problem.costs[index],
+        )
         for index in range(problem.layers)
     ]
     per_layer, room = _room(problem, shares, options, most)
@@ -124,8 +131,11 @@ def _room(
 class _Layer:
     """Support of one layer and its level in every scenario."""
 
-    def __init__(self, loads: FloatArray, support: BoolArray, lane: float, batch: float) -> None:
+    def __init__(
+        self, loads: FloatArray, support: BoolArray, lane: float, batch: float, expected: FloatArray
+    ) -> None:
         self.loads, self.support, self.lane = loads, support.copy(), lane
+        self._expected = expected
         mean = loads.mean(axis=0)
         self._order = np.argsort(-mean, kind="stable")
         self._mean = mean[self._order]
@@ -135,6 +145,7 @@ class _Layer:
         self._in = (masks[:, None] >> np.arange(ranks)) & 1 == 1  # [U, R]
         self._size = self._in.sum(axis=1)
         self._refresh()
+        self._limit = _DEARER * float(((self._inside @ expected + self._lanes) / self._size).max())
 
     @property
     def copies(self) -> int:
@@ -173,6 +184,8 @@ class _Layer:
             lanes = self._lanes + self.lane * self._in[:, rank]
             inside = self._inside.copy()
             inside[leaves, head] = False
+            if float(((inside @ self._expected + lanes) / self._size).max()) > self._limit:
+                continue
             value = (load + lanes + self._waste(inside)) / self._size
             gain = self.level - float(value.max(axis=1).mean())
             if gain > best[0] * (1 + 1e-9):

@@ -137,7 +137,7 @@ def test_pouring_reaches_the_level_of_the_best_shares(
     shares = balanced_shares(loads, support, lane)
     np.testing.assert_allclose(shares.sum(axis=0), 1.0, atol=1e-9)
     assert ((shares > 0) == support).all()
-    layer = _Layer(loads[None], support, lane, batch=1e9)  # indivisible requests left out
+    layer = _Layer(loads[None], support, lane, 1e9, loads)  # indivisible requests left out
     reached = level_of(loads, shares, lane)
     assert reached >= layer.level * (1 - 1e-6)
     # every lane keeps 2 % of its head

@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 from fairkv_sglang.placement import POLICIES, CostModel, Plan, make_plan
 from fairkv_sglang.placement.make import figures, make_problem
 from fairkv_sglang.placement.problem import lower_bound
+from fairkv_sglang.placement.stay import SAME
 
 FAST = sorted(set(POLICIES) - {"exact"})
 COPYING = ["fair_copying", "equal_shares"]
@@ -67,7 +68,7 @@ def test_fair_copying_stays_between_the_closed_bounds(
     total = problem.costs.sum(axis=1)
     # wrap-around with at most one lane wasted on each rank
     upper = (total + problem.lane * (heads + ranks - 1)) / ranks + problem.lane
-    small = 1e-6 * level + 1e-9
+    small = (1e-6 if cost is None else SAME - 1) * level + 1e-9
     assert (level <= upper + small + (0.002 * level if heads > 9 else 0.0)).all()
     assert (level >= lower_bound(problem.costs, ranks, problem.lane) - small).all()
     assert plan.copy_counts().max() <= max(ranks - 1, 0)
@@ -83,7 +84,7 @@ def test_fair_copying_is_never_above_the_plans_without_copies(
         return rank_costs(plan, loads, cost).max(axis=1)
 
     ours = level("fair_copying")
-    small = 1e-6 * ours + 1e-9
+    small = (1e-6 if cost is None else SAME - 1) * ours + 1e-9
     if loads.shape[1] > 9 and cost is None:
         small += 0.002 * ours  # the heuristic stops that close to the bound
     assert (ours <= level("best_effort") + small).all()
@@ -115,8 +116,10 @@ def test_order_of_heads_does_not_change_the_optimum(
     two = make_plan(policy, loads[:, order], ranks, cost).info
     assert two["step_lower_bound"] == pytest.approx(one["step_lower_bound"], rel=1e-6)
     if cost is not None or policy == "best_effort":
-        assert two["step_cost"] == pytest.approx(one["step_cost"], rel=1e-4)
-    assert two["copies_per_layer"] == pytest.approx(one["copies_per_layer"])
+        # other heads are at home then, and plans that differ by 0.1 % are the same
+        assert two["step_cost"] == pytest.approx(one["step_cost"], rel=1.1 * (SAME - 1))
+    if cost is None:
+        assert two["copies_per_layer"] == pytest.approx(one["copies_per_layer"])
 
 
 @settings(deadline=None)
@@ -182,7 +185,7 @@ def test_fair_copying_matches_the_exact_solver(
     exact = make_plan("exact", loads, ranks, cost, time_limit=10.0)
     ours = make_plan("fair_copying", loads, ranks, cost)
     assert ours.info["step_cost"] <= exact.info["step_cost"] * 1.01
-    assert exact.info["step_cost"] <= ours.info["step_cost"] * (1 + 1e-9)
+    assert exact.info["step_cost"] <= ours.info["step_cost"] * SAME
     assert exact.info["step_cost"] >= exact.info["step_lower_bound"] * (1 - 1e-9)
 
 

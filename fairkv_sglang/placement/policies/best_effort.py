@@ -8,6 +8,7 @@ import numpy as np
 from fairkv_sglang.placement.curves import layer_curves
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
 from fairkv_sglang.placement.problem import Problem
+from fairkv_sglang.placement.stay import stay_home
 
 
 def best_effort(problem: Problem, options: PlanOptions) -> FloatArray:
@@ -18,4 +19,5 @@ def best_effort(problem: Problem, options: PlanOptions) -> FloatArray:
     """
     curves = layer_curves(problem)
     copies = max(problem.ranks - problem.heads, 0)
-    return np.stack([curves.build(layer, copies) for layer in range(problem.layers)])
+    shares = np.stack([curves.build(layer, copies) for layer in range(problem.layers)])
+    return stay_home(problem, options, shares, copying=False)

@@ -7,6 +7,7 @@ import numpy as np
 
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
 from fairkv_sglang.placement.problem import Problem
+from fairkv_sglang.placement.stay import stay_home
 
 
 def equal_count(problem: Problem, options: PlanOptions) -> FloatArray:
@@ -22,7 +23,7 @@ def equal_count(problem: Problem, options: PlanOptions) -> FloatArray:
         else:
             for rank, heads in enumerate(_deal(costs, problem.ranks)):
                 out[layer, rank, heads] = 1.0
-    return out
+    return stay_home(problem, options, out, between=False)
 
 
 def _one_each(costs: FloatArray, ranks: int) -> FloatArray:

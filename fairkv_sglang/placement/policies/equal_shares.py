@@ -12,6 +12,7 @@ import numpy as np
 
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
 from fairkv_sglang.placement.problem import Problem
+from fairkv_sglang.placement.stay import stay_home
 
 
 def equal_shares(problem: Problem, options: PlanOptions) -> FloatArray:
@@ -37,7 +38,7 @@ def equal_shares(problem: Problem, options: PlanOptions) -> FloatArray:
                 out[layer] = shares
             if level <= goal:
                 break
-    return out
+    return stay_home(problem, options, out, between=False)
 
 
 def spread(costs: FloatArray, ranks: int, lane: float, copies: int) -> FloatArray:

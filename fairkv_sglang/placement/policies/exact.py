@@ -19,6 +19,7 @@ from scipy.sparse import coo_matrix, csr_matrix
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
 from fairkv_sglang.placement.policies.fair_copying import fair_copying
 from fairkv_sglang.placement.problem import Problem, lower_bound
+from fairkv_sglang.placement.stay import stay_home
 
 
 def exact(problem: Problem, options: PlanOptions) -> FloatArray:
@@ -53,7 +54,7 @@ def exact(problem: Problem, options: PlanOptions) -> FloatArray:
         proved=proved,
         largest_gap=float(max(gaps)),
     )
-    return out
+    return stay_home(problem, options, out)
 
 
 def solve_layer(

@@ -15,6 +15,7 @@ from fairkv_sglang.placement.options import FloatArray, PlanOptions
 from fairkv_sglang.placement.policies.contiguous import contiguous
 from fairkv_sglang.placement.problem import Problem
 from fairkv_sglang.placement.spare import add_spares
+from fairkv_sglang.placement.stay import stay_home
 from fairkv_sglang.placement.totals import copies_of_ranks, even_totals
 
 
@@ -31,6 +32,7 @@ def fair_copying(problem: Problem, options: PlanOptions) -> FloatArray:
     while True:
         shares = _build(problem, options, curves, most)
         shares = _not_worse_than_contiguous(problem, options, shares)
+        shares = stay_home(problem, options, shares)
         shares = add_spares(problem, shares, options, most)
         limit = options.max_copies_per_rank
         if limit is None:
