@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fairkv_sglang.placement.homes import Homes
 from fairkv_sglang.placement.plan import Plan
 
 IntArray = NDArray[np.int64]
@@ -32,8 +33,9 @@ class Router:
     with a cost model, the rank's weight slices in tokens.
 
     Every rank runs the same router in lock-step: decisions depend only on the plan and on the
-    sequence of calls. Loads are whole tokens, so sums are exact in any order, and ties go to
-    the lower head and the lower rank.
+    sequence of calls. Loads are whole tokens, so sums are exact in any order. Ties between ranks
+    go to the head's home, which has its rows already (``homes.py``), else to the lower rank, and
+    ties between heads to the lower head.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -45,8 +47,10 @@ class Router:
         count = served.sum(axis=1)  # [L, H]
         self._copied = count > 1
         self._steps = int(self._copied.sum(axis=1).max())
-        # ranks[l, h]: the ranks that serve the head, ascending, then others marked as far away
-        ranks = np.argsort(~served.transpose(0, 2, 1), axis=2, kind="stable")
+        # ranks[l, h]: the ranks that serve the head, homes first and else ascending, then others
+        # marked as far away
+        away = 2 * ~served.transpose(0, 2, 1) + ~_at_home(plan).T  # [L, H, R]
+        ranks = np.argsort(away, axis=2, kind="stable")
         most = int(count.max())
         self._ranks: IntArray = ranks[:, :, :most].astype(np.int64)
         self._far = np.where(np.arange(most) < count[:, :, None], 0, _FAR).astype(np.int64)
@@ -130,3 +134,11 @@ class Router:
         if not np.isfinite(array).all() or (array < 0).any():
             raise ValueError("tokens must be finite and >= 0")
         return np.rint(array).astype(np.int64)
+
+
+def _at_home(plan: Plan) -> NDArray[np.bool_]:
+    """``[R, H]`` homes; all false for numbers that SGLang cannot split."""
+    heads, ranks = plan.num_kv_heads, plan.tp_size
+    if heads % ranks and ranks % heads:
+        return np.zeros((ranks, heads), dtype=np.bool_)
+    return Homes(heads, ranks).at_home

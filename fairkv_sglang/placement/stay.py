@@ -232,11 +232,13 @@ class _Layer:
             for to in np.flatnonzero(self.home[:, head]):
                 held = float(plan[rank, head])
                 load = self._load(plan)
-                new = self.lane if plan[to, head] == 0 else 0.0
-                room, cost = target - load[to] - new, float(self.costs[head])
-                if held == 0 or room <= 0 or new:  # no new lanes: the number of copies stays
+                new = plan[to, head] == 0
+                room, cost = target - load[to] - self.lane * new, float(self.costs[head])
+                if held == 0 or room <= 0:
                     continue
                 share = min(held, room / cost if cost > 0 else held)
+                if share < held and new:  # no lanes more than there are
+                    continue
                 if share == held and (plan[rank] > 0).sum() == 1:
                     continue
                 if held - share < _LEAST and share < held:

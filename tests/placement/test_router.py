@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairkv_sglang.placement import CostModel, Plan, Router, make_plan
+from fairkv_sglang.placement.homes import Homes
 
 
 def make(layers: int, heads: int, ranks: int, seed: int, spread: float = 0.3) -> Plan:
@@ -148,3 +149,20 @@ def test_same_owners_in_every_process() -> None:
         for seed in ("1", "2")
     }
     assert len(digests) == 1
+
+
+@given(heads=st.integers(1, 6), replicas=st.integers(1, 3), tokens=st.integers(0, 1000))
+def test_equally_loaded_ranks_leave_a_head_at_home(heads: int, replicas: int, tokens: int) -> None:
+    ranks = heads * replicas
+    plan = Plan.from_shares(np.full((2, ranks, heads), 1 / ranks), "everyone serves everything")
+    owners = Router(plan).admit(0, np.full((2, heads), tokens))
+    home = Homes(heads, ranks).at_home
+    assert all(home[owner, head] for row in owners for head, owner in enumerate(row))
+
+
+def test_the_lower_rank_is_taken_where_there_is_no_home() -> None:
+    shares = np.array([[[0.0, 1.0], [0.5, 0.0], [0.5, 0.0], [0.0, 0.0]]])
+    shares[0, 3] = shares[0, 0] = [0.0, 0.5]  # homes of head 0 are 0 and 1, of head 1 are 2 and 3
+    assert Router(Plan.from_shares(shares, "test")).admit(0, [[5.0, 5.0]]).tolist() == [[1, 3]]
+    three = Plan.from_shares(np.array([[[0.5, 0.5], [0.5, 0.0], [0.0, 0.5]]]), "no homes")
+    assert Router(three).admit(0, [[5.0, 0.0]])[0, 0] == 0
