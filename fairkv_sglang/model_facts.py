@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fairkv_sglang.planning import ModelShape
+    from fairkv_sglang.placement.model import ModelShape
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ModelFacts:
 
     def shape(self, device: str) -> ModelShape:
         """The part that budgets and placement need, on a kind of device."""
-        from fairkv_sglang.planning import ModelShape
+        from fairkv_sglang.placement.model import ModelShape
 
         return ModelShape(
             name=self.name,

@@ -5,32 +5,19 @@ commands alike. Needs a model's sizes only; imports nothing of SGLang.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from fairkv_sglang.budgets import BudgetScope, BudgetSpec, Scorer, make_scope, make_scorer
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.placement import CostModel, Plan, make_plan
+from fairkv_sglang.placement.model import ModelShape
 from fairkv_sglang.profiles import HeadProfile, read_profile
+
+__all__ = ["REQUEST_SPREAD", "ModelShape", "budget_text", "make_budgets", "make_placement"]
 
 # Coefficient of variation of a head's kept tokens between small batches, from the per-request
 # counts of Tangram's four scorers on Llama-3.1-8B (docs/placement.md).
 REQUEST_SPREAD = 0.3
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What placement and budgets need to know of a model."""
-
-    name: str
-    num_layers: int
-    num_kv_heads: int
-    group_size: int  # query heads per KV head
-    head_dim: int
-    hidden_size: int
-    dtype_bytes: int
-    device: str = "cuda"  # kind of device, whose constants the load model takes
 
 
 def budget_text(config: FairKVConfig) -> str:
@@ -63,9 +50,16 @@ def make_budgets(
 
 
 def make_placement(
-    config: FairKVConfig, shape: ModelShape, scope: BudgetScope, tp_size: int
+    config: FairKVConfig,
+    shape: ModelShape,
+    scope: BudgetScope,
+    tp_size: int,
+    *,
+    copies_are_free: bool = False,
 ) -> Plan:
     """The plan file of the configuration, or a plan made from the profile.
+
+    ``copies_are_free`` counts neither weights nor activations of a lane.
 
     Raises:
         ValueError: in one line, if a plan file is for another model or number of ranks.
@@ -85,10 +79,12 @@ def make_placement(
         head_dim=shape.head_dim,
         hidden_size=shape.hidden_size,
         group=shape.group_size,
-        weight_bytes=shape.dtype_bytes,
+        weight_bytes=shape.dtype_bytes if shape.weight_bytes is None else shape.weight_bytes,
         kv_bytes=shape.dtype_bytes,
         batch=config.expected_batch,
     )
+    if copies_are_free:
+        cost = cost.model_copy(update={"weight_byte_cost": 0.0, "activation_passes": 0.0})
     loads = scope.expected(config.expected_prompt).astype(np.float64)
     return make_plan(
         config.placement,

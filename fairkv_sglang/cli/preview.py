@@ -11,6 +11,7 @@ import numpy as np
 from fairkv_sglang.cli.output import print_json, print_table
 from fairkv_sglang.config import FairKVConfig, from_environment
 from fairkv_sglang.model_facts import ModelFacts
+from fairkv_sglang.placement import Plan
 
 
 def preview(flags: Sequence[str], as_json: bool) -> int:
@@ -27,6 +28,7 @@ def preview(flags: Sequence[str], as_json: bool) -> int:
     from sglang.srt.server_args import prepare_server_args
 
     from fairkv_sglang.patches.server_args import model_facts
+    from fairkv_sglang.plan_file import received
 
     load_plugins()
     server_args = prepare_server_args(list(flags))
@@ -36,7 +38,10 @@ def preview(flags: Sequence[str], as_json: bool) -> int:
         print("FairKV would be off: add --fairkv")
         return 0
     model = model_facts(server_args)
-    facts = describe(config, model, int(server_args.tp_size), str(server_args.device))
+    plan = received()  # made and handed out by the arguments' own hook, as for the ranks
+    if plan is None:
+        raise ValueError("FairKV made no plan: its hook on SGLang's arguments did not take effect")
+    facts = describe(config, model, plan)
     if as_json:
         print_json(facts)
         return 0
@@ -51,20 +56,17 @@ def preview(flags: Sequence[str], as_json: bool) -> int:
     return 0
 
 
-def describe(config: FairKVConfig, model: ModelFacts, tp_size: int, device: str) -> dict[str, Any]:
+def describe(config: FairKVConfig, model: ModelFacts, plan: Plan) -> dict[str, Any]:
     """Plan and budgets of a start, in plain JSON types.
 
     Args:
         config: Resolved configuration.
         model: The model's facts.
-        tp_size: Tensor-parallel ranks.
-        device: Kind of device that serves.
+        plan: The plan that the ranks get.
     """
-    from fairkv_sglang.planning import budget_text, make_budgets, make_placement
+    from fairkv_sglang.planning import budget_text, make_budgets
 
-    shape = model.shape(device)
-    _, scope, _ = make_budgets(config, shape.num_layers, shape.num_kv_heads)
-    plan = make_placement(config, shape, scope, tp_size)
+    _, scope, _ = make_budgets(config, model.layers, model.kv_heads)
     expected = scope.expected(config.expected_prompt)
     tokens = np.einsum("lrh,lh->lr", plan.shares(), expected)
     fullest = float(tokens.max(axis=1).sum() / tokens.mean(axis=1).sum())
@@ -83,8 +85,19 @@ def describe(config: FairKVConfig, model: ModelFacts, tp_size: int, device: str)
         "placement": plan.policy,
         "copies": int(plan.copy_counts().sum()),
         "fullest rank over mean": round(fullest, 4),
+        "rows that stay at home": _shown(plan, "home_rows", 1.0, "{:.1%}"),
+        "decode twins, all ranks and fullest (MB)": (
+            f"{_shown(plan, 'twin_bytes', 1e-6, '{:.1f}')}, "
+            f"{_shown(plan, 'most_twin_bytes', 1e-6, '{:.1f}')}"
+        ),
+        "plan digest": plan.digest,
         "ranks": [
             {"rank": rank, "lanes": int(lanes[rank]), "tokens": round(float(tokens[:, rank].sum()))}
-            for rank in range(tp_size)
+            for rank in range(plan.tp_size)
         ],
     }
+
+
+def _shown(plan: Plan, key: str, unit: float, text: str) -> str:
+    """A figure of the plan, which a plan file from elsewhere need not have."""
+    return text.format(plan.info[key] * unit) if key in plan.info else "not said"

@@ -1,33 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes that the load model needs, from a model's ``config.json``."""
+"""The sizes of a model that budgets and the load model need."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-_DTYPE_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "float8_e4m3fn": 1.0}
+DTYPE_BYTES = {"auto": 2, "half": 2, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4}
+"""Bytes by SGLang's ``--dtype``; with ``auto`` it serves checkpoints in float32 as float16."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model; ``weight_bytes`` per parameter of the attention projections."""
+    """What placement and budgets need to know of a model."""
 
+    name: str
     num_layers: int
     num_kv_heads: int
-    group: int
+    group_size: int  # query heads per KV head
     head_dim: int
     hidden_size: int
-    weight_bytes: float
-    name: str | None = None
+    dtype_bytes: int
+    device: str = "cuda"  # kind of device, whose constants the load model takes
+    weight_bytes: float | None = None  # of an attention weight, where it is not dtype_bytes
 
     @classmethod
-    def from_config(cls, path: str | Path) -> ModelShape:
-        """Read a Hugging Face ``config.json`` (a file or the folder that holds it).
+    def from_config(cls, path: str | Path, dtype: str = "auto", device: str = "cuda") -> ModelShape:
+        """Read a Hugging Face ``config.json`` (a file or the folder that holds it), as SGLang does.
 
-        Raises ValueError with one line if it is unreadable or a size is missing.
+        ``dtype`` is a key of ``DTYPE_BYTES``. Raises ValueError with one line if the file is
+        unreadable or a size is missing.
         """
         file = Path(path)
         file = file / "config.json" if file.is_dir() else file
@@ -52,28 +55,13 @@ class ModelShape:
             raise ValueError(
                 f"model config {file}: {heads} query heads are no multiple of {kv_heads} KV heads"
             )
-        name = data.get("_name_or_path") or None
         return cls(
+            name=str(path),
             num_layers=layers,
             num_kv_heads=kv_heads,
-            group=heads // kv_heads,
+            group_size=heads // kv_heads,
             head_dim=int(text.get("head_dim") or hidden // heads),
             hidden_size=hidden,
-            weight_bytes=_weight_bytes(data, text),
-            name=name,
+            dtype_bytes=DTYPE_BYTES[dtype],
+            device=device,
         )
-
-
-def _weight_bytes(data: dict[str, Any], text: dict[str, Any]) -> float:
-    quant = data.get("quantization_config") or text.get("quantization_config")
-    if isinstance(quant, dict):
-        bits = quant.get("bits") or quant.get("w_bit")
-        if isinstance(bits, int):
-            return bits / 8
-        method = str(quant.get("quant_method", ""))
-        if "fp8" in method or "int8" in method:
-            return 1.0
-        if "4" in method:
-            return 0.5
-    dtype = str(text.get("dtype") or text.get("torch_dtype") or data.get("torch_dtype") or "")
-    return _DTYPE_BYTES.get(dtype.removeprefix("torch."), 2.0)

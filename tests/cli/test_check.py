@@ -16,6 +16,7 @@ from fairkv_sglang.cli.preview import describe
 from fairkv_sglang.config import from_mapping
 from fairkv_sglang.model_facts import ModelFacts
 from fairkv_sglang.profiles import HeadProfile
+from fairkv_sglang.support import check_model
 
 MODEL = ModelFacts(
     name="m", architecture="LlamaForCausalLM", layers=3, q_heads=16, kv_heads=8, head_dim=64,
@@ -29,8 +30,12 @@ def test_budgets_and_plan_of_a_start(tmp_path: Path) -> None:
     profile = tmp_path / "profile.json"
     HeadProfile(model="m", shares=shares, meta={}).save(profile)
     options = {"enabled": True, "budget": 256, "profile": str(profile), "expected_prompt": 2048}
-    plain = describe(from_mapping({**options, "placement": "contiguous"}), MODEL, 4, "cuda")
-    fair = describe(from_mapping(options), MODEL, 4, "cuda")
+    plain, fair = (
+        describe(config, MODEL, check_model(config, MODEL, 4, "cuda"))
+        for config in (from_mapping({**options, "placement": "contiguous"}), from_mapping(options))
+    )
+    assert plain["rows that stay at home"] == "100.0%"
+    assert plain["decode twins, all ranks and fullest (MB)"] == "0.0, 0.0"
     assert plain["copies"] == 0 and plain["fullest rank over mean"] > 1.5
     assert fair["fullest rank over mean"] < plain["fullest rank over mean"]
     for start in (plain, fair):

@@ -38,7 +38,7 @@ def test_plan_writes_plan_and_picture(
 ) -> None:
     out, png = tmp_path / "plan.json", tmp_path / "plan.png"
     words = ["plan", str(profile), "--tp", "4", "--out", str(out), "--png", str(png)]
-    assert main([*words, "--batch", "128"]) == 0
+    assert main([*words, "--fairkv-expected-batch", "128"]) == 0
     text = capsys.readouterr().out
     for part in ("contiguous", "best_effort", "fair_copying", "'batch': 128.0", str(out)):
         assert part in text
@@ -58,12 +58,14 @@ def test_plan_json_is_one_document(profile: Path, capsys: pytest.CaptureFixture[
     data = json.loads(capsys.readouterr().out)
     assert list(data["policies"]) == ["exact"]
     assert data["policies"]["exact"]["step_over_bound"] >= 1.0
+    assert 0 < data["policies"]["exact"]["home_rows"] <= 1
     assert data["settings"]["load model"]["batch"] == 32.0
 
 
 def test_free_copies_need_more_of_them(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copies = []
-    for flags in ([], ["--free-copies"], ["--free-copies", "--max-copies-per-layer", "0"]):
+    free = "--copies-are-free"
+    for flags in ([], [free], [free, "--fairkv-max-copies", "0"]):
         assert main(["plan", str(profile), "--tp", "4", "--json", *flags]) == 0
         data = json.loads(capsys.readouterr().out)
         copies.append(data["policies"]["fair_copying"]["copies_per_layer"])
@@ -75,7 +77,7 @@ def test_plan_takes_sizes_from_the_model_config(
 ) -> None:
     config = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 256}
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
-    words = ["plan", str(profile), "--tp", "2", "--json", "--model-config", str(tmp_path)]
+    words = ["plan", str(profile), "--tp", "2", "--json", "--model-path", str(tmp_path)]
     assert main(words) == 0
     sizes = json.loads(capsys.readouterr().out)["settings"]["load model"]
     assert (sizes["group"], sizes["head_dim"], sizes["hidden_size"]) == (2, 32, 256)
@@ -84,7 +86,7 @@ def test_plan_takes_sizes_from_the_model_config(
 def test_plan_takes_everything_by_flag(
     profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The stable form: --profile, --model-path, --policy, --copies-are-free, --out."""
+    """Short forms of the server's flags: --profile, --policy."""
     config = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 256}
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     out = tmp_path / "plan.json"
@@ -130,13 +132,19 @@ def test_text_works_in_a_pipe_that_closes(profile: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["plan", "missing.json", "--tp", "2"], "no such file"),
-        (["plan", "--tp", "2"], "give one head profile"),
+        (["plan", "missing.json", "--tp", "2"], "there is no file 'missing.json'"),
+        (["plan", "--tp", "2"], "give a model (--model-path) or a head profile"),
         (["plan", "PROFILE", "--profile", "PROFILE", "--tp", "2"], "give one head profile"),
         (["plan", "PROFILE", "--tp", "2", "--out", "no/such/folder/x.json"], "no/such/folder"),
         (["plan", "PROFILE", "--tp", "0"], "tp_size must be at least 1"),
-        (["plan", "PROFILE", "--tp", "2", "--tolerance", "0.5"], "tolerance"),
-        (["plan", "PROFILE", "--tp", "2", "--batch", "0"], "batch"),
+        (
+            ["plan", "PROFILE", "--tp", "2", "--fairkv-expected-batch", "0"],
+            "must be greater than 0",
+        ),
+        (["plan", "PROFILE", "--tp", "2", "--policy", "fair_copy"], "did you mean fair_copying?"),
+        (["plan", "PROFILE", "--tp", "2", "--group", "0"], "--group: 0 must be greater than 0"),
+        (["plan", "PROFILE", "--tp", "2", "--model-path", "x", "--group", "2"], "leave one out"),
+        (["plan", "PROFILE", "--tp", "2", "--model-path", "x"], "cannot read model config x"),
         (["plan", "PROFILE", "--tp", "2", "--png", "x.txt"], "name it .png"),
         (["plan", "PROFILE", "--tp", "2", "--compare", "best"], "unknown placement policy 'best'"),
         (["plot", "PROFILE"], "not a plan"),

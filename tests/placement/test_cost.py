@@ -67,26 +67,18 @@ def config(tmp_path: Path, **changes: Any) -> Path:
 
 def test_model_config(tmp_path: Path) -> None:
     shape = ModelShape.from_config(config(tmp_path))
-    assert (shape.num_layers, shape.num_kv_heads, shape.group) == (32, 8, 4)
-    assert (shape.head_dim, shape.hidden_size, shape.weight_bytes) == (128, 4096, 2.0)
+    assert (shape.num_layers, shape.num_kv_heads, shape.group_size) == (32, 8, 4)
+    assert (shape.head_dim, shape.hidden_size, shape.dtype_bytes) == (128, 4096, 2)
     assert ModelShape.from_config(config(tmp_path, head_dim=64)).head_dim == 64
-    assert ModelShape.from_config(config(tmp_path, num_key_value_heads=None)).group == 1
+    assert ModelShape.from_config(config(tmp_path, num_key_value_heads=None)).group_size == 1
     nested = config(tmp_path, num_attention_heads=None, text_config=LLAMA)
     assert ModelShape.from_config(nested / "config.json").num_kv_heads == 8
 
 
-@pytest.mark.parametrize(
-    ("quantization", "width"),
-    [
-        ({"bits": 4, "quant_method": "awq"}, 0.5),
-        ({"quant_method": "fp8"}, 1.0),
-        ({"quant_method": "mxfp4"}, 0.5),
-        ({"quant_method": "unknown"}, 2.0),
-    ],
-)
-def test_quantised_width(tmp_path: Path, quantization: dict[str, Any], width: float) -> None:
-    path = config(tmp_path, quantization_config=quantization)
-    assert ModelShape.from_config(path).weight_bytes == width
+@pytest.mark.parametrize(("dtype", "width"), [("auto", 2), ("bfloat16", 2), ("float32", 4)])
+def test_width_is_that_of_the_servers_dtype(tmp_path: Path, dtype: str, width: int) -> None:
+    path = config(tmp_path, torch_dtype="float32")
+    assert ModelShape.from_config(path, dtype).dtype_bytes == width
 
 
 @pytest.mark.parametrize(
