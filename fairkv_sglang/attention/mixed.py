@@ -12,16 +12,22 @@ from typing import Any
 
 from fairkv_sglang.attention.forward_plan import ForwardPlan
 
-_PER_REQUEST = (
+PER_REQUEST = (
     "req_pool_indices",
+    "req_pool_indices_cpu",
     "seq_lens",
     "seq_lens_cpu",
+    "orig_seq_lens",
     "extend_prefix_lens",
     "extend_prefix_lens_cpu",
     "extend_seq_lens",
     "extend_seq_lens_cpu",
     "extend_start_loc",
+    "multi_item_delimiter_indices",
 )
+"""Fields of SGLang's batch with an entry for each request that attention may read."""
+PER_TOKEN = ("input_ids", "positions", "out_cache_loc", "out_cache_loc_virtual")
+"""The same with an entry for each token."""
 
 
 def prompts_only(forward_batch: Any, plan: ForwardPlan) -> Any:
@@ -45,14 +51,14 @@ def running_only(forward_batch: Any, plan: ForwardPlan) -> Any:
 
 def _cut(forward_batch: Any, requests: slice, tokens: slice) -> Any:
     batch = copy.copy(forward_batch)
-    for name in _PER_REQUEST:
-        values = getattr(forward_batch, name, None)
-        if values is not None:
-            setattr(batch, name, values[requests])
+    for names, part in ((PER_REQUEST, requests), (PER_TOKEN, tokens)):
+        for name in names:
+            values = getattr(forward_batch, name, None)
+            if values is not None:
+                setattr(batch, name, values[part])
     batch.batch_size = requests.stop - requests.start
-    batch.out_cache_loc = forward_batch.out_cache_loc[tokens]
-    batch.positions = forward_batch.positions[tokens]
-    batch.input_ids = None if forward_batch.input_ids is None else forward_batch.input_ids[tokens]
+    if getattr(batch, "global_num_token_non_padded_cpu", None) is not None:
+        batch.global_num_token_non_padded_cpu = tokens.stop - tokens.start
     if batch.seq_lens_cpu is not None:
         batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
     return batch

@@ -1,54 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks in threads that compress hand-made prompts, and the kept sets of the papers' formulae."""
+"""Ranks in threads that compress hand-made prompts at the heads' homes, and the kept sets of the
+papers' formulae.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from budgets_reference import ada_kv_kept, snapkv_scores, static_kept
+from fake_collectives import Collectives, Group, ranks_as_threads
 
+from fairkv_sglang.attention import compress, exchange, hand_over
 from fairkv_sglang.attention.compress import PromptCompressor
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
 from fairkv_sglang.config import FairKVConfig
+from fairkv_sglang.kernels import reference
 from fairkv_sglang.memory import MemoryDivision
 from fairkv_sglang.placement import Plan
+from fairkv_sglang.placement.homes import Homes
 from fairkv_sglang.planning import ModelShape
+from fairkv_sglang.profiles import HeadProfile
 from fairkv_sglang.runtime import create_runtime
 
-LAYERS, HEADS, GROUP, DIM, SLOTS, CONTEXT = 2, 4, 2, 8, 600, 200
+LAYERS, DIM, SLOTS, CONTEXT, ROWS = 2, 8, 600, 200, 6
 SCALE = DIM**-0.5
-SHAPE = ModelShape("tiny", LAYERS, HEADS, GROUP, DIM, HEADS * GROUP * DIM, 4)
 
 
-class Collectives:
-    """``torch.distributed`` for ranks that are threads; a group is (rank, number of ranks)."""
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a model: KV heads, query heads of each."""
 
-    def __init__(self, ranks: int) -> None:
-        self.barrier = threading.Barrier(ranks, timeout=60)
-        self.parts: list[torch.Tensor] = [torch.empty(0)] * ranks
+    heads: int = 4
+    group: int = 2
 
-    def get_world_size(self, group: tuple[int, int]) -> int:
-        return group[1]
-
-    def exchange(self, group: tuple[int, int], mine: torch.Tensor) -> torch.Tensor:
-        self.parts[group[0]] = mine.clone()
-        self.barrier.wait()
-        everyone = torch.stack(list(self.parts))
-        self.barrier.wait()
-        return everyone
-
-    def all_gather_into_tensor(self, out, mine, group) -> None:
-        assert out.shape == (group[1] * mine.shape[0], *mine.shape[1:])
-        out.copy_(self.exchange(group, mine).flatten(0, 1))
-
-    def all_reduce(self, mine, group) -> None:
-        mine.copy_(self.exchange(group, mine).sum(0))
+    @property
+    def shape(self) -> ModelShape:
+        hidden = self.heads * self.group * DIM
+        return ModelShape("tiny", LAYERS, self.heads, self.group, DIM, hidden, 4)
 
 
 @dataclass
@@ -68,47 +62,89 @@ class Prompt:
         return self.prefix + sum(self.chunks)
 
 
-def random_prompts(rng: np.random.Generator, chunks: Sequence[Sequence[int]], prefix: int = 0):
+def random_prompts(
+    rng: np.random.Generator,
+    chunks: Sequence[Sequence[int]],
+    prefix: int | Sequence[int] = 0,
+    model: Model | None = None,
+) -> list[Prompt]:
     """Prompts in rows 1, 2, ... with slots scattered over the pool."""
+    model = model or Model()
+    heads, group = model.heads, model.group
     make = torch.Generator().manual_seed(int(rng.integers(2**31)))
     free = rng.permutation(SLOTS).tolist()
+    prefixes = [prefix] * len(chunks) if isinstance(prefix, int) else prefix
     prompts = []
-    for row, parts in enumerate(chunks, 1):
-        n = prefix + sum(parts)
-        q = torch.randn(LAYERS, n, HEADS, GROUP, DIM, generator=make) * 2
-        k = torch.randn(LAYERS, n, HEADS, DIM, generator=make)
-        v = torch.randn(LAYERS, n, HEADS, DIM, generator=make)
+    for row, (parts, cached) in enumerate(zip(chunks, prefixes, strict=True), 1):
+        n = cached + sum(parts)
+        q = torch.randn(LAYERS, n, heads, group, DIM, generator=make) * 2
+        k = torch.randn(LAYERS, n, heads, DIM, generator=make)
+        v = torch.randn(LAYERS, n, heads, DIM, generator=make)
         slots = torch.tensor([free.pop() for _ in range(n)])
-        prompts.append(Prompt(row, list(parts), prefix, q, k, v, slots))
+        prompts.append(Prompt(row, list(parts), cached, q, k, v, slots))
     return prompts
 
 
-class Rank:
-    """One rank: a real runtime, its book, and its part of the pool."""
+class FirstNumber:
+    """A scorer for tests: a token's score is the first number of its key."""
 
-    def __init__(self, config: FairKVConfig, tp_size: int, rank: int, group: object) -> None:
-        self.runtime = create_runtime(config, SHAPE, tp_size, rank, lambda: [])
+    needs_queries = False
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+
+    def score(self, q: torch.Tensor, k: torch.Tensor, *, scale: float) -> torch.Tensor:
+        return k[: max(len(k) - self.window, 0), :, 0].T.contiguous()
+
+
+def extreme_scores(rng: np.random.Generator, prompts: Sequence[Prompt]) -> None:
+    """Keys whose first numbers tie, or let one head win everything."""
+    for prompt in prompts:
+        for layer in range(LAYERS):
+            heads = prompt.k.shape[2]
+            scores = rng.integers(0, int(rng.choice([1, 2, 4, 50])), prompt.k.shape[1:3])
+            if rng.random() < 0.5:
+                scores[:, rng.integers(heads)] += 100
+            elif rng.random() < 0.5:
+                scores += 100 * np.arange(heads)
+            prompt.k[layer, :, :, 0] = torch.from_numpy(scores).float()
+
+
+class Rank:
+    """One rank: a real runtime, its book, and SGLang's pool with its home heads."""
+
+    def __init__(
+        self, config: FairKVConfig, model: Model, tp_size: int, rank: int, group: Group | None
+    ) -> None:
+        self.runtime = create_runtime(config, model.shape, tp_size, rank, lambda: [])
         division = MemoryDivision(
             total_bytes=0,
             pool_tokens=SLOTS,
-            pool_bytes=np.zeros(tp_size, dtype=np.int64),
+            pool_bytes=0,
             table_bytes=np.zeros(tp_size, dtype=np.int64),
-            arena_pages=np.full(tp_size, 400),
+            arena_pages=np.full(tp_size, 700),
             page_bytes=1,
-            max_requests=4,
+            max_requests=ROWS - 1,
             max_head_tokens=CONTEXT,
         )
         self.book = self.runtime.create_book(division, torch.float32, "cpu")
         self.compressor = PromptCompressor(self.runtime, group)  # type: ignore[arg-type]
         self.heads = [list(row) for row in self.runtime.heads.heads]
+        homes = Homes(model.heads, tp_size)
+        self.home = list(homes.heads(rank))
+        # Replicas of a head divide its query heads in the order of their ranks.
+        part = model.group // homes.replicas
+        first = homes.ranks(self.home[0]).index(rank) * part
+        self.queries = slice(first, first + part)
         # What a prompt has not written yet must not be read.
-        self.pools = [torch.full((2, SLOTS, len(row), DIM), torch.nan) for row in self.heads]
-        self.table = torch.zeros((5, CONTEXT), dtype=torch.int32)
+        self.pools = torch.full((LAYERS, 2, SLOTS, len(self.home), DIM), torch.nan)
+        self.table = torch.zeros((ROWS, CONTEXT), dtype=torch.int32)
+        self.passes: list[list[Prompt]] = []  # prompts that ended in each pass
 
     def write(self, prompt: Prompt, start: int, end: int) -> None:
-        for layer, heads in enumerate(self.heads):
+        for layer in range(LAYERS):
             for pool, source in zip(self.pools[layer], (prompt.k, prompt.v), strict=True):
-                pool[prompt.slots[start:end]] = source[layer, start:end][:, heads]
+                pool[prompt.slots[start:end]] = source[layer, start:end][:, self.home]
 
     def admit(self, prompt: Prompt) -> None:
         self.book.admit(prompt.row, prompt.length)
@@ -125,10 +161,14 @@ class Rank:
         plan = ForwardPlan(tuple(spans))
         self.book.begin_forward([span.row for span in plan.last])
         self.compressor.begin(plan, self.table)
-        for layer, heads in enumerate(self.heads):
-            q = torch.cat([p.q[layer, start:end][:, heads] for p, start, end in parts])
+        for layer in range(LAYERS):
+            q = torch.cat([p.q[layer, a:b][:, self.home, self.queries] for p, a, b in parts])
             k, v = self.pools[layer]
             self.compressor.layer(layer, q, k, v, plan, SCALE)
+        self.passes.append([p for p, _, end in parts if end == p.length])
+        # SGLang gives the slots away once the result is on the host.
+        for prompt in self.passes[-1]:
+            self.pools[:, :, prompt.slots] = torch.nan
 
     def run(self, prompts: list[Prompt]) -> None:
         """Pass i holds chunk i of every prompt that has one."""
@@ -143,58 +183,180 @@ class Rank:
             self.forward(parts)
 
 
-def run_ranks(config: FairKVConfig, tp_size: int, monkeypatch, work) -> list[Rank]:
-    """``work(rank)`` on every rank at the same time."""
-    from fairkv_sglang.attention import exchange
+def run_ranks(
+    config: FairKVConfig,
+    model: Model,
+    tp_size: int,
+    work: Callable[[Rank], None],
+    *,
+    bounded: bool = False,
+    first_number: bool = False,
+) -> tuple[list[Rank], Collectives]:
+    """``work(rank)`` on every rank at the same time.
 
-    collectives = Collectives(tp_size)
-    monkeypatch.setattr(exchange, "dist", collectives)
+    Args:
+        bounded: Sizes of what moves are only bounded, as on CUDA, where counts stay on the device.
+        first_number: Score with :class:`FirstNumber`.
+    """
     groups = [(rank, tp_size) if tp_size > 1 else None for rank in range(tp_size)]
-    ranks = [Rank(config, tp_size, rank, group) for rank, group in enumerate(groups)]
-    with ThreadPoolExecutor(tp_size) as pool:
-        list(pool.map(work, ranks))
-    return ranks
+    ranks = [Rank(config, model, tp_size, rank, group) for rank, group in enumerate(groups)]
+    if first_number:
+        for rank in ranks:
+            rank.runtime.scorer = FirstNumber(config.window)  # type: ignore[assignment]
+    with ExitStack() as stack:
+        if bounded:
+            stack.enter_context(mock.patch.object(compress, "_on_host", lambda counts: None))
+        _, collectives = ranks_as_threads(
+            tp_size, [exchange, hand_over], lambda rank, group: work(ranks[rank])
+        )
+    return ranks, collectives
 
 
-def expected_kept(rank: Rank, config: FairKVConfig, plan: Plan, prompt: Prompt) -> list:
+def settle(folder: Path, model: Model, plan: Plan, **options: object) -> FairKVConfig:
+    """Configuration with this plan, and a profile where the scope needs one."""
+    if options["scope"] == "head":
+        shares = np.random.default_rng(5).random((LAYERS, model.heads)) ** 2
+        HeadProfile(model=None, shares=shares / shares.sum(), meta={}).save(folder / "p.json")
+        options["profile"] = folder / "p.json"
+    plan.to_file(folder / "plan.json")
+    values = {"enabled": True, "window": 8, "plan": folder / "plan.json", **options}
+    return FairKVConfig(**values)
+
+
+def home_plan(model: Model, tp_size: int) -> Plan:
+    """Every head at home; one with several homes is shared by them."""
+    homes = Homes(model.heads, tp_size)
+    layer = homes.at_home / homes.replicas
+    return Plan.from_shares(np.repeat(layer[None], LAYERS, axis=0), "contiguous")
+
+
+def scores_of(config: FairKVConfig, first_number: bool, prompt: Prompt, layer: int) -> list:
+    """[head][scored token] by the papers' formulae."""
+    window, total = config.window, prompt.length
+    if first_number:
+        return prompt.k[layer, : max(total - window, 0), :, 0].T.tolist()
+    if config.scorer == "snapkv":
+        return snapkv_scores(
+            prompt.q[layer, -window:].numpy(),
+            prompt.k[layer].numpy(),
+            window=window,
+            kernel=config.kernel_size,
+            pooling=config.pooling,
+            scale=SCALE,
+        ).tolist()
+    # The first `sink` tokens in order, then the later the better.
+    row = [-t if t < config.sink else t - 10**6 for t in range(max(total - window, 0))]
+    return [row] * prompt.k.shape[2]
+
+
+def expected_kept(rank: Rank, config: FairKVConfig, prompt: Prompt) -> list:
     """[layer][head] -> kept positions, by the papers' formulae."""
     runtime, total = rank.runtime, prompt.length
     window, budget = config.window, runtime.scope.budget(total)
+    heads, tp_size = runtime.plan.num_kv_heads, runtime.plan.tp_size
+    size = max(1, heads // tp_size) if config.scope == "rank" else heads
     result = []
     for layer in range(LAYERS):
-        if config.scorer == "snapkv":
-            scores = snapkv_scores(
-                prompt.q[layer, -window:].numpy(),
-                prompt.k[layer].numpy(),
-                window=window,
-                kernel=config.kernel_size,
-                pooling=config.pooling,
-                scale=SCALE,
-            ).tolist()
-        else:  # the first `sink` tokens in order, then the later the better
-            row = [-t if t < config.sink else t - 10**6 for t in range(max(total - window, 0))]
-            scores = [row] * HEADS
+        scores = scores_of(config, isinstance(runtime.scorer, FirstNumber), prompt, layer)
         if config.scope in ("uniform", "head"):
             counts = runtime.scope.expected(total)[layer].tolist()
             result.append(static_kept(scores, counts, total))
             continue
-        kept: list[list[int]] = [[] for _ in range(HEADS)]
-        groups = [range(HEADS)]
-        if config.scope == "rank":
-            groups = [plan.heads(layer, r) for r in range(plan.tp_size)]
-        for group in groups:
-            heads = sorted(group)
-            rows = [scores[h] for h in heads]
-            alpha = config.floor_alpha
-            for head, kept_row in zip(
-                heads, ada_kv_kept(rows, heads, budget, window, alpha, total), strict=True
-            ):
-                kept[head] = kept_row
+        kept: list[list[int]] = []
+        for first in range(0, heads, size):
+            group = list(range(first, first + size))
+            rows = [scores[h] for h in group]
+            kept += ada_kv_kept(rows, group, budget, window, config.floor_alpha, total)
         result.append(kept)
     return result
 
 
-def write_plan(plan: Plan, folder: Path) -> Path:
-    path = folder / "plan.json"
-    plan.to_file(path)
-    return path
+def check(ranks: list[Rank], config: FairKVConfig, prompts: list[Prompt]) -> list:
+    """Pages of all ranks against the formulae; returns the kept sets."""
+    owners = {p.row: ranks[0].book.owners(p.row) for p in prompts}
+    everything = []
+    for prompt in prompts:
+        kept = expected_kept(ranks[0], config, prompt)
+        everything.append(kept)
+        counts = torch.tensor([[len(row) for row in layer] for layer in kept])
+        stored = torch.zeros_like(counts)
+        for index, rank in enumerate(ranks):
+            assert np.array_equal(rank.book.owners(prompt.row), owners[prompt.row])
+            for layer in range(LAYERS):
+                for local, head in enumerate(rank.heads[layer]):
+                    lane = rank.runtime.heads.lane_start[layer] + local
+                    k, v = reference.gather(rank.book.pages, prompt.row, lane)
+                    if owners[prompt.row][layer, head] != index:
+                        assert len(k) == 0
+                        continue
+                    positions = kept[layer][head]
+                    assert torch.equal(k, prompt.k[layer, positions, head]), (layer, head)
+                    assert torch.equal(v, prompt.v[layer, positions, head])
+                    stored[layer, head] += 1
+            if config.scope in ("layer", "rank"):
+                noted = rank.book._lives[prompt.row].kept
+                assert noted is not None and torch.equal(noted, counts)
+                assert noted.dtype == torch.int64
+            rank.book.hand_over(prompt.row, prompt.length)
+        assert bool((stored == 1).all()), "a head has exactly one owner"
+    for index, rank in enumerate(ranks):
+        rank.book.pages.check_integrity()
+        assert rank.book.pages.num_used == rank.book.ledger.held[index]
+        assert not rank.compressor._tails  # nothing is carried on from prompts that have ended
+        assert rank.compressor.hand_over._arrival is None
+        for prompt in prompts:
+            rank.book.free(prompt.row)
+        assert rank.book.check_idle() == []
+    assert len({rank.book.log.digest for rank in ranks}) == 1
+    return everything
+
+
+def source_of(homes: Homes, head: int, owner: int) -> int:
+    """The home that an owner gets rows from."""
+    ranks = homes.ranks(head)
+    return owner if owner in ranks else ranks[owner % len(ranks)]
+
+
+def check_traffic(
+    ranks: list[Rank],
+    collectives: Collectives,
+    owners: dict[int, np.ndarray],
+    config: FairKVConfig,
+    everything: dict[int, list],
+    bounded: bool = False,
+) -> None:
+    """Collectives and rows are those that the owners call for, counted one head at a time."""
+    runtime = ranks[0].runtime
+    homes, scope = runtime.heads.homes, runtime.scope
+    together = config.scope == "layer" or homes.replicas > 1
+    exchanges, gathers = 0, 0
+    rows = [0] * homes.tp_size
+    for ending in ranks[0].passes:
+        compressed = [p for p in ending if scope.budget(p.length) < p.length]
+        for layer in range(LAYERS):
+            moved: dict[tuple[int, int, int], list[int]] = {}
+            for number, prompt in enumerate(ending):
+                for head, owner in enumerate(owners[prompt.row][layer].tolist()):
+                    source = source_of(homes, head, owner)
+                    if source != owner:
+                        moved.setdefault((number, source, owner), []).append(head)
+            exchanges += bool(moved)
+            if homes.tp_size > 1:
+                gathers += bool(compressed) and together
+                if config.scope == "rank" and not together and moved:
+                    gathers += len(compressed)
+            for (number, source, _), heads in moved.items():
+                prompt = ending[number]
+                exact = sum(len(everything[prompt.row][layer][h]) for h in heads)
+                most = scope.most(layer, prompt.length, heads)
+                assert exact <= most
+                loose = bounded and scope.input_dependent and prompt in compressed
+                rows[source] += most if loose else exact
+        if config.scope == "rank" and homes.tp_size > 1 and not together:
+            gathers += len(compressed)
+    assert collectives.count("all_to_all") == exchanges
+    assert collectives.count("all_gather") == gathers
+    for rank, sent in zip(ranks, rows, strict=True):
+        over = rank.compressor.hand_over
+        assert over.rows_sent == sent and over.row_bytes == 2 * DIM * 4
+        assert (over.seconds > 0) == (exchanges > 0)

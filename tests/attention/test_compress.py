@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Head pages hold exactly the kept sets of the papers, for any chunks, scope, scorer and TP."""
+"""Head pages of the owners hold exactly the kept sets of the papers, for any chunks, scope, scorer,
+TP and plan; and no more travels than has to.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +9,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from compress_cases import (
-    HEADS,
     LAYERS,
+    Model,
     Prompt,
     Rank,
-    expected_kept,
+    check,
+    check_traffic,
+    extreme_scores,
+    home_plan,
     random_prompts,
     run_ranks,
-    write_plan,
+    settle,
 )
-from core_cases import SCOPES, random_plan
+from core_cases import QUICK, SCOPES, random_plan, seeds
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fairkv_sglang.runtime
+from fairkv_sglang.attention.compress import PromptCompressor
 from fairkv_sglang.config import FairKVConfig
-from fairkv_sglang.kernels import reference
 from fairkv_sglang.placement import Plan
-from fairkv_sglang.profiles import HeadProfile
 
 # Row by row the chunks of a prompt: one chunk, several, a last one shorter than the window, chunks
 # all shorter than the window, prompts within the window.
@@ -34,6 +39,13 @@ CHUNKS = (
     ([5, 4, 3, 2, 1, 30, 2], [3], [33]),
     ([7], [2, 2, 2, 2, 2, 2, 2, 2, 2], [8, 1]),
 )
+SCORERS = {
+    "max": {"scorer": "snapkv", "kernel_size": 5, "pooling": "max"},
+    "avg": {"scorer": "snapkv", "kernel_size": 3, "pooling": "avg"},
+    "streaming": {"scorer": "streaming", "sink": 3},
+}
+# KV heads, query heads of each, ranks: also fewer heads than ranks.
+SPLITS = [(4, 2, 1), (4, 2, 2), (4, 1, 4), (6, 1, 3), (2, 2, 4), (1, 4, 4), (1, 2, 2), (2, 1, 2)]
 
 
 @pytest.fixture(autouse=True)
@@ -41,117 +53,228 @@ def _no_runtime_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fairkv_sglang.runtime, "_runtime", None)
 
 
-def settle(folder: Path, plan: Plan, **options: object) -> FairKVConfig:
-    """Configuration with this plan, and a profile where the scope needs one."""
-    if options["scope"] == "head":
-        shares = np.random.default_rng(5).random((LAYERS, HEADS)) ** 2
-        HeadProfile(model=None, shares=shares / shares.sum(), meta={}).save(folder / "p.json")
-        options["profile"] = folder / "p.json"
-    values = {"enabled": True, "window": 8, "plan": write_plan(plan, folder), **options}
-    return FairKVConfig(**values)
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compress")
 
 
-def check(ranks: list[Rank], config: FairKVConfig, plan: Plan, prompts: list[Prompt]) -> list:
-    """Pages against the formulae; returns the kept sets."""
-    owners = {p.row: ranks[0].book.owners(p.row) for p in prompts}
-    everything = []
-    for prompt in prompts:
-        kept = expected_kept(ranks[0], config, plan, prompt)
-        everything.append(kept)
-        counts = torch.tensor([[len(row) for row in layer] for layer in kept])
-        for index, rank in enumerate(ranks):
-            assert np.array_equal(rank.book.owners(prompt.row), owners[prompt.row])
-            for layer in range(LAYERS):
-                for local, head in enumerate(rank.heads[layer]):
-                    lane = rank.runtime.heads.lane_start[layer] + local
-                    k, v = reference.gather(rank.book.pages, prompt.row, lane)
-                    if owners[prompt.row][layer, head] != index:
-                        assert len(k) == 0
-                        continue
-                    positions = kept[layer][head]
-                    assert torch.equal(k, prompt.k[layer, positions, head]), (layer, head)
-                    assert torch.equal(v, prompt.v[layer, positions, head])
-            if config.scope in ("layer", "rank"):
-                noted = rank.book._lives[prompt.row].kept
-                assert noted is not None and torch.equal(noted, counts)
-            rank.book.hand_over(prompt.row, prompt.length)
-    for index, rank in enumerate(ranks):
-        rank.book.pages.check_integrity()
-        assert rank.book.pages.num_used == rank.book.ledger.held[index]
-        assert not rank.compressor._tails  # nothing is carried on from prompts that have ended
-        for prompt in prompts:
-            rank.book.free(prompt.row)
-        assert rank.book.check_idle() == []
-    assert len({rank.book.log.digest for rank in ranks}) == 1
+def compress(
+    config: FairKVConfig,
+    model: Model,
+    tp_size: int,
+    prompts: list[Prompt],
+    **options: bool,
+) -> list:
+    """Run, check pages and traffic, return the kept sets."""
+    owners: dict[int, np.ndarray] = {}
+
+    def work(rank: Rank) -> None:
+        rank.run(prompts)
+        if rank.runtime.heads.rank == 0:
+            owners.update({p.row: rank.book.owners(p.row).copy() for p in prompts})
+
+    ranks, collectives = run_ranks(config, model, tp_size, work, **options)
+    everything = check(ranks, config, prompts)
+    kept = {prompt.row: rows for prompt, rows in zip(prompts, everything, strict=True)}
+    check_traffic(ranks, collectives, owners, config, kept, options.get("bounded", False))
     return everything
 
 
 @pytest.mark.parametrize("chunks", CHUNKS, ids=range(len(CHUNKS)))
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize(
-    "scorer",
-    [
-        {"scorer": "snapkv", "kernel_size": 5, "pooling": "max"},
-        {"scorer": "snapkv", "kernel_size": 3, "pooling": "avg"},
-        {"scorer": "streaming", "sink": 3},
-    ],
-    ids=["max", "avg", "streaming"],
-)
+@pytest.mark.parametrize("scorer", SCORERS)
 def test_one_rank_with_permuted_heads(
-    scorer: dict, scope: str, chunks: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scorer: str, scope: str, chunks: tuple, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(len(chunks))
-    plan = random_plan(rng, LAYERS, 1, HEADS)
+    model = Model()
+    plan = random_plan(rng, LAYERS, 1, model.heads)
     budget = {"budget": 14} if len(chunks) % 2 else {"ratio": 0.4}
-    config = settle(tmp_path, plan, scope=scope, **scorer, **budget)
-    prompts = random_prompts(rng, chunks)
-    ranks = run_ranks(config, 1, monkeypatch, lambda rank: rank.run(prompts))
-    check(ranks, config, plan, prompts)
+    config = settle(tmp_path, model, plan, scope=scope, **SCORERS[scorer], **budget)
+    compress(config, model, 1, random_prompts(rng, chunks))
 
 
-@pytest.mark.parametrize("tp_size", [2, 4])
+@pytest.mark.parametrize("split", SPLITS[1:], ids=str)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("scorer", ["snapkv", "streaming"])
 def test_ranks_keep_what_one_rank_keeps(
-    scorer: str, scope: str, tp_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scorer: str, scope: str, split: tuple[int, int, int], tmp_path: Path
 ) -> None:
-    rng = np.random.default_rng(tp_size)
-    plan = random_plan(rng, LAYERS, tp_size, HEADS, copies=scope != "rank")
-    config = settle(tmp_path, plan, scope=scope, scorer=scorer, ratio=0.3)
-    prompts = random_prompts(rng, CHUNKS[2])
-    ranks = run_ranks(config, tp_size, monkeypatch, lambda rank: rank.run(prompts))
-    together = check(ranks, config, plan, prompts)
+    heads, group, tp_size = split
+    model, rng = Model(heads, group), np.random.default_rng(tp_size)
+    plan = random_plan(rng, LAYERS, tp_size, heads)
+    config = settle(tmp_path, model, plan, scope=scope, scorer=scorer, ratio=0.3)
+    prompts = random_prompts(rng, CHUNKS[2], model=model)
+    together = compress(config, model, tp_size, prompts)
     if scope == "rank":
         return  # another method at every TP
-    whole = Plan.from_shares(np.ones((LAYERS, 1, HEADS)), "one rank")
-    config = settle(tmp_path, whole, scope=scope, scorer=scorer, ratio=0.3)
-    alone = run_ranks(config, 1, monkeypatch, lambda rank: rank.run(prompts))
-    assert check(alone, config, whole, prompts) == together
+    whole = Plan.from_shares(np.ones((LAYERS, 1, heads)), "one rank")
+    config = settle(tmp_path, model, whole, scope=scope, scorer=scorer, ratio=0.3)
+    assert compress(config, model, 1, prompts) == together
+
+
+@st.composite
+def chunked(draw: st.DrawFn, window: int = 8) -> list[tuple[int, list[int]]]:
+    """Cached prefix and chunks of up to four prompts; some end in one pass, some within budget.
+
+    After a cached prefix SGLang computes at least the observation window.
+    """
+    prompts = []
+    for _ in range(draw(st.integers(1, 4))):
+        parts = draw(st.lists(st.integers(1, 25), min_size=1, max_size=4))
+        prefix = draw(st.sampled_from([0, 0, 5, 16, 30]))
+        if prefix and sum(parts) < window:
+            parts[-1] += window
+        prompts.append((prefix, parts))
+    return prompts
+
+
+@settings(QUICK, max_examples=120)
+@given(
+    seed=seeds,
+    split=st.sampled_from(SPLITS),
+    scope=st.sampled_from(SCOPES),
+    prompts=chunked(),
+    budget=st.sampled_from([{"budget": 12}, {"budget": 20}, {"ratio": 0.3}, {"ratio": 0.8}]),
+    alpha=st.sampled_from([0.0, 0.2, 1.0]),
+    bounded=st.booleans(),
+)
+def test_any_plan_and_any_scores(
+    folder: Path,
+    seed: int,
+    split: tuple[int, int, int],
+    scope: str,
+    prompts: list[tuple[int, list[int]]],
+    budget: dict,
+    alpha: float,
+    bounded: bool,
+) -> None:
+    """Scores that tie or that one head wins, where sizes are exact and where they are bounded."""
+    heads, group, tp_size = split
+    model, rng = Model(heads, group), np.random.default_rng(seed)
+    plan = random_plan(rng, LAYERS, tp_size, heads)
+    options = {"scope": scope, "scorer": "streaming", "sink": 1, "floor_alpha": alpha, **budget}
+    config = settle(folder, model, plan, **options)
+    made = random_prompts(rng, [p[1] for p in prompts], [p[0] for p in prompts], model)
+    extreme_scores(rng, made)
+    compress(config, model, tp_size, made, bounded=bounded, first_number=True)
+
+
+@settings(QUICK, max_examples=40)
+@given(
+    seed=seeds,
+    split=st.sampled_from(SPLITS),
+    scope=st.sampled_from(SCOPES),
+    scorer=st.sampled_from(sorted(SCORERS)),
+    prompts=chunked(),
+    bounded=st.booleans(),
+)
+def test_any_plan_and_observation_window(
+    folder: Path,
+    seed: int,
+    split: tuple[int, int, int],
+    scope: str,
+    scorer: str,
+    prompts: list[tuple[int, list[int]]],
+    bounded: bool,
+) -> None:
+    """The papers' scorers, with borders of chunks and cached prefixes inside the window."""
+    heads, group, tp_size = split
+    model, rng = Model(heads, group), np.random.default_rng(seed)
+    plan = random_plan(rng, LAYERS, tp_size, heads)
+    config = settle(folder, model, plan, scope=scope, ratio=0.35, **SCORERS[scorer])
+    made = random_prompts(rng, [p[1] for p in prompts], [p[0] for p in prompts], model)
+    compress(config, model, tp_size, made, bounded=bounded)
+
+
+@pytest.mark.parametrize("split", SPLITS[1:], ids=str)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_heads_at_home_move_nothing(
+    scope: str, split: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """SGLang's own split: no exchange of rows, and none at all where each rank scores its heads."""
+    heads, group, tp_size = split
+    model = Model(heads, group)
+    config = settle(tmp_path, model, home_plan(model, tp_size), scope=scope, budget=16)
+    prompts = random_prompts(np.random.default_rng(2), CHUNKS[1], model=model)
+    ranks, collectives = run_ranks(config, model, tp_size, lambda rank: rank.run(prompts))
+    assert collectives.count("all_to_all") == 0
+    if scope in ("uniform", "head") and heads >= tp_size:
+        assert not any(collectives.calls) and not any(collectives.bytes_sent)
+    assert all(rank.compressor.hand_over.rows_sent == 0 for rank in ranks)
+    assert all(rank.compressor.hand_over.seconds == 0 for rank in ranks)
+    check(ranks, config, prompts)
+
+
+@pytest.mark.parametrize("bounded", [False, True], ids=["exact", "bounded"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_no_head_stays_at_home(scope: str, bounded: bool, tmp_path: Path) -> None:
+    """Two ranks that serve each other's heads: all that is kept travels, and nothing more does."""
+    model = Model()
+    shares = np.zeros((LAYERS, 2, 4))
+    shares[:, 0, 2:], shares[:, 1, :2] = 1, 1
+    config = settle(tmp_path, model, Plan.from_shares(shares, "swap"), scope=scope, budget=18)
+    prompts = random_prompts(np.random.default_rng(3), CHUNKS[1])
+    kept = compress(config, model, 2, prompts, bounded=bounded)
+    assert sum(len(row) for layers in kept for layer in layers for row in layer) == 2 * 4 * 2 * 18
+
+
+def test_what_a_bound_costs(tmp_path: Path) -> None:
+    """Scope layer where counts stay on the device: half of a layer's heads could win all of it."""
+    model = Model(8, 1)
+    swap = np.zeros((LAYERS, 2, 8))
+    swap[:, 0, 4:], swap[:, 1, :4] = 1, 1
+    one = np.zeros((LAYERS, 2, 8))
+    one[:, 0, [0, 1, 2, 7]], one[:, 1, 3:7] = 1, 1  # heads 3 and 7 change places
+    prompts = random_prompts(np.random.default_rng(4), ([150],), model=model)
+    sent = {}
+    for name, shares in (("swap", swap), ("one", one)):
+        config = settle(tmp_path, model, Plan.from_shares(shares, name), scope="layer", budget=48)
+        for bounded in (False, True):
+            ranks, _ = run_ranks(config, model, 2, lambda r: r.run(prompts), bounded=bounded)
+            check(ranks, config, prompts)
+            rows = [rank.compressor.hand_over.rows_sent for rank in ranks]
+            sent[name, bounded] = sum(rows) / 2 / LAYERS
+    # Budget 48 = window 8 + 40, of which every head keeps 8: 320 tokens of a layer are shared out.
+    assert sent["swap", False] == 4 * 48
+    assert sent["swap", True] == 4 * 8 + 320 - 4 * 8
+    # A head alone takes no more than the prompt has, scored at 0.8 and with its floor.
+    assert sent["one", True] == 8 + 8 + np.ceil(142 * 0.8)
+    assert 16 <= sent["one", False] <= sent["one", True]
 
 
 @pytest.mark.parametrize("scope", ["uniform", "layer"])
-def test_a_rank_without_primary_heads(
-    scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rank 1 holds copies only, so it sends no scores but must get all."""
-    shares = np.zeros((LAYERS, 2, HEADS))
+def test_a_rank_that_serves_copies_only(scope: str, tmp_path: Path) -> None:
+    """Rank 1 has copies of rank 0's heads; its own home heads are served by rank 0."""
+    model = Model()
+    shares = np.zeros((LAYERS, 2, 4))
     shares[:, 0], shares[:, 1, :2] = 1, 0.5
     shares[:, 0, :2] = 0.5
-    plan = Plan.from_shares(shares, "copies")
-    config = settle(tmp_path, plan, scope=scope, ratio=0.4)
+    config = settle(tmp_path, model, Plan.from_shares(shares, "copies"), scope=scope, ratio=0.4)
     prompts = random_prompts(np.random.default_rng(1), ([30], [41], [29]))
-    ranks = run_ranks(config, 2, monkeypatch, lambda rank: rank.run(prompts))
+    ranks, _ = run_ranks(config, model, 2, lambda rank: rank.run(prompts))
     assert {int(o) for p in prompts for o in ranks[0].book.owners(p.row).ravel()} == {0, 1}
-    check(ranks, config, plan, prompts)
+    check(ranks, config, prompts)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_replicas_share_the_work_of_a_head(scope: str, tmp_path: Path) -> None:
+    """Two homes of a head: either can own it without a transfer, a third rank gets it from one."""
+    model = Model(2, 2)
+    shares = np.full((LAYERS, 4, 2), 0.25)
+    config = settle(
+        tmp_path, model, Plan.from_shares(shares, "all have all"), scope=scope, ratio=0.4
+    )
+    prompts = random_prompts(np.random.default_rng(6), ([30], [41], [29], [33, 9]), model=model)
+    compress(config, model, 4, prompts)
 
 
 @pytest.mark.parametrize("first", [2, 8, 11])
-def test_a_row_after_an_aborted_prompt(
-    first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_after_an_aborted_prompt(first: int, tmp_path: Path) -> None:
     """The next request on the row has a cached prefix: it must not see the queries left there."""
-    plan = Plan.from_shares(np.ones((LAYERS, 1, HEADS)), "one rank")
-    config = settle(tmp_path, plan, scope="layer", ratio=0.4)
+    model = Model()
+    plan = Plan.from_shares(np.ones((LAYERS, 1, 4)), "one rank")
+    config = settle(tmp_path, model, plan, scope="layer", ratio=0.4)
     rng = np.random.default_rng(first)
     aborted, prompt = random_prompts(rng, ([20, 30], [first, 13 - first]), prefix=20)
     prompt.row = aborted.row
@@ -162,22 +285,87 @@ def test_a_row_after_an_aborted_prompt(
         rank.book.free(aborted.row)
         rank.run([prompt])
 
-    check(run_ranks(config, 1, monkeypatch, work), config, plan, [prompt])
+    ranks, _ = run_ranks(config, model, 1, work)
+    check(ranks, config, [prompt])
 
 
-def test_budget_of_the_whole_prompt_keeps_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = Plan.from_shares(np.ones((LAYERS, 1, HEADS)), "one rank")
-    config = settle(tmp_path, plan, scope="layer", budget=500)
-    prompts = random_prompts(np.random.default_rng(0), ([50, 2],))
-    ranks = run_ranks(config, 1, monkeypatch, lambda rank: rank.run(prompts))
-    kept = check(ranks, config, plan, prompts)
-    assert kept == [[[list(range(52))] * HEADS] * LAYERS]
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_prompt_within_its_budget_is_not_scored(tp_size: int, tmp_path: Path) -> None:
+    model, rng = Model(), np.random.default_rng(0)
+    plan = random_plan(rng, LAYERS, tp_size, model.heads)
+    config = settle(tmp_path, model, plan, scope="layer", budget=60)
+    prompts = random_prompts(rng, ([50, 2], [60]))
+    scored = []
+
+    def work(rank: Rank) -> None:
+        rank.compressor._score = lambda *args: scored.append(args)  # type: ignore[method-assign]
+        rank.run(prompts)
+
+    ranks, collectives = run_ranks(config, model, tp_size, work)
+    assert not scored and collectives.count("all_gather") == 0
+    kept = check(ranks, config, prompts)
+    assert kept == [[[list(range(n))] * model.heads] * LAYERS for n in (52, 60)]
 
 
-def test_scope_rank_refuses_copies(tmp_path: Path) -> None:
-    shares = np.full((LAYERS, 2, HEADS), 0.5)
-    config = settle(tmp_path, Plan.from_shares(shares, "copies"), scope="rank")
-    with pytest.raises(ValueError, match="no head can be on two: use --fairkv-placement"):
-        Rank(config, 2, 0, None)
+@pytest.mark.parametrize("bounded", [False, True], ids=["exact", "bounded"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_passes_with_and_without_endings(scope: str, bounded: bool, tmp_path: Path) -> None:
+    """A row serves one request after the other, beside a prompt that goes on all the while."""
+    model, rng = Model(), np.random.default_rng(8)
+    plan = random_plan(rng, LAYERS, 2, model.heads)
+    config = settle(tmp_path, model, plan, scope=scope, ratio=0.4)
+    first, long, second = random_prompts(rng, ([30], [9, 9, 9, 9], [9, 20]))
+    second.row = first.row
+
+    def work(rank: Rank) -> None:
+        rank.admit(first)
+        rank.admit(long)
+        rank.forward([(first, 0, 30), (long, 0, 9)])
+        rank.book.hand_over(first.row, 30)
+        rank.book.free(first.row)
+        rank.admit(second)
+        rank.forward([(second, 0, 9)])
+        rank.forward([(long, 9, 18)])
+        rank.forward([(long, 18, 27), (second, 9, 29)])
+        rank.forward([(long, 27, 36)])
+
+    ranks, _ = run_ranks(config, model, 2, work, bounded=bounded)
+    check(ranks, config, [long, second])
+
+
+def test_groups_of_scope_rank_are_the_homes(tmp_path: Path) -> None:
+    """Kept sets of scope rank depend on the number of ranks, never on the plan."""
+    model, found = Model(), []
+    prompts = random_prompts(np.random.default_rng(5), CHUNKS[1])
+    for seed in range(4):
+        plan = random_plan(np.random.default_rng(seed), LAYERS, 2, model.heads)
+        config = settle(tmp_path, model, plan, scope="rank", ratio=0.4)
+        found.append(compress(config, model, 2, prompts))
+    assert all(kept == found[0] for kept in found)
+    for layer in found[0][0]:
+        budget = -(-61 * 4 // 10)
+        assert len(layer[0]) + len(layer[1]) == len(layer[2]) + len(layer[3]) == 2 * budget
+
+
+def test_the_widest_table_is_the_bound(tmp_path: Path) -> None:
+    """Where counts stay on the device, the table of kept positions is as wide as could be."""
+    model = Model()
+    config = settle(tmp_path, model, home_plan(model, 1), scope="layer", budget=20)
+    (prompt,) = random_prompts(np.random.default_rng(0), ([100],))
+    seen = []
+
+    def work(rank: Rank) -> None:
+        real = PromptCompressor._select
+
+        def spy(*args):
+            choices = real(rank.compressor, *args)
+            seen.extend(choice.kept.indices.shape[1] for choice in choices)
+            return choices
+
+        rank.compressor._select = spy  # type: ignore[method-assign]
+        rank.run([prompt])
+
+    ranks, _ = run_ranks(config, model, 1, work, bounded=True)
+    # Window 8, floor int(12 * 0.2) = 2, and what is left of the other three heads' 12 tokens each.
+    assert seen == [8 + 4 * 12 - 3 * 2] * LAYERS
+    check(ranks, config, [prompt])

@@ -12,12 +12,15 @@ from fairkv_sglang.budgets import BudgetScope, BudgetSpec, make_scope, make_scor
 from fairkv_sglang.memory import PAGE_TOKENS, PageDemand, PageLedger
 from fairkv_sglang.parallel import RankHeads
 from fairkv_sglang.placement import Plan, Router
+from fairkv_sglang.placement.homes import Homes
 from fairkv_sglang.placement.plan import HeadShare
 from fairkv_sglang.profiles import HeadProfile
 
 QUICK = settings(deadline=None, derandomize=True, database=None)
 SCOPES = ("uniform", "head", "layer", "rank")
 seeds = st.integers(0, 2**32 - 1)
+# (KV heads, ranks) that SGLang can split, fewer heads than ranks included.
+splits = st.sampled_from([(1, 1), (4, 1), (5, 1), (4, 2), (6, 2), (6, 3), (4, 4), (2, 4), (1, 2)])
 
 
 def random_plan(
@@ -65,9 +68,11 @@ def random_owners(rng: np.random.Generator, plan: Plan) -> np.ndarray:
 
 
 def random_scope(
-    rng: np.random.Generator, name: str, layers: int, heads: int, window: int = 4
+    rng: np.random.Generator, name: str, layers: int, heads: int, ranks: int = 1, window: int = 4
 ) -> BudgetScope:
-    """A scope of this name with a random budget; scope head (and maybe layer) with a profile."""
+    """A scope of this name with a random budget, as ranks of this number have it; scope head (and
+    maybe layer) with a profile.
+    """
     spec = (
         BudgetSpec(tokens=int(rng.integers(window + 1, 70)), floor_alpha=float(rng.random()))
         if rng.random() < 0.5
@@ -78,7 +83,9 @@ def random_scope(
         shares = rng.random((layers, heads)) ** 3 + 1e-3
         profile = HeadProfile(model=None, shares=shares / shares.sum(), meta={})
     scorer = make_scorer("streaming", sink=0, recent=window)
-    return make_scope(name, spec, layers, heads, scorer, profile)
+    scope = make_scope(name, spec, layers, heads, scorer, profile)
+    scope.home_size = Homes(heads, ranks).per_rank
+    return scope
 
 
 def random_scores(
@@ -102,14 +109,13 @@ def kept_counts(
 ) -> np.ndarray:
     """[L, H] kept tokens as the ranks find them from scores [H, M] of each layer."""
     kept = np.zeros((plan.num_layers, plan.num_kv_heads), dtype=np.int64)
-    everyone = range(plan.num_kv_heads)
+    homes = Homes(plan.num_kv_heads, plan.tp_size)
+    groups = [range(plan.num_kv_heads)]
+    if scope.name == "rank":
+        groups = [homes.heads(rank) for rank in range(plan.tp_size)]
     for layer, table in enumerate(scores):
-        if scope.name != "rank":
-            kept[layer] = scope.counts(layer, everyone, table, prompt_len).numpy()
-            continue
-        for rank in range(plan.tp_size):
-            mine = list(plan.heads(layer, rank))
-            kept[layer, mine] = scope.counts(layer, mine, table[mine], prompt_len).numpy()
+        for group in map(list, groups):
+            kept[layer, group] = scope.counts(layer, group, table[group], prompt_len).numpy()
     return kept
 
 

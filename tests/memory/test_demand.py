@@ -15,25 +15,29 @@ from core_cases import (
     random_scope,
     random_scores,
     seeds,
+    splits,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairkv_sglang.memory import PageDemand
+from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
+from fairkv_sglang.memory import PAGE_TOKENS, PageDemand
+from fairkv_sglang.placement import Plan
 
 
 @pytest.mark.parametrize("name", SCOPES)
 @settings(QUICK, max_examples=80)
-@given(seed=seeds, ranks=st.integers(1, 3), prompt_len=st.integers(1, 220))
+@given(seed=seeds, split=splits, prompt_len=st.integers(1, 220))
 def test_no_scores_need_more_pages_than_the_bound(
-    name: str, seed: int, ranks: int, prompt_len: int
+    name: str, seed: int, split: tuple[int, int], prompt_len: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    plan = random_plan(rng, 2, ranks, 5, copies=name != "rank")
-    scope = random_scope(rng, name, 2, 5)
+    heads, ranks = split
+    plan = random_plan(rng, 2, ranks, heads)
+    scope = random_scope(rng, name, 2, heads, ranks)
     demand = PageDemand(scope, plan)
     owners = random_owners(rng, plan)
-    scores = [random_scores(rng, 5, prompt_len, scope.window) for _ in range(2)]
+    scores = [random_scores(rng, heads, prompt_len, scope.window) for _ in range(2)]
     kept = kept_counts(scope, plan, prompt_len, scores)
     actual = pages_by_rank(kept, owners, ranks)
     bound = demand.with_owners(prompt_len, owners)
@@ -47,13 +51,56 @@ def test_no_scores_need_more_pages_than_the_bound(
         assert np.array_equal(bound, anyone)
 
 
-@settings(QUICK, max_examples=30)
-@given(seed=seeds, ranks=st.integers(1, 4))
-def test_lanes_count_copies(seed: int, ranks: int) -> None:
+@settings(QUICK, max_examples=80)
+@given(seed=seeds, split=splits, prompt_len=st.integers(1, 220))
+def test_scope_rank_is_bounded_by_home_group(
+    seed: int, split: tuple[int, int], prompt_len: int
+) -> None:
+    """Whoever owns them, the heads of one home keep their sum; a part of them at most the rest."""
     rng = np.random.default_rng(seed)
-    plan = random_plan(rng, 3, ranks, 4)
-    demand = PageDemand(random_scope(rng, "uniform", 3, 4), plan)
+    heads, ranks = split
+    plan = random_plan(rng, 2, ranks, heads)
+    scope = random_scope(rng, "rank", 2, heads, ranks)
+    owners = random_owners(rng, plan)
+    size, budget = scope.home_size, scope.budget(prompt_len)
+    floor = min(scope.window + scope.floor(prompt_len), budget)
+    bound = PageDemand(scope, plan).with_owners(prompt_len, owners)
+    for rank in range(ranks):
+        pages = 0
+        for layer in range(2):
+            mine = np.flatnonzero(owners[layer] == rank)
+            members = np.bincount(mine // size, minlength=heads // size)
+            # The others of a group keep at least their floors.
+            tokens = sum(
+                min(n * prompt_len, size * budget - (size - n) * floor) for n in members if n
+            )
+            pages += (tokens + (PAGE_TOKENS - 1) * len(mine)) // PAGE_TOKENS
+        assert bound[rank] <= pages
+
+
+def test_heads_of_two_homes_on_one_rank() -> None:
+    """By hand: 4 heads, 2 ranks, budget 36 of 200, no floor beyond a window of 4."""
+    plan = Plan.from_shares(np.full((1, 2, 4), 0.5), "both have all")
+    spec = BudgetSpec(tokens=36, floor_alpha=0.0)
+    scope = make_scope("rank", spec, 1, 4, make_scorer("streaming", sink=0, recent=4))
+    scope.home_size = 2
+    demand = PageDemand(scope, plan)
+    whole = (2 * 36 + 2 * 15) // 16  # two heads of one home keep 72 tokens
+    apart = 2 * 5  # one of each home: either may keep 4 + 64, 5 pages
+    assert demand.with_owners(200, np.array([[0, 0, 1, 1]])).tolist() == [whole, whole]
+    assert demand.with_owners(200, np.array([[0, 1, 0, 1]])).tolist() == [apart] * 2
+    assert demand.with_owners(200, np.array([[0, 0, 0, 0]])).tolist() == [(144 + 60) // 16, 0]
+    assert demand.any_owner(200).tolist() == [(144 + 60) // 16] * 2
+
+
+@settings(QUICK, max_examples=30)
+@given(seed=seeds, split=splits)
+def test_lanes_count_copies(seed: int, split: tuple[int, int]) -> None:
+    rng = np.random.default_rng(seed)
+    heads, ranks = split
+    plan = random_plan(rng, 3, ranks, heads)
+    demand = PageDemand(random_scope(rng, "uniform", 3, heads, ranks), plan)
     lanes = [sum(len(plan.heads(layer, rank)) for layer in range(3)) for rank in range(ranks)]
     assert demand.lanes.tolist() == lanes
-    assert demand.expected_lanes.sum() == pytest.approx(3 * 4)
+    assert demand.expected_lanes.sum() == pytest.approx(3 * heads)
     assert np.all(demand.expected_lanes <= demand.lanes + 1e-9)

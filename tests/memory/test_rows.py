@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from core_cases import QUICK, SCOPES, make_books, random_plan, random_scope, seeds
+from core_cases import QUICK, SCOPES, make_books, random_plan, random_scope, seeds, splits
 from engine_model import Engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,21 +19,28 @@ from fairkv_sglang.placement import Plan
 @settings(QUICK, max_examples=15)
 @given(
     seed=seeds,
-    ranks=st.integers(1, 3),
+    split=splits,
     overlap=st.booleans(),
     mixed=st.booleans(),
     chunk=st.sampled_from([32, 64, 1000]),
     page_size=st.sampled_from([1, 16]),
 )
 def test_pages_of_random_lives(
-    name: str, seed: int, ranks: int, overlap: bool, mixed: bool, chunk: int, page_size: int
+    name: str,
+    seed: int,
+    split: tuple[int, int],
+    overlap: bool,
+    mixed: bool,
+    chunk: int,
+    page_size: int,
 ) -> None:
     rng = np.random.default_rng(seed)
-    plan = random_plan(rng, 2, ranks, 4, copies=name != "rank")
+    heads, ranks = split
+    plan = random_plan(rng, 2, ranks, heads)
     engine = Engine(
         rng,
         plan,
-        random_scope(rng, name, 2, 4),
+        random_scope(rng, name, 2, heads, ranks),
         overlap=overlap,
         mixed=mixed,
         chunk=chunk,
@@ -55,7 +62,7 @@ def test_the_model_meets_what_it_is_for() -> None:
         engine = Engine(
             rng,
             plan,
-            random_scope(rng, "layer", 2, 4),
+            random_scope(rng, "layer", 2, 4, 2),
             overlap=True,
             mixed=False,
             chunk=48,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from core_cases import QUICK, random_plan, seeds
+from core_cases import QUICK, random_plan, seeds, splits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +31,7 @@ def division(plan: Plan, **options: object):
 @settings(QUICK, max_examples=150)
 @given(
     seed=seeds,
-    ranks=st.integers(1, 4),
+    split=splits,
     total_tokens=st.integers(100, 100_000),
     page_size=st.sampled_from([1, 16, 64]),
     context_len=st.integers(64, 40_000),
@@ -40,10 +40,11 @@ def division(plan: Plan, **options: object):
     prefill_pool=st.one_of(st.none(), st.integers(1, 50_000)),
     max_head_tokens=st.one_of(st.none(), st.integers(1, 50_000)),
 )
-def test_parts_fit(seed: int, ranks: int, **options) -> None:
-    plan = random_plan(np.random.default_rng(seed), 2, ranks, 4)
+def test_parts_fit(seed: int, split: tuple[int, int], **options) -> None:
+    heads, ranks = split
+    plan = random_plan(np.random.default_rng(seed), 2, ranks, heads)
     lanes = np.array([int(plan.lane_start(rank)[-1]) for rank in range(ranks)])
-    stock_heads = -(-4 // ranks)
+    stock_heads = -(-heads // ranks)
     try:
         parts = division(plan, stock_heads=stock_heads, **options)
     except ValueError as error:
@@ -59,7 +60,8 @@ def test_parts_fit(seed: int, ranks: int, **options) -> None:
     assert parts.page_bytes == PAGE_TOKENS * vector
     assert parts.pool_tokens > 0 and parts.pool_tokens % options["page_size"] == 0
     slots = parts.pool_tokens + options["page_size"]
-    assert np.array_equal(parts.pool_bytes, slots * lanes * vector)
+    # SGLang's own pool with its even split, whatever lanes the plan gives the rank.
+    assert parts.pool_bytes == slots * stock_heads * 2 * vector
     assert 1 <= parts.max_requests <= options["max_requests"]
     assert parts.max_head_tokens <= options["context_len"]
     assert parts.max_pages * PAGE_TOKENS >= parts.max_head_tokens + 1
@@ -68,6 +70,7 @@ def test_parts_fit(seed: int, ranks: int, **options) -> None:
     for rank in range(ranks):
         text = parts.describe(rank, int(lanes[rank]))
         assert "\n" not in text and f"{parts.pool_tokens} tokens" in text
+        assert f"pool {parts.pool_bytes / (1 << 20):.1f} MiB" in text
 
 
 @pytest.mark.parametrize(
@@ -87,12 +90,16 @@ def test_what_does_not_fit_is_said_in_one_line(options: dict, says: str) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_a_rank_with_more_lanes_has_fewer_pages() -> None:
+def test_more_lanes_cost_page_tables_and_nothing_else() -> None:
     shares = np.zeros((1, 2, 4))
     shares[0, 0, :3], shares[0, 1, 3] = 1, 1
     parts = division(Plan.from_shares(shares, "uneven"), stock_heads=2)
-    assert parts.arena_pages[0] < parts.arena_pages[1]
-    assert parts.pool_bytes[0] == 3 * parts.pool_bytes[1]
+    assert parts.table_bytes[0] == 3 * parts.table_bytes[1]
+    pages = parts.arena_pages
+    assert pages[1] - pages[0] == -(-(parts.table_bytes[0] - parts.table_bytes[1]) // 4096)
+    assert parts.page_bytes == 4096
+    even = division(Plan.from_shares(np.repeat(np.eye(2), 2, 1)[None], "even"), stock_heads=2)
+    assert even.pool_bytes == parts.pool_bytes and even.pool_tokens == parts.pool_tokens
 
 
 def test_the_arena_can_be_given() -> None:

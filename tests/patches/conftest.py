@@ -6,5 +6,5 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-for folder in ("memory", "budgets", "attention"):
+for folder in ("memory", "budgets", "attention", "parallel"):
     sys.path.append(str(Path(__file__).parents[1] / folder))

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from fairkv_sglang.attention import cpu_prefill
+from fairkv_sglang.attention import cpu
 
 HEADS, GROUP, DIM = 3, 2, 16
 
@@ -31,6 +32,7 @@ def run(backend_class: type, lengths: list[int], cached: list[int], dtype: torch
         token_to_kv_pool=SimpleNamespace(),
     )
     batch = SimpleNamespace(
+        forward_mode=ForwardMode.EXTEND,
         req_pool_indices=torch.arange(1, len(lengths) + 1),
         seq_lens=torch.tensor(lengths),
         extend_prefix_lens=torch.tensor(cached),
@@ -68,8 +70,8 @@ def run(backend_class: type, lengths: list[int], cached: list[int], dtype: torch
 def test_equals_sglangs_backend(
     lengths: list[int], cached: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_prefill, "BLOCK", 16)
-    found = run(cpu_prefill.CpuPrefill, lengths, cached, dtype)
+    monkeypatch.setattr(cpu, "BLOCK", 16)
+    found = run(cpu.CpuAttnBackend, lengths, cached, dtype)
     want = run(TorchNativeAttnBackend, lengths, cached, dtype)
     tolerance = 2e-6 if dtype is torch.float32 else 2e-2
     torch.testing.assert_close(found, want, atol=tolerance, rtol=tolerance)
@@ -77,12 +79,12 @@ def test_equals_sglangs_backend(
 
 def test_cached_tokens_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
-    real = cpu_prefill.scaled_dot_product_attention
+    real = cpu.scaled_dot_product_attention
 
     def counted(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         rows.append(query.shape[2])
         return real(query, *args, **kwargs)
 
-    monkeypatch.setattr(cpu_prefill, "scaled_dot_product_attention", counted)
-    run(cpu_prefill.CpuPrefill, [600, 30], [590, 0], torch.float32)
+    monkeypatch.setattr(cpu, "scaled_dot_product_attention", counted)
+    run(cpu.CpuAttnBackend, [600, 30], [590, 0], torch.float32)
     assert rows == [10, 30]

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode twins: for any plan they have exactly the weights of this rank's lanes."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from attention_module import (
+    DIM,
+    HIDDEN,
+    Attention,
+    Reference,
+    attention,
+    class_of,
+    pairs,
+    weights_of,
+)
+from core_cases import QUICK, random_owners, random_plan, seeds
+from fake_collectives import Collectives, Group, ranks_as_threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairkv_sglang.parallel import RankHeads, TwinWeights, twins
+from fairkv_sglang.parallel.twins import TWIN
+from fairkv_sglang.placement import Plan
+from fairkv_sglang.placement.homes import Homes
+
+LAYERS = 2
+# KV heads, query heads of each, ranks.
+SPLITS = [(4, 2, 1), (4, 2, 2), (4, 1, 4), (6, 3, 3), (2, 2, 4), (1, 4, 4), (2, 4, 4), (1, 2, 2)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+_one = threading.Lock()
+_built_like = twins._built_like
+
+
+def built_one_by_one(*args: Any) -> torch.nn.Module:
+    """torch's default dtype is one for the process, which ranks in threads share."""
+    with _one:
+        return _built_like(*args)
+
+
+class Case:
+    """A model of attention layers on several ranks."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        group: int,
+        *,
+        bias: bool = False,
+        out_bias: bool = False,
+        q_norm: bool = False,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        **attributes: Any,
+    ) -> None:
+        self.plan, self.group, self.dtype = plan, group, dtype
+        self.kind = class_of(plan.tp_size, **attributes)
+        self.options = {"bias": bias, "out_bias": out_bias, "q_norm": q_norm}
+        self.references = [self.reference(seed + layer) for layer in range(plan.num_layers)]
+        self.built: list[TwinWeights | None] = [None] * plan.tp_size
+        self.modules = [self._build(rank) for rank in range(plan.tp_size)]
+
+    def reference(self, seed: int) -> Reference:
+        bias, out_bias = self.options["bias"], self.options["out_bias"]
+        return Reference(self.plan.num_kv_heads, self.group, bias, out_bias, seed, self.dtype)
+
+    def _build(self, rank: int) -> list[Attention]:
+        heads = self.plan.num_kv_heads
+        made = []
+        for layer in range(self.plan.num_layers):
+            module = self.kind(
+                layer_id=layer, num_heads=heads * self.group, num_kv_heads=heads, **self.options
+            ).to(self.dtype)
+            self.references[layer].load(module, rank)
+            made.append(module)
+        return made
+
+    def run(self, name: str) -> Collectives:
+        """``build`` or ``refresh`` on all ranks."""
+
+        def work(rank: int, group: Group | None) -> None:
+            if self.built[rank] is None:
+                heads = RankHeads(self.plan, rank, self.group)
+                self.built[rank] = TwinWeights(self.modules[rank], heads, DIM, group)  # type: ignore[arg-type]
+            getattr(self.built[rank], name)()
+
+        with mock.patch.object(twins, "_built_like", built_one_by_one):
+            return ranks_as_threads(self.plan.tp_size, [twins], work)[1]
+
+    def check(self) -> None:
+        """Every twin against slices of the full weights."""
+        for rank, modules in enumerate(self.modules):
+            for layer, module in enumerate(modules):
+                twin, lanes = getattr(module, TWIN), list(self.plan.heads(layer, rank))
+                home = RankHeads(self.plan, rank, self.group).serves_home(layer)
+                assert (twin is module) == home
+                for found, want in pairs(twin, self.references[layer].state(lanes)):
+                    assert (found is None) == (want is None)
+                    assert found is None or torch.equal(found, want), (rank, layer)
+                    assert found is None or (found.dtype, found.device) == (want.dtype, want.device)
+                assert twin.attn.tp_k_head_num == len(lanes)
+                assert twin.attn.tp_q_head_num == len(lanes) * self.group
+                assert twin.attn.layer_id == layer
+
+
+@settings(QUICK, max_examples=80)
+@given(
+    seed=seeds,
+    split=st.sampled_from(SPLITS),
+    bias=st.booleans(),
+    out_bias=st.booleans(),
+    q_norm=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_twins_have_the_weights_of_their_lanes(
+    seed: int,
+    split: tuple[int, int, int],
+    bias: bool,
+    out_bias: bool,
+    q_norm: bool,
+    dtype: torch.dtype,
+) -> None:
+    heads, group, ranks = split
+    plan = random_plan(np.random.default_rng(seed), LAYERS, ranks, heads)
+    case = Case(
+        plan, group, bias=bias, out_bias=out_bias, q_norm=q_norm, seed=seed % 99, dtype=dtype
+    )
+    collectives = case.run("build")
+    case.check()
+    assert collectives.count("all_gather") == 0
+    # New weights at home, in place, as an update of weights loads them.
+    for layer in range(LAYERS):
+        case.references[layer] = case.reference(1000 + layer)
+        for rank, modules in enumerate(case.modules):
+            case.references[layer].load(modules[layer], rank)
+    before = [getattr(m, TWIN).qkv_proj.weight.data_ptr() for row in case.modules for m in row]
+    case.run("refresh")
+    case.check()
+    after = [getattr(m, TWIN).qkv_proj.weight.data_ptr() for row in case.modules for m in row]
+    assert before == after, "captured graphs read the old weights"
+
+
+@settings(QUICK, max_examples=40)
+@given(seed=seeds, split=st.sampled_from(SPLITS), bias=st.booleans())
+def test_sum_over_ranks_is_the_unsplit_layer(
+    seed: int, split: tuple[int, int, int], bias: bool
+) -> None:
+    """Each rank's twin, with the heads of others switched off: what an all-reduce adds up."""
+    heads, group, ranks = split
+    rng = np.random.default_rng(seed)
+    plan = random_plan(rng, LAYERS, ranks, heads)
+    owners = random_owners(rng, plan)
+    case = Case(plan, group, bias=bias, seed=3, dtype=torch.float64)
+    case.run("build")
+    x = torch.randn(9, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for layer in range(LAYERS):
+        total = torch.zeros(9, HIDDEN, dtype=torch.float64)
+        for rank, modules in enumerate(case.modules):
+            mine = RankHeads(plan, rank, group)
+            lanes = slice(mine.lane_start[layer], mine.lane_start[layer + 1])
+            weights = weights_of(getattr(modules[layer], TWIN))
+            total += attention(x, weights, group, mine.owned(owners)[lanes])
+        whole = case.references[layer].state(list(range(heads)))
+        torch.testing.assert_close(total, attention(x, whole, group, np.ones(heads)))
+
+
+def home_shares(heads: int, ranks: int) -> np.ndarray:
+    homes = Homes(heads, ranks)
+    return np.repeat((homes.at_home / homes.replicas)[None], LAYERS, axis=0)
+
+
+def test_lanes_at_home_need_no_twin() -> None:
+    case = Case(Plan.from_shares(home_shares(4, 2), "contiguous"), 2)
+    collectives = case.run("build")
+    assert not any(collectives.calls)
+    for built in case.built:
+        assert built is not None and built.bytes == 0
+        assert all(getattr(module, TWIN) is module for module in built.modules)
+        assert "0.0 MiB of weights in 0 of 2 layers" in built.describe()
+    assert not any(case.run("refresh").calls)
+
+
+def test_a_rank_at_home_sends_to_one_that_is_not() -> None:
+    """Rank 0 serves a copy of rank 1's head in one layer; rank 1 needs nothing itself."""
+    shares = home_shares(4, 2)
+    shares[1, 0, 2] = shares[1, 1, 2] = 0.5
+    case = Case(Plan.from_shares(shares, "copy"), 2)
+    collectives = case.run("build")
+    case.check()
+    assert collectives.count("all_to_all") == 1
+    numbers = 2 * (2 * DIM * HIDDEN) + 2 * DIM * HIDDEN  # q and o of two query heads, k, v
+    assert collectives.bytes_sent == [0, 4 * numbers]
+    first, second = case.built
+    assert first is not None and second is not None
+    assert first.bytes == 3 * 4 * numbers and second.bytes == 0
+    assert first.describe().startswith("decode twins of rank 0: 0.0 MiB of weights in 1 of 2")
+
+
+def test_bytes_are_the_parameters_of_the_twins() -> None:
+    rng = np.random.default_rng(7)
+    plan = random_plan(rng, LAYERS, 4, 4)
+    case = Case(plan, 2, bias=True, out_bias=True, dtype=torch.bfloat16)
+    case.run("build")
+    for rank, built in enumerate(case.built):
+        lanes = [
+            len(plan.heads(layer, rank))
+            for layer in range(LAYERS)
+            if not RankHeads(plan, rank, 2).serves_home(layer)
+        ]
+        each = (2 * 2 + 2) * DIM * HIDDEN + (2 + 2) * DIM  # weights of a lane, biases of q, k, v
+        assert built is not None
+        assert built.bytes == 2 * (sum(lanes) * each + len(lanes) * HIDDEN)
+
+
+def test_sglang_does_not_see_twins() -> None:
+    """Loading, updating and listing of weights must go on as if there were none."""
+    swapped = Plan.from_shares(home_shares(4, 2)[:, ::-1].copy(), "swapped")
+    case = Case(swapped, 2, bias=True, q_norm=True)
+    model = torch.nn.ModuleList(case.modules[0])
+    before = (
+        dict(model.named_parameters()),
+        list(model.named_modules()),
+        list(model.state_dict()),
+    )
+    case.run("build")
+    after = (dict(model.named_parameters()), list(model.named_modules()), list(model.state_dict()))
+    assert before[0].keys() == after[0].keys() and before[1:] == after[1:]
+    assert all(before[0][name] is parameter for name, parameter in after[0].items())
+    twin = getattr(case.modules[0][0], TWIN)
+    assert twin is not case.modules[0][0] and twin not in list(model.modules())
+    assert getattr(twin, TWIN, None) is None
+
+
+def test_what_has_no_heads_is_shared() -> None:
+    swapped = Plan.from_shares(home_shares(4, 2)[:, ::-1].copy(), "swapped")
+    case = Case(swapped, 2, q_norm=True)
+    case.run("build")
+    for module in case.modules[0]:
+        twin = getattr(module, TWIN)
+        for name in ("q_norm", "k_norm", "rotary_emb"):
+            assert getattr(twin, name) is getattr(module, name)
+        for name in ("qkv_proj", "o_proj", "attn"):
+            assert getattr(twin, name) is not getattr(module, name)
+        assert type(twin) is type(module) and not twin.training
+
+
+def test_dtype_of_the_process_is_left_alone() -> None:
+    swapped = Plan.from_shares(home_shares(4, 1)[:, :, ::-1].copy(), "same")
+    permuted = random_plan(np.random.default_rng(1), LAYERS, 1, 4, copies=False)
+    for plan in (swapped, permuted):
+        case = Case(plan, 1, dtype=torch.bfloat16)
+        case.run("build")
+        case.check()
+        assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_counts_that_sglang_did_not_build_are_refused(ranks: int) -> None:
+    plan = random_plan(np.random.default_rng(1), LAYERS, ranks, 2 if ranks == 4 else 4)
+    case = Case(plan, 2)
+    heads = max(1, plan.num_kv_heads // ranks)
+    queries = plan.num_kv_heads * 2 // ranks
+    for modules in case.modules:
+        for module in modules:
+            module.attn.tp_k_head_num += 1
+    says = rf"was built with .*\({heads + 1}, {queries}, 4\), expected \({heads}, {queries}, 4\)"
+    with pytest.raises(RuntimeError, match=says):
+        case.run("build")
+
+
+def test_a_twin_with_other_counts_is_refused() -> None:
+    """A class that does not divide counts as SGLang's do makes a wrong twin, not a wrong answer."""
+    swapped = Plan.from_shares(home_shares(4, 2)[:, ::-1].copy(), "swapped")
+    case = Case(swapped, 2)
+    for modules in case.modules:
+        case.kind.wrong = 1
+        assert all(module.attn.tp_k_head_num == 2 for module in modules)
+    with pytest.raises(
+        RuntimeError, match=r"layer 0 was built with .*\(3, 4, 4\), expected \(2, 4"
+    ):
+        case.run("build")
+
+
+def test_a_head_size_that_is_not_the_models_is_refused() -> None:
+    swapped = Plan.from_shares(home_shares(4, 1)[:, :, ::-1].copy(), "one")
+    permuted = random_plan(np.random.default_rng(1), LAYERS, 1, 4, copies=False)
+    assert swapped.heads(0, 0) == (0, 1, 2, 3)
+    case = Case(permuted, 2)
+    for module in case.modules[0]:
+        module.head_dim = 2 * DIM
+    with pytest.raises(RuntimeError, match=r"head size.*\(4, 8, 8\), expected \(4, 8, 4\)"):
+        case.run("build")
