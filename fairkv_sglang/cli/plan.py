@@ -154,7 +154,7 @@ def model_shape(args: argparse.Namespace, config: FairKVConfig) -> ModelShape:
     layers, heads = profile.shares.shape
     group, head_dim = given.get("group", 4), given.get("head_dim", 128)
     return ModelShape(
-        name=profile.model,
+        name=profile.model or "model",
         num_layers=layers,
         num_kv_heads=heads,
         group_size=group,

@@ -95,14 +95,14 @@ def _most_copies(
     problem: Problem, options: PlanOptions, shares: FloatArray, copying: bool
 ) -> NDArray[np.int64]:
     """``[L]``: copies a candidate may have; the plan's own where they are counted over layers."""
-    own = (shares > 0).sum(axis=(1, 2)) - problem.heads
+    own: NDArray[np.int64] = (shares > 0).sum(axis=(1, 2)) - problem.heads
     limited = options.max_copies_per_rank is not None or options.max_extra_bytes is not None
     if limited or not copying or problem.lane <= 0.0:
         return own
     most = problem.ranks - 1
     if options.max_copies_per_layer is not None:
         most = min(most, options.max_copies_per_layer)
-    return np.maximum(own, most)
+    return np.asarray(np.maximum(own, most), dtype=np.int64)
 
 
 class _Layer:
