@@ -33,6 +33,7 @@ def cases(draw, names=tuple(SCOPES)):
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     profile = HeadProfile(None, rng.random((LAYERS, heads)) ** 4 + 1e-6)
     scope = SCOPES[draw(st.sampled_from(names))](spec, LAYERS, heads, window, profile)
+    scope.home_size = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
     m = max(total - window, 0)
     if draw(st.booleans()):
         scores = rng.integers(0, 4, (heads, m)).astype(np.float32)
@@ -99,34 +100,80 @@ def test_totals_are_kept(case):
     assert expected.max() <= total and expected.min() >= min(scope.window, total)
 
 
-@settings(max_examples=300, deadline=None)
+def layer_counts(scope, layer, scores, total):
+    """Kept tokens of all heads of a layer, as the ranks find them: scope rank home by home."""
+    size = scope.home_size if scope.name == "rank" else scope.num_heads
+    counts = []
+    for first in range(0, scope.num_heads, size):
+        group = range(first, first + size)
+        counts += scope.counts(layer, group, scores[first : first + size], total).tolist()
+    return counts
+
+
+@settings(max_examples=400, deadline=None)
 @given(case=cases(), data=st.data())
 def test_bounds_hold_whatever_the_scores(case, data):
+    """Any set of heads: those that a rank owns, or those that one rank sends to another."""
     scope, total, scores = case
     everyone = range(scope.num_heads)
     group = sorted(data.draw(st.sets(st.sampled_from(everyone))))
-    rows = everyone if scope.name != "rank" else group
-    kept = scope.select(0, rows, scores[list(rows)], total)
-    counts = dict(zip(rows, kept.counts.tolist(), strict=True))
+    counts = layer_counts(scope, 0, scores, total)
     actual = sum(counts[head] for head in group)
     bound = scope.bound(total, [group] * LAYERS)
     assert bound.shape == (LAYERS,) and bound.dtype == np.int64
     assert actual <= bound[0] <= len(group) * total
     assert all(counts[head] <= scope.per_head_bound(total)[0, head] for head in group)
-    exact = not scope.input_dependent or scope.name == "rank" or len(group) == scope.num_heads
+    # Alone the bound of heads is that of each, together they share: it never adds up to more.
+    alone = sum(scope.most(0, total, [head]) for head in group)
+    assert bound[0] == scope.most(0, total, group) <= alone
+    assert alone == scope.per_head_bound(total)[0, group].sum()
+    whole = {head // scope.home_size for head in group}
+    known = scope.name == "rank" and len(group) == len(whole) * scope.home_size
+    exact = not scope.input_dependent or known or len(group) == scope.num_heads
     assert actual == bound[0] or not exact
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=cases(), data=st.data())
+def test_more_heads_are_never_bounded_by_less(case, data):
+    """An owner of more heads never has a smaller bound, and no order of heads matters."""
+    scope, total, _ = case
+    heads = data.draw(st.permutations(range(scope.num_heads)))
+    bounds = [scope.most(1, total, heads[:n]) for n in range(scope.num_heads + 1)]
+    assert bounds == sorted(bounds) and bounds[0] == 0
+    assert all(type(bound) is int for bound in bounds)
+    assert bounds[-1] == scope.most(1, total, sorted(heads)) == scope.expected(total)[1].sum()
 
 
 @settings(max_examples=150, deadline=None)
 @given(case=cases(names=("rank",)), data=st.data())
-def test_rank_bound_of_a_part_of_the_group(case, data):
-    """Copies compete on every rank that serves them, but one rank owns what is kept."""
+def test_homes_bound_each_for_itself(case, data):
+    """What heads of one home keep says nothing about another's."""
+    scope, total, _ = case
+    group = sorted(data.draw(st.sets(st.sampled_from(range(scope.num_heads)))))
+    size, parts = scope.home_size, {}
+    for head in group:
+        parts.setdefault(head // size, []).append(head)
+    assert scope.most(0, total, group) == sum(scope.most(0, total, p) for p in parts.values())
+    budget = size * scope.budget(total)
+    for part in parts.values():
+        assert scope.most(0, total, part) <= budget
+        assert len(part) < size or scope.most(0, total, part) == budget
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=cases(names=("rank",)), data=st.data())
+def test_rank_bound_is_reached(case, data):
+    """Scores that give heads of a home everything come to within a token each of the bound."""
     scope, total, scores = case
-    group = sorted(data.draw(st.sets(st.sampled_from(range(scope.num_heads)), min_size=1)))
-    owned = sorted(data.draw(st.sets(st.sampled_from(group))))
-    counts = scope.select(0, group, scores[group], total).counts.tolist()
-    actual = sum(counts[group.index(head)] for head in owned)
-    assert actual <= scope.bound(total, [owned] * LAYERS, [group] * LAYERS)[0]
+    size = scope.home_size
+    first = data.draw(st.integers(0, scope.num_heads // size - 1)) * size
+    group = sorted(data.draw(st.sets(st.sampled_from(range(first, first + size)), min_size=1)))
+    scores = torch.zeros_like(scores)
+    scores[group] = 1.0
+    counts = np.array(layer_counts(scope, 0, scores, total))[group]
+    bound = scope.most(0, total, group)
+    assert bound - len(group) <= counts.sum() <= bound
 
 
 @settings(max_examples=100, deadline=None)
@@ -173,6 +220,10 @@ def test_rank_at_tp_1_equals_layer(case):
     scope, total, scores = case
     heads = range(scope.num_heads)
     rank = SCOPES["rank"](scope.spec, LAYERS, scope.num_heads, scope.window, scope.profile)
+    assert rank.home_size == scope.num_heads  # until a rank says what is at home on it
+    group = range(scope.num_heads // 2 + 1)
+    assert rank.most(0, total, group) == scope.most(0, total, group)
+    assert rank.per_head_bound(total).tolist() == scope.per_head_bound(total).tolist()
     assert _rows(rank.select(0, heads, scores, total)) == (
         _rows(scope.select(0, heads, scores, total))
     )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 from fairkv_sglang.patches.ledger import Hook, HookError, in_effect, register, verify
 
 MODULE = "fairkv_hook_target"
+ROOT = str(Path(__file__).resolve().parents[2])
 
 
 @pytest.fixture
@@ -160,10 +162,12 @@ def test_wrappers_are_seen_through() -> None:
 
 
 WHOLE_LEDGER = """
+import sys
+from pathlib import Path
 from sglang.srt.plugins.hook_registry import HookRegistry
 from fairkv_sglang.patches import HookError, all_hooks, verify_hooks
 from fairkv_sglang.patches.ledger import register
-hooks = all_hooks()
+ROOT, hooks = sys.argv[1], all_hooks()
 try:
     verify_hooks()
     raise SystemExit("nothing is applied, yet all is in effect")
@@ -173,7 +177,8 @@ register(hooks)
 HookRegistry.apply_hooks()
 assert verify_hooks() == [hook.target for hook in hooks]
 for hook in hooks:
-    assert hook.why and hook.since and hook.upstream and hook.test.startswith("tests/")
+    assert hook.why and hook.since and hook.upstream
+    assert hook.test.startswith("tests/") and Path(ROOT, hook.test).exists(), hook.test
 from sglang.srt.managers import schedule_batch
 from sglang.srt.mem_cache import allocation
 assert schedule_batch.alloc_for_decode is allocation.alloc_for_decode  # imported by name there
@@ -190,7 +195,7 @@ print("all in effect")
 def test_the_whole_ledger_applies_to_the_installed_sglang() -> None:
     """In a process of its own: hooks cannot be taken back."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WHOLE_LEDGER], capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", WHOLE_LEDGER, ROOT], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().endswith("all in effect")

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dispatch: prompts on SGLang's module, decode on its twin, mixed batches on both."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import sglang.srt.distributed
+import torch
+from attention_module import class_of
+from hypothesis import given
+from hypothesis import strategies as st
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+
+from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
+from fairkv_sglang.parallel.twins import ARGUMENTS, TWIN
+from fairkv_sglang.patches import models
+
+
+class Calls:
+    """SGLang's forward: the module's factor times the hidden states; remembers who was called."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, torch.Tensor, Any]] = []
+
+    def __call__(self, module: Any, positions: Any, hidden: torch.Tensor, batch: Any) -> Any:
+        assert positions.tolist() == batch.positions.tolist()
+        self.seen.append((module, positions, batch))
+        return hidden * module.factor
+
+
+def pair(same: bool = False) -> tuple[SimpleNamespace, SimpleNamespace]:
+    twin = SimpleNamespace(factor=100.0)
+    module = SimpleNamespace(factor=1.0)
+    setattr(module, TWIN, module if same else twin)
+    return module, getattr(module, TWIN)
+
+
+def batch_of(mode: ForwardMode, lengths: list[int]) -> SimpleNamespace:
+    tokens = sum(lengths)
+    return SimpleNamespace(
+        forward_mode=mode,
+        batch_size=len(lengths),
+        req_pool_indices=torch.arange(1, len(lengths) + 1),
+        seq_lens=torch.tensor(lengths) + 7,
+        seq_lens_cpu=torch.tensor(lengths) + 7,
+        seq_lens_sum=tokens + 7 * len(lengths),
+        extend_seq_lens=torch.tensor(lengths),
+        extend_seq_lens_cpu=lengths,
+        extend_num_tokens=tokens,
+        input_ids=torch.arange(tokens),
+        positions=torch.arange(tokens) + 40,
+        out_cache_loc=torch.arange(tokens) + 900,
+    )
+
+
+def forward(
+    module: Any, batch: SimpleNamespace, plan: ForwardPlan | None
+) -> tuple[torch.Tensor, torch.Tensor, Calls]:
+    calls, hidden = Calls(), torch.rand(len(batch.positions), 3)
+    with mock.patch.object(models, "get_runtime", lambda: SimpleNamespace(forward_plan=plan)):
+        out = models.around_attention_forward(calls, module, batch.positions, hidden, batch)
+    return out, hidden, calls
+
+
+def plan_of(prompts: list[int], running: int) -> ForwardPlan:
+    spans = [PromptSpan(row, 0, n, n, n) for row, n in enumerate(prompts, 1)]
+    first = len(prompts) + 1
+    return ForwardPlan(tuple(spans), tuple(range(first, first + running)))
+
+
+@pytest.mark.parametrize("mode", [ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.IDLE])
+@pytest.mark.parametrize("plan", [None, ForwardPlan(), plan_of([3, 2], 0)], ids=["-", "0", "2"])
+def test_prompts_run_on_sglangs_module(mode: ForwardMode, plan: ForwardPlan | None) -> None:
+    module, _ = pair()
+    batch = batch_of(mode, [3, 2])
+    out, hidden, calls = forward(module, batch, plan)
+    assert torch.equal(out, hidden)
+    ((who, positions, seen),) = calls.seen
+    assert who is module and seen is batch and positions is batch.positions  # nothing is copied
+
+
+@pytest.mark.parametrize("plan", [None, plan_of([3, 2], 2)], ids=["no plan", "of the pass before"])
+@pytest.mark.parametrize("same", [False, True], ids=["twin", "itself"])
+def test_decode_runs_on_the_twin(plan: ForwardPlan | None, same: bool) -> None:
+    module, twin = pair(same)
+    batch = batch_of(ForwardMode.DECODE, [1, 1, 1])
+    out, hidden, calls = forward(module, batch, plan)
+    assert torch.equal(out, hidden * twin.factor)
+    ((who, _, seen),) = calls.seen
+    assert who is twin and seen is batch
+
+
+@pytest.mark.parametrize("mode", [ForwardMode.EXTEND, ForwardMode.DECODE, ForwardMode.MIXED])
+def test_a_twin_has_no_twin(mode: ForwardMode) -> None:
+    """Also SGLang's module until twins are built: a pass before that has no state of the rank."""
+    module = SimpleNamespace(factor=3.0)
+    calls, batch = Calls(), batch_of(mode, [1, 1])
+    out = models.around_attention_forward(calls, module, batch.positions, torch.ones(2, 3), batch)
+    assert torch.equal(out, torch.full((2, 3), 3.0))
+    assert calls.seen[0][0] is module and calls.seen[0][2] is batch
+
+
+@given(
+    prompts=st.lists(st.integers(1, 9), min_size=0, max_size=4),
+    running=st.integers(1, 5),
+    same=st.booleans(),
+)
+def test_a_mixed_batch_is_cut_and_joined(prompts: list[int], running: int, same: bool) -> None:
+    module, twin = pair(same)
+    batch = batch_of(ForwardMode.MIXED, [*prompts, *[1] * running])
+    before = dict(vars(batch))
+    out, hidden, calls = forward(module, batch, plan_of(prompts, running))
+    cut = sum(prompts)
+    assert out.shape == hidden.shape
+    assert torch.equal(out[:cut], hidden[:cut] * module.factor)
+    assert torch.equal(out[cut:], hidden[cut:] * twin.factor)
+    (first, _, of_prompts), (second, _, of_running) = calls.seen
+    assert first is module and second is twin
+    assert of_prompts.forward_mode.is_extend() and of_running.forward_mode.is_decode()
+    assert of_prompts.batch_size == len(prompts) and of_running.batch_size == running
+    assert of_prompts.extend_seq_lens_cpu == prompts
+    rows = torch.cat([of_prompts.req_pool_indices, of_running.req_pool_indices])
+    assert torch.equal(rows, batch.req_pool_indices)
+    slots = torch.cat([of_prompts.out_cache_loc, of_running.out_cache_loc])
+    assert torch.equal(slots, batch.out_cache_loc)
+    assert vars(batch) == before
+
+
+def test_a_module_remembers_how_it_was_built() -> None:
+    module, arguments = torch.nn.Linear(2, 2), {"layer_id": 3, "num_heads": 8}
+    before = module.state_dict().keys(), list(module.named_modules())
+    models.after_attention_init(None, module, **arguments)
+    assert getattr(module, ARGUMENTS) == arguments
+    assert (module.state_dict().keys(), list(module.named_modules())) == before
+    with pytest.raises(TypeError):  # by position nobody would know which is which
+        models.after_attention_init(None, module, 3, 8)  # type: ignore[call-arg]
+
+
+class Runtime:
+    """What the hook on the loaded model asks of a rank."""
+
+    def __init__(self, layers: int, tp_size: int) -> None:
+        self.plan, self.tp_size = SimpleNamespace(num_layers=layers), tp_size
+        self.built: list[tuple[list[int], Any]] = []
+        self.twins: Any = None
+
+    def build_twins(self, modules: list[Any], group: Any) -> None:
+        self.built.append(([getattr(module, ARGUMENTS)["layer_id"] for module in modules], group))
+
+
+def load(layers: list[int], runtime: Runtime) -> None:
+    kind = class_of(1)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(2, 2),
+        *(torch.nn.ModuleList([kind(layer_id=i, num_heads=2, num_kv_heads=1)]) for i in layers),
+    )
+    group = SimpleNamespace(device_group="the ranks")
+    with (
+        mock.patch.object(models, "get_runtime", lambda: runtime),
+        mock.patch.object(sglang.srt.distributed, "get_tp_group", lambda: group),
+    ):
+        models.after_load_model(None, SimpleNamespace(model=model))
+
+
+@pytest.mark.parametrize(("tp_size", "group"), [(1, None), (2, "the ranks")])
+def test_twins_are_built_layer_by_layer(tp_size: int, group: str | None) -> None:
+    runtime = Runtime(3, tp_size)
+    load([2, 0, 1], runtime)
+    assert runtime.built == [([0, 1, 2], group)]
+
+
+@pytest.mark.parametrize("layers", [[], [0, 2], [0, 1, 2, 3]], ids=str)
+def test_a_model_with_other_layers_is_refused(layers: list[int]) -> None:
+    runtime = Runtime(3, 1)
+    with pytest.raises(RuntimeError, match=r"found attention of layers \[.*the plan has 3 layers"):
+        load(layers, runtime)
+    assert not runtime.built
+
+
+@pytest.fixture
+def refreshed() -> Iterator[list[int]]:
+    calls: list[int] = []
+    runtime = Runtime(1, 1)
+    runtime.twins = SimpleNamespace(refresh=lambda: calls.append(1))
+    with mock.patch.object(models, "get_runtime", lambda: runtime):
+        yield calls
+
+
+@pytest.mark.parametrize("result", [(True, "done"), (False, "half way"), None], ids=str)
+def test_twins_follow_an_update_and_a_failed_one(result: Any, refreshed: list[int]) -> None:
+    """What a failed update left in the homes, decode has to compute with, too."""
+    assert models.after_weight_update(result, object(), "model", load_format="auto") is result
+    assert refreshed == [1]
+
+
+def test_an_update_before_twins_exist() -> None:
+    with mock.patch.object(models, "get_runtime", lambda: Runtime(1, 1)):
+        assert models.after_weight_update((True, ""), object()) == (True, "")
+
+
+def test_all_ways_of_updating_weights_are_hooked() -> None:
+    """A way that SGLang adds would leave twins with old weights."""
+    hooked = {hook.target.rpartition(".")[2] for hook in models.HOOKS if "Updater" in hook.target}
+    public = {name for name, _ in inspect.getmembers(WeightUpdater, inspect.isfunction)}
+    changing = {name for name in public if name.startswith(("update_weights", "load_weights"))}
+    assert hooked == changing | {"end_weight_update"}
+    known = {"init_weights_update_group", "destroy_weights_update_group", "begin_weight_update"}
+    known |= {"receive_weights_from_distributed"}
+    assert {name for name in public if not name.startswith("_")} == hooked | known
+
+
+def test_attention_of_all_served_architectures_is_hooked() -> None:
+    from sglang.srt.models import llama, mistral, qwen2, qwen3
+
+    assert issubclass(mistral.MistralForCausalLM, llama.LlamaForCausalLM)
+    targets = {hook.target for hook in models.HOOKS}
+    for kind in (llama.LlamaAttention, qwen2.Qwen2Attention, qwen3.Qwen3Attention):
+        name = f"{kind.__module__}.{kind.__name__}"
+        assert {f"{name}.__init__", f"{name}.forward"} <= targets
+        # By these names SGLang passes what the dispatch takes apart.
+        assert list(inspect.signature(kind.forward).parameters) == [
+            "self", "positions", "hidden_states", "forward_batch",
+        ]  # fmt: skip
+        names = set(inspect.signature(kind.__init__).parameters)
+        assert {"layer_id", "num_heads", "num_kv_heads"} <= names
