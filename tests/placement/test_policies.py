@@ -348,3 +348,13 @@ def test_spare_copies_follow_the_samples() -> None:
 def test_spare_copies_above_eight_ranks_are_said_to_be_missing() -> None:
     plan = make_plan("fair_copying", np.ones((1, 9)), 9, spread=0.5)
     assert "not available" in plan.info["spare_copies"]
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000), ranks=st.sampled_from([2, 4, 8]))
+def test_spare_copies_cost_the_expected_step_little(seed: int, ranks: int) -> None:
+    loads = np.random.default_rng(seed).lognormal(6.0, 1.0, (8, 8))
+    cost = CostModel.for_device("cuda")
+    lean, plan = (make_plan("fair_copying", loads, ranks, cost, spread=s) for s in (0.0, 0.3))
+    # every lane has 2 % of its head, which the limit of 1 % does not see
+    assert plan.info["step_cost"] <= lean.info["step_cost"] * 1.015
