@@ -37,8 +37,7 @@ TRIGGERS: dict[str, tuple[dict[str, object], ModelFacts | None]] = {
     "an external cache linker": ({"enable_unified_cache_external_linker": True}, None),
     "HiSparse": ({"enable_hisparse": True}, None),
     "another radix cache": ({"radix_cache_backend": "flexkv"}, None),
-    "another attention backend": ({"attention_backend": "triton"}, None),
-    "an attention backend per phase": ({"decode_attention_backend": "flashinfer"}, None),
+    "another decode attention": ({"decode_attention_backend": "flashinfer"}, None),
     "another KV layout": ({"enable_unified_memory": True}, None),
     "a prefill without KV cache": ({"prefill_only_disable_kv_cache": True}, None),
     "the KV canary": ({"kv_canary": "log"}, None),
@@ -51,7 +50,7 @@ TRIGGERS: dict[str, tuple[dict[str, object], ModelFacts | None]] = {
     "LoRA": ({"lora_paths": ["a"]}, None),
     "a quantised KV cache": ({"kv_cache_dtype": "fp8_e4m3"}, None),
     "quantised weights": ({}, replace(LLAMA, quantization="awq")),
-    "other ways to load weights": ({"load_format": "sharded_state"}, None),
+    "weights that load behind the start": ({"startup_weight_load_mode": "overlap"}, None),
     "weights on the CPU": ({"cpu_offload_gb": 4}, None),
     "CUDA graphs in prefill": ({"cuda_graph_backend_prefill": "breakable"}, None),
     "torch.compile": ({"enable_torch_compile": True}, None),
@@ -100,30 +99,24 @@ def test_full_window_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "tp_size", "fairkv", "right"),
+    ("model", "tp_size", "right"),
     [
-        (LLAMA, 3, False, "1 or 2 or 4 or 8"),
-        (LLAMA, 3, True, "1 or 2 or 4 or 8"),
-        (replace(LLAMA, kv_heads=6, q_heads=12), 4, False, "1 or 2"),
-        (replace(LLAMA, intermediate=250), 4, True, "1 or 2 or 5"),
+        (LLAMA, 3, "1 or 2 or 4 or 8"),
+        (replace(LLAMA, kv_heads=6, q_heads=12), 4, "1 or 2"),
+        (replace(LLAMA, intermediate=250), 4, "1 or 2"),
     ],
 )
 def test_split_that_does_not_divide_names_those_that_do(
-    model: ModelFacts, tp_size: int, fairkv: bool, right: str
+    model: ModelFacts, tp_size: int, right: str
 ) -> None:
     """The message lists the TP sizes that work."""
     with pytest.raises(ConfigError, match=f"--tp-size {tp_size}.*use {right}$"):
-        check_split(model, tp_size, fairkv)
+        check_split(model, tp_size)
 
 
-def test_fairkv_splits_what_stock_cannot() -> None:
-    """Uneven heads are no obstacle for FairKV: 6 KV heads over 4 ranks."""
-    check_split(replace(LLAMA, kv_heads=6, q_heads=12), 4, fairkv=True)
-
-
-def test_fewer_kv_heads_than_ranks_pass_in_stock() -> None:
+def test_fewer_kv_heads_than_ranks_pass() -> None:
     """SGLang copies KV heads when the rank count is a multiple."""
-    check_split(replace(LLAMA, kv_heads=2), 4, fairkv=False)
+    check_split(replace(LLAMA, kv_heads=2), 4)
 
 
 def test_table_has_a_row_for_each() -> None:
