@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
 class FairKVRuntime:
     """State of one rank; see :func:`create_runtime`."""
 

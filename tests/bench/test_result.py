@@ -150,7 +150,7 @@ def test_the_document_is_plain_json_and_can_be_shown(case: dict[str, Any], tmp_p
     again = json.loads(json.dumps(document, allow_nan=False))
     assert again == document
     shown = tables(again)
-    assert len(shown) == 3
+    assert len(shown) == 4
     for _, columns, rows in shown:
         assert all(len(row) == len(columns) for row in rows)
     assert [row[0] for row in shown[0][2]] == ["stock", "contiguous", "fair_copying"]
