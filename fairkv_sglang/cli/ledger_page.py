@@ -12,8 +12,8 @@ Every touch on SGLang, made by `fairkv check --ledger --markdown`. Hooks are reg
 SGLang's own hook registry; every rank of a server with FairKV checks that all of FairKV's hooks
 took effect and stops, naming the hook, when one did not (`patches/ledger.py`; hooks of the CPU
 platform and of measuring are covered by their tests alone). Two of SGLang's registries need no hook
-and get an entry each: the prefix cache (`patches/registries.py`) and, on the CPU platform, with FairKV
-on or off, the torch attention backend (`patches/cpu.py`).
+and get an entry each: the prefix cache (`patches/registries.py`) and, on the CPU platform with
+FairKV on or off, the torch attention backend (`patches/cpu.py`).
 """
 
 
