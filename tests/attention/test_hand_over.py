@@ -28,11 +28,19 @@ DIM, SLOTS, LAYERS = 8, 200, 2
 class Case:
     """Prompts with made-up kept positions: ``kept[prompt][layer][head]``."""
 
-    def __init__(self, rng: np.random.Generator, plan: Plan, lengths: list[int], most: int) -> None:
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        plan: Plan,
+        lengths: list[int],
+        most: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.plan, self.lengths = plan, lengths
         heads = plan.num_kv_heads
         make = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        self.k, self.v = torch.randn((2, LAYERS, SLOTS, heads, DIM), generator=make)
+        self.k, self.v = torch.randn((2, LAYERS, SLOTS, heads, DIM), generator=make).to(dtype)
+        self.dtype = dtype
         free = rng.permutation(SLOTS)
         self.slots = [
             torch.from_numpy(free[sum(lengths[:i]) :][:n].copy()) for i, n in enumerate(lengths)
@@ -73,9 +81,11 @@ class AnyScope:
         return np.full((LAYERS, self.heads), prompt_len)
 
 
-def hand_over_of(plan: Plan, rank: int, group: Group | None) -> HandOver:
+def hand_over_of(
+    plan: Plan, rank: int, group: Group | None, dtype: torch.dtype = torch.float32
+) -> HandOver:
     heads = RankHeads(plan, rank, 1)
-    pages = HeadPages.create(800, 6, heads.num_lanes, 8, DIM, torch.float32)
+    pages = HeadPages.create(800, 6, heads.num_lanes, 8, DIM, dtype)
     return HandOver(heads, AnyScope(plan.num_kv_heads), pages, group)  # type: ignore[arg-type]
 
 
@@ -83,7 +93,7 @@ def run(case: Case, bounded: list[bool]) -> tuple[list[HandOver], Collectives]:
     """All layers of a pass at whose end every prompt is kept."""
 
     def work(rank: int, group: Group | None) -> HandOver:
-        over = hand_over_of(case.plan, rank, group)
+        over = hand_over_of(case.plan, rank, group, case.dtype)
         home = list(over.heads.home)
         endings = []
         for number, owners in enumerate(case.owners):
@@ -113,14 +123,20 @@ def run(case: Case, bounded: list[bool]) -> tuple[list[HandOver], Collectives]:
     split=splits,
     lengths=st.lists(st.sampled_from([1, 2, 15, 16, 17, 40]), min_size=1, max_size=4),
     most=st.sampled_from([0, 1, 40]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     data=st.data(),
 )
 def test_owners_hold_what_is_kept(
-    seed: int, split: tuple[int, int], lengths: list[int], most: int, data: st.DataObject
+    seed: int,
+    split: tuple[int, int],
+    lengths: list[int],
+    most: int,
+    dtype: torch.dtype,
+    data: st.DataObject,
 ) -> None:
     heads, ranks = split
     rng = np.random.default_rng(seed)
-    case = Case(rng, random_plan(rng, LAYERS, ranks, heads), lengths, most)
+    case = Case(rng, random_plan(rng, LAYERS, ranks, heads), lengths, most, dtype)
     bounded = [data.draw(st.booleans()) for _ in lengths]
     overs, collectives = run(case, bounded)
     rows = [0] * ranks
