@@ -26,7 +26,6 @@ from fairkv_sglang.config import (
 )
 from fairkv_sglang.model_facts import ModelFacts
 from fairkv_sglang.patches.ledger import Hook
-from fairkv_sglang.plan_file import PLAN_VARIABLE, hand_out
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +46,8 @@ def starting(config: FairKVConfig | None) -> Iterator[None]:
 
     The environment that child processes read is put back afterwards.
     """
+    from fairkv_sglang.plan_file import PLAN_VARIABLE
+
     before = {name: os.environ.get(name) for name in (RESOLVED_VARIABLE, PLAN_VARIABLE)}
     _State.engine = config
     try:
@@ -92,7 +93,9 @@ def around_resolve(original: Any, server_args: Any) -> None:
 
 
 def _resolve(original: Any, server_args: Any) -> None:
+    # Here, not above: a rank without FairKV need not import what makes plans (scipy, 0.3 s).
     from fairkv_sglang import support
+    from fairkv_sglang.plan_file import PLAN_VARIABLE, hand_out
     from fairkv_sglang.platform_cpu import is_active
 
     config = _configuration()

@@ -81,23 +81,23 @@ class Stock:
 @pytest.fixture(scope="session")
 def stock(
     tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Stock]:
-    """``stock("llama")``: stock SGLang at TP 1, run once per architecture and closed at once."""
+) -> Callable[..., Stock]:
+    """``stock("llama")``: stock SGLang at TP 1, run once per model and closed at once."""
     folder = tmp_path_factory.mktemp("stock")
     probe = install_plugin(folder / "probe", "rank_probe", PROBE)
-    done: dict[str, Stock] = {}
+    done: dict[Path, Stock] = {}
 
-    def run(architecture: str) -> Stock:
-        if architecture not in done:
-            model = tiny_model(architecture=architecture, **MODEL)
+    def run(architecture: str, **shape: int) -> Stock:
+        model = tiny_model(architecture=architecture, **(shape or MODEL))
+        if model not in done:
             engine = EngineProcess(
                 model,
-                folder / f"{architecture}.log",
+                folder / f"{model.name}.log",
                 environment={"PYTHONPATH": str(probe)},
                 **ENGINE,
             )
             try:
-                done[architecture] = Stock(
+                done[model] = Stock(
                     model,
                     engine.generate(BATCH, NEW_TOKENS),
                     engine.generate_each(STRESS, STRESS_TOKENS),
@@ -106,6 +106,6 @@ def stock(
                 )
             finally:
                 engine.close()
-        return done[architecture]
+        return done[model]
 
     return run

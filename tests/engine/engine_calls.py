@@ -7,6 +7,7 @@ Arguments and results are JSON. The worker offers every function of :data:`CALLS
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,31 @@ def abort_in_prefill(engine: Any, prompt: list[int], log: str, sign: str) -> str
     return str(engine.loop.run_until_complete(run()))
 
 
+def update_from_tensors(engine: Any, folder: str, parts: int) -> str:
+    """Update the engine's weights from the tensors of a checkpoint, sent in so many parts.
+
+    Returns:
+        What SGLang says in the end, or to what has failed.
+    """
+    from safetensors.torch import load_file
+
+    tensors = sorted(load_file(f"{folder}/model.safetensors").items())
+    done, message = engine.begin_weight_update()
+    for part in range(parts):
+        if done:
+            done, message = engine.update_weights_from_tensor(tensors[part::parts])
+    return str(engine.end_weight_update()[1] if done else message)
+
+
+def empty_cache(engine: Any, attempts: int = 100) -> None:
+    """Flush the prefix cache, which SGLang refuses while a request still has to be cleaned up."""
+    for _ in range(attempts):
+        if engine.flush_cache().success:
+            return
+        time.sleep(0.1)
+    raise RuntimeError("SGLang does not flush its cache")
+
+
 def count_hooks(engine: Any) -> int:
     """Rows of the ledger."""
     from fairkv_sglang.patches import all_hooks
@@ -160,5 +186,12 @@ def count_hooks(engine: Any) -> int:
 
 CALLS: dict[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (states_while_running, generate_and_abort, abort_in_prefill, count_hooks)
+    for function in (
+        states_while_running,
+        generate_and_abort,
+        abort_in_prefill,
+        update_from_tensors,
+        empty_cache,
+        count_hooks,
+    )
 }

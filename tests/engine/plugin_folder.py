@@ -23,8 +23,9 @@ def install_plugin(folder: Path, name: str, code: str) -> Path:
     (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {name}:register\n")
     body = "".join(f"    {line}\n" for line in code.strip().splitlines())
     (folder / f"{name}.py").write_text(
-        "import multiprocessing, sys\n\n"
-        "def mark(*words):\n    print('PROBE', *words, file=sys.stderr, flush=True)\n\n"
+        "import multiprocessing, os, sys\n\n"
+        "def mark(*words):\n"  # in one piece: all ranks write to the same file
+        "    os.write(2, (' '.join(map(str, ('PROBE', *words))) + '\\n').encode())\n\n"
         "def register():\n"
         "    if multiprocessing.parent_process() is None:\n        return\n" + body
     )
@@ -45,3 +46,42 @@ HookRegistry.register(
 )
 """
 """Says which classes a rank was built from, which hooks are registered, what was imported."""
+
+PREFILL_PROBE = """
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+def rank():
+    return f"rank {torch.distributed.get_rank()}"
+def pools(result, scheduler, *args, **kwargs):
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    for buffers in (pool.k_buffer, pool.v_buffer):
+        for layer, buffer in enumerate(buffers):
+            shape, stride = tuple(buffer.shape), buffer.stride()
+            mark("pool", rank(), type(pool), "layer", layer, shape, stride, buffer.dtype)
+    mark("allocator", rank(), type(scheduler.token_to_kv_pool_allocator))
+def attention(which):
+    def look(backend, q, k, v, layer, *args, **kwargs):
+        heads = (layer.tp_q_head_num, layer.tp_k_head_num)
+        mark(which, rank(), type(backend), "layer", layer.layer_id, tuple(q.shape), heads)
+    return look
+HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", pools, HookType.AFTER)
+backend = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend."
+for name in ("forward_extend", "forward_decode"):
+    HookRegistry.register(backend + name, attention(name), HookType.BEFORE)
+"""
+"""Says what SGLang's pool is made of, and each call of its attention backend with its tensors."""
+
+ABORT_PROBE = """
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+def abort(result, scheduler, batch, *args, **kwargs):
+    if not batch.forward_mode.is_extend():
+        return
+    for req in batch.reqs:
+        ends = req.extend_range.end == len(req.full_untruncated_fill_ids)
+        if req.rid.startswith("abort-at-once") and ends and req.to_finish is None:
+            mark("aborted", req.rid, "with", len(req.output_ids), "tokens")
+            scheduler.abort_request(AbortReq(rid=req.rid))
+HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.run_batch", abort, HookType.AFTER)
+"""
+"""Aborts requests of that name right after the pass in which their prompt ends, on every rank."""

@@ -104,10 +104,11 @@ def test_each_hook_names_a_test_that_exists() -> None:
     assert tests and all((root / test).is_file() for test in tests)
 
 
+# Nothing but the check would notice: twins would keep old weights after an update.
 _MISSING = """
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-MHATokenToKVPool._store_the_layer = MHATokenToKVPool._store_kv_layer
-del MHATokenToKVPool._store_kv_layer
+from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+WeightUpdater.update_from_tensor = WeightUpdater.update_weights_from_tensor
+del WeightUpdater.update_weights_from_tensor
 """
 _DROPPED = """
 from sglang.srt.plugins.hook_registry import HookRegistry
@@ -121,7 +122,7 @@ HookRegistry.register = drop
 
 @pytest.mark.parametrize(
     ("code", "target"),
-    [(_MISSING, "MHATokenToKVPool._store_kv_layer"), (_DROPPED, "check_decode_capacity")],
+    [(_MISSING, "WeightUpdater.update_weights_from_tensor"), (_DROPPED, "check_decode_capacity")],
     ids=["renamed-upstream", "never-registered"],
 )
 def test_start_stops_with_the_hooks_name(

@@ -7,6 +7,7 @@ Greedy, float32, a batch of 16 prompts of 1 to 2,000 tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +15,83 @@ import pytest
 from engine_process import EngineProcess
 from sweep_report import SweepReport
 from tiny_models import hugging_face_outputs
-from workloads import BATCH, ENGINE, LENGTHS, MODEL, NEW_TOKENS, write_plan
+from workloads import (
+    BATCH,
+    CHECKS,
+    ENGINE,
+    FEW,
+    FEW_HEADS,
+    LENGTHS,
+    MODEL,
+    NEW_TOKENS,
+    far_from_home,
+    random_plan,
+    write_plan,
+)
 
 FULL = {"ratio": 1.0}
+SHORTER = [i for i, length in enumerate(LENGTHS) if length in (1, 33, 64, 300, 511, 513, 1200)]
+"""Prompts of most cases of the sweep."""
 
 
-def _outputs(engine: EngineProcess, plan: str) -> list[list[int]]:
+def _outputs(engine: EngineProcess, plan: str, prompts: list[list[int]]) -> list[list[int]]:
     """Tokens of the batch, twice (the second time from the prefix cache), and what must be on."""
-    outputs = engine.generate(BATCH, NEW_TOKENS)
-    assert engine.generate(BATCH, NEW_TOKENS) == outputs
+    outputs = engine.generate(prompts, NEW_TOKENS)
+    assert engine.generate(prompts, NEW_TOKENS) == outputs
     state = engine.fairkv()
     assert state["placement"].startswith(plan)
     assert [rank["handed_over_tokens"] for rank in state["ranks"]] == (
-        [2 * sum(LENGTHS)] * len(state["ranks"])
+        [2 * sum(map(len, prompts))] * len(state["ranks"])
     )
     return outputs
 
 
-def _plan(folder: Path, tp_size: int, placement: str | int) -> dict[str, Any]:
-    """FairKV's options for a policy, or for the random placement of a seed."""
-    if isinstance(placement, int):
-        return {**FULL, "plan": write_plan(folder, tp_size, placement)}
-    return {**FULL, "placement": placement}
-
-
-@pytest.mark.parametrize(
-    ("tp_size", "placement"), [(1, "fair_copying"), (2, 1), (4, 2)], ids=["tp1", "tp2", "tp4"]
-)
-def test_llama_equals_stock(
-    stock: Callable[[str], Any], tmp_path: Path, tp_size: int, placement: str | int
-) -> None:
-    """TP 2 and 4 with uneven, permuted and copied heads."""
-    reference = stock("llama")
+def _run(
+    model: Path,
+    folder: Path,
+    tp_size: int,
+    plan: str,
+    name: str,
+    prompts: list[list[int]] = BATCH,
+) -> list[list[int]]:
+    """Outputs of a fresh engine with the plan of a file."""
     engine = EngineProcess(
-        reference.model,
-        tmp_path / "log",
-        fairkv=_plan(tmp_path, tp_size, placement),
+        model,
+        folder / "log",
+        fairkv={**FULL, "plan": plan},
+        environment=CHECKS,
         tp_size=tp_size,
         **ENGINE,
     )
     try:
-        assert _outputs(engine, str(placement) if tp_size == 1 else "random") == reference.outputs
+        return _outputs(engine, name, prompts)
     finally:
         engine.close()
+
+
+SEEDS = {2: 1, 4: 2}
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_llama_equals_stock(stock: Callable[[str], Any], tmp_path: Path, tp_size: int) -> None:
+    """TP 2 and 4 with uneven, permuted and copied heads, some of which leave their home."""
+    reference = stock("llama")
+    if tp_size > 1:
+        assert far_from_home(random_plan(tp_size, SEEDS[tp_size]))
+    name = SEEDS.get(tp_size, "fair_copying")
+    plan = write_plan(tmp_path, tp_size, name)
+    outputs = _run(reference.model, tmp_path, tp_size, plan, "random" if tp_size > 1 else str(name))
+    assert outputs == reference.outputs
+
+
+def test_fewer_heads_than_ranks_equal_the_model_itself(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """TP 4, 2 KV heads in 4 copies at home; a random placement with copies of its own."""
+    model = tiny_model(**FEW)
+    plan = write_plan(tmp_path, 4, 31, heads=FEW_HEADS)
+    outputs = _run(model, tmp_path, 4, plan, "random")
+    assert outputs == hugging_face_outputs(model, BATCH, NEW_TOKENS)
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "mistral"])
@@ -69,32 +104,72 @@ def test_other_architectures_equal_the_model_itself(
     the environment.
     """
     model = tiny_model(architecture=architecture, **MODEL)
-    options = _plan(tmp_path, 2, 3)
-    start: dict[str, Any] = {"fairkv": options}
+    plan = write_plan(tmp_path, 2, 3)
+    start: dict[str, Any] = {"fairkv": {**FULL, "plan": plan}}
     if architecture == "mistral":
         file = tmp_path / "fairkv.yaml"
-        file.write_text(f"ratio: 1.0\nplan: {options['plan']}\n")
+        file.write_text(f"ratio: 1.0\nplan: {plan}\n")
         start = {"environment": {"FAIRKV_CONFIG": str(file)}}
     engine = EngineProcess(model, tmp_path / "log", tp_size=2, **start, **ENGINE)
     try:
-        outputs = _outputs(engine, "random")
+        outputs = _outputs(engine, "random", BATCH)
     finally:
         engine.close()
     assert outputs == hugging_face_outputs(model, BATCH, NEW_TOKENS)
 
 
 POLICIES = ("contiguous", "best_effort", "fair_copying", "equal_shares")
-RANDOM = {"llama": 30, "qwen2": 10, "qwen3": 10, "mistral": 2}
+RANDOM = {"llama": 30, "qwen2": 10, "qwen3": 10, "mistral": 2, "llama, 2 KV heads": 6}
+AWAY = 3
 
 
-def _cases() -> Iterator[tuple[str, int, str | int]]:
-    """Per architecture all policies at TP 1, 2 and 4, and random placements at TP 2 and 4."""
-    for number, (architecture, count) in enumerate(RANDOM.items()):
-        for tp_size in (1, 2, 4):
+@dataclass(frozen=True)
+class Case:
+    """One start of the sweep.
+
+    Attributes:
+        model: Architecture, and what differs from the model of the other tests.
+        tp_size: Ranks.
+        placement: A policy, or the seed of a random placement.
+        away: No head stays at home.
+        long: The whole batch, prompts of 2,000 tokens included.
+    """
+
+    model: str
+    tp_size: int
+    placement: str | int
+    away: bool = False
+    long: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The placement's column in the report."""
+        if isinstance(self.placement, str):
+            return self.placement
+        return "random, none at home" if self.away else "random"
+
+    def __str__(self) -> str:
+        return f"{self.model}-tp{self.tp_size}-{self.placement}".replace(", ", "-")
+
+
+def _cases() -> Iterator[Case]:
+    """Per architecture all policies at TP 1, 2 and 4, and random placements at TP 2 and 4.
+
+    With one rank there is one placement, so one policy stands for all there.
+    """
+    for number, (name, count) in enumerate(RANDOM.items()):
+        few = name not in ("llama", "qwen2", "qwen3", "mistral")
+        if not few:
+            yield Case(name, 1, "fair_copying", long=True)
+        for tp_size in (4,) if few else (2, 4):
             for policy in POLICIES:
-                yield architecture, tp_size, policy
+                yield Case(name, tp_size, policy, long=name == "llama" or few)
         for seed in range(count):
-            yield architecture, 2 if seed % 2 else 4, 100 * (number + 1) + seed
+            tp_size = 4 if few or seed % 2 == 0 else 2
+            yield Case(name, tp_size, 100 * (number + 1) + seed, long=seed % 5 == 0)
+        for seed in range(AWAY if name in ("llama", "llama, 2 KV heads") else 0):
+            tp_size = 4 if few or seed % 2 == 0 else 2
+            yield Case(name, tp_size, 100 * (number + 1) + 90 + seed, away=True)
 
 
 @pytest.fixture(scope="module")
@@ -105,40 +180,28 @@ def report() -> SweepReport:
         "Token identity with stock SGLang",
         "Budgets at the prompt length (`--fairkv-ratio 1.0`), greedy, float32, CPU, tiny random "
         f"models ({MODEL['layers']} layers, {MODEL['q_heads']} query and {MODEL['kv_heads']} KV "
-        f"heads). A case is one start of the engine: a batch of {len(BATCH)} prompts of "
-        f"{min(LENGTHS)} to {max(LENGTHS)} tokens, {NEW_TOKENS} new tokens each, all compared with "
-        "stock SGLang at TP 1, then all once more from the prefix cache. Random placements have "
-        "uneven head counts, permuted heads, and copies with uneven shares. Made by `make sweep`.",
+        f"heads, or {FEW['q_heads']} and {FEW_HEADS}). A case is one start of the engine: a batch "
+        f"of {len(BATCH)} prompts of {min(LENGTHS)} to {max(LENGTHS)} tokens, or {len(SHORTER)} of "
+        f"them up to {max(LENGTHS[i] for i in SHORTER)}, {NEW_TOKENS} new tokens each, all "
+        "compared with stock SGLang at TP 1, then all once more from the prefix cache. Policies "
+        "place lognormal loads. Random placements have uneven head counts, permuted heads, and "
+        "copies with uneven shares; heads may leave their home, or all do. Made by `make sweep`.",
         ("model", "TP", "placement"),
     )
 
 
 @pytest.mark.sweep
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("architecture", "tp_size", "placement"), list(_cases()))
-def test_sweep(
-    stock: Callable[[str], Any],
-    tmp_path: Path,
-    report: SweepReport,
-    architecture: str,
-    tp_size: int,
-    placement: str | int,
-) -> None:
+@pytest.mark.parametrize("case", list(_cases()), ids=str)
+def test_sweep(stock: Callable[..., Any], tmp_path: Path, report: SweepReport, case: Case) -> None:
     """Every policy and many random placements, against stock SGLang of the same architecture."""
-    reference = stock(architecture)
-    engine = EngineProcess(
-        reference.model,
-        tmp_path / "log",
-        fairkv=_plan(tmp_path, tp_size, placement),
-        tp_size=tp_size,
-        **ENGINE,
-    )
-    try:
-        name = "random" if isinstance(placement, int) else placement
-        equal = _outputs(engine, name) == reference.outputs
-    finally:
-        engine.close()
-    report.add(
-        (architecture, str(tp_size), name), f"{architecture} TP {tp_size} {placement}", equal
-    )
+    few = "2 KV heads" in case.model
+    reference = stock(case.model.split(",")[0], **(FEW if few else MODEL))
+    which = list(range(len(BATCH))) if case.long else SHORTER
+    heads = FEW_HEADS if few else MODEL["kv_heads"]
+    plan = write_plan(tmp_path, case.tp_size, case.placement, heads, case.away)
+    name = case.placement if isinstance(case.placement, str) else "random"
+    outputs = _run(reference.model, tmp_path, case.tp_size, plan, name, [BATCH[i] for i in which])
+    equal = outputs == [reference.outputs[i] for i in which]
+    report.add((case.model, str(case.tp_size), case.kind), str(case), equal)
     assert equal

@@ -11,15 +11,9 @@ from typing import Any
 
 import pytest
 from engine_process import EngineProcess
+from plugin_folder import ABORT_PROBE, install_plugin
 from tiny_models import random_prompts
-from workloads import KV_HEADS, LAYERS, STRESS, STRESS_TOKENS, write_plan
-
-CHECKS = {
-    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
-    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
-    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
-}
-"""SGLang ends a rank that leaks a slot; FairKV adds head pages to the same check."""
+from workloads import CHECKS, KV_HEADS, LAYERS, STRESS, STRESS_TOKENS, write_plan
 
 HELD = ("pages_used", "pages_charged", "tokens_stored", "requests", "pool_tokens_held")
 """What a rank must not have at idle; slots of cached prefixes belong to no request."""
@@ -122,6 +116,7 @@ def stress(stock: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
     too small for what SGLang is told to admit.
     """
     folder = tmp_path_factory.mktemp("stress")
+    probe = install_plugin(folder / "plugin", "abort_probe", ABORT_PROBE)
     engine = EngineProcess(
         stock("llama").model,
         folder / "log",
@@ -132,7 +127,7 @@ def stress(stock: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
             "prefill_pool": 1600,
             "log_decisions": True,
         },
-        environment=CHECKS,
+        environment={**CHECKS, "PYTHONPATH": str(probe)},
         tp_size=2,
         max_total_tokens=16_384,
         max_running_requests=12,
@@ -168,7 +163,7 @@ def test_stress_leaves_nothing_behind(stock: Callable[[str], Any], stress: Engin
     state = _idle_state(stress)
     assert state["ranks"][0]["handed_over_tokens"] >= sum(map(len, STRESS))
     assert max(rank["peak_pages_charged"] for rank in state["ranks"]) > 1300
-    stress.call("flush_cache")
+    stress.call("empty_cache")
     assert stress.generate_each(STRESS, STRESS_TOKENS) == expected
     _idle_state(stress)
 
@@ -183,6 +178,36 @@ def test_ranks_take_the_same_decisions(stress: EngineProcess) -> None:
     kinds = [what for _, what, _, _ in decisions["0"]]
     assert {"admit", "settle", "free"} == set(kinds)
     assert kinds.count("admit") == kinds.count("free") >= kinds.count("settle") > 0
+
+
+def _abort_after_the_prompt(engine: EngineProcess) -> None:
+    """Abort half of a batch right behind the pass that compresses it, before a decode step."""
+    prompts = [prompt for prompt in STRESS if len(prompt) > 30][:12]
+    names = [f"abort-at-once-{i:02}" if i % 2 else f"goes-on-{i:02}" for i in range(len(prompts))]
+    parameters = {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}
+    results = engine.call("generate", input_ids=prompts, sampling_params=parameters, rid=names)
+    for name, result in zip(names, results, strict=True):
+        aborted = name.startswith("abort")
+        assert result["meta_info"]["finish_reason"]["type"] == ("abort" if aborted else "length")
+    seen = re.findall(r"PROBE aborted (\S+) with (\d+) tokens", engine.log)
+    ranks = len(engine.fairkv()["ranks"])
+    assert sorted(seen) == sorted([(n, "0") for n in names if n.startswith("abort")] * ranks)
+
+
+def test_abort_between_compression_and_first_decode(
+    stock: Callable[[str], Any], stress: EngineProcess
+) -> None:
+    """Pages that were just filled come back, on every rank, and later answers are right."""
+    _abort_after_the_prompt(stress)
+    _idle_state(stress)
+    decisions = _decisions(stress)
+    assert decisions["0"] == decisions["1"]
+    few = slice(0, 8)
+    assert (
+        stress.generate_each(STRESS[few], STRESS_TOKENS[few])
+        == (stock("llama").stress_outputs[few])
+    )
+    _idle_state(stress)
 
 
 def test_pages_hold_the_kept_tokens_and_no_more(stress: EngineProcess) -> None:
@@ -227,6 +252,7 @@ def test_stress_under_other_options(
 ) -> None:
     """The same load under other settings of SGLang's scheduler and caches."""
     tp_size = arguments.get("tp_size", 2)
+    probe = install_plugin(tmp_path / "plugin", "abort_probe", ABORT_PROBE)
     engine = EngineProcess(
         stock("llama").model,
         tmp_path / "log",
@@ -237,7 +263,7 @@ def test_stress_under_other_options(
             "prefill_pool": 1600,
             "log_decisions": True,
         },
-        environment={**CHECKS, **environment},
+        environment={**CHECKS, **environment, "PYTHONPATH": str(probe)},
         **{
             "tp_size": 2,
             "max_total_tokens": 16_384,
@@ -255,8 +281,9 @@ def test_stress_under_other_options(
         prompts = [prompt for prompt in STRESS if len(prompt) > 30][:16]
         limits: list[int | None] = [(1, 2, 3, None)[i % 4] for i in range(16)]
         engine.call("generate_and_abort", prompts=prompts, new_tokens=60, abort_after=limits)
+        _abort_after_the_prompt(engine)
         _idle_state(engine)
-        engine.call("flush_cache")
+        engine.call("empty_cache")
         assert engine.generate_each(STRESS, STRESS_TOKENS) == expected
         _idle_state(engine)
         decisions = _decisions(engine)

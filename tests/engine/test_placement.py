@@ -11,12 +11,33 @@ from typing import Any
 import pytest
 from engine_process import EngineProcess
 from sweep_report import SweepReport
-from workloads import BATCH, ENGINE, KV_HEADS, LAYERS, LENGTHS, MODEL, write_plan, write_profile
+from tiny_models import random_prompts
+from workloads import (
+    BATCH,
+    CHECKS,
+    ENGINE,
+    FEW,
+    FEW_HEADS,
+    KV_HEADS,
+    LAYERS,
+    LENGTHS,
+    MODEL,
+    far_from_home,
+    random_plan,
+    write_plan,
+    write_profile,
+)
 
 QUARTER = 0.25
 NEW_TOKENS = 48
 WINDOW = 32
-TP, SEEDS = (2, 4), (11, 12, 13)
+LONGER = [
+    BATCH[LENGTHS.index(300)] + more for more in random_prompts([1, 10, 31, 32, 33], 500, seed=14)
+]
+"""Prompts of which all but a few tokens are cached: the cached part ends inside their window."""
+MIXED: dict[str, Any] = {"chunked_prefill_size": 48, "enable_mixed_chunk": True}
+"""Chunks of a window and a half: most prompts have a border inside their last window, and most
+passes hold a piece of a prompt and running requests."""
 
 
 @dataclass(frozen=True)
@@ -27,48 +48,91 @@ class Run:
     state: dict[str, Any]
 
 
-def _options(folder: Path, scope: str, tp_size: int, placement: str | int) -> dict[str, Any]:
-    """FairKV's options; scope ``head`` takes budgets from a profile, as does every placement."""
+@dataclass(frozen=True)
+class Case:
+    """One engine.
+
+    Attributes:
+        scope: Budget scope; ``head`` takes budgets from a profile, as does every policy.
+        tp_size: Ranks.
+        placement: A policy, or the seed of a random placement.
+        heads: KV heads of the model.
+        away: No head of the random placement stays at home.
+        mixed: With :data:`MIXED`.
+    """
+
+    scope: str
+    tp_size: int
+    placement: str | int
+    heads: int = KV_HEADS
+    away: bool = False
+    mixed: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The placement's column in the report."""
+        if isinstance(self.placement, str):
+            return self.placement
+        words = ("random", "none at home" if self.away else "", "mixed" if self.mixed else "")
+        return ", ".join(filter(None, words))
+
+    def __str__(self) -> str:
+        kind = self.kind.replace(", ", "-").replace(" ", "-")
+        return f"{self.scope}-tp{self.tp_size}-{self.heads}-{self.placement}-{kind}"
+
+
+def _run(model: Path, folder: Path, case: Case) -> Run:
     options: dict[str, Any] = {
         "ratio": QUARTER,
-        "scope": scope,
+        "scope": case.scope,
         "window": WINDOW,
-        "profile": write_profile(folder),
+        "profile": write_profile(folder, case.heads),
+        "placement": case.placement,
     }
-    if isinstance(placement, int):
-        return {**options, "plan": write_plan(folder, tp_size, placement)}
-    return {**options, "placement": placement}
-
-
-def _run(model: Path, folder: Path, scope: str, tp_size: int, placement: str | int) -> Run:
+    if isinstance(case.placement, int):
+        del options["placement"]
+        options["plan"] = write_plan(folder, case.tp_size, case.placement, case.heads, case.away)
     engine = EngineProcess(
         model,
         folder / "log",
-        fairkv=_options(folder, scope, tp_size, placement),
-        tp_size=tp_size,
-        **ENGINE,
+        fairkv=options,
+        environment=CHECKS,
+        tp_size=case.tp_size,
+        **{**ENGINE, **(MIXED if case.mixed else {})},
     )
     try:
         outputs = engine.generate(BATCH, NEW_TOKENS)
         # Chunks, batches and cached prefixes differ now, kept sets must not.
         assert engine.generate(BATCH[::-1], NEW_TOKENS)[::-1] == outputs
-        return Run(outputs, engine.fairkv())
+        longer = engine.generate(LONGER, NEW_TOKENS)
+        engine.call("empty_cache")
+        assert engine.generate(LONGER, NEW_TOKENS) == longer
+        return Run(outputs + longer, engine.fairkv())
     finally:
         engine.close()
 
 
-@pytest.fixture(scope="session")
-def one_rank(
-    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Run]:
-    """``one_rank("layer")``: the same budgets at TP 1, run once."""
-    done: dict[str, Run] = {}
+def _model(tiny_model: Callable[..., Path], heads: int) -> Path:
+    return tiny_model(**(MODEL if heads == KV_HEADS else FEW))
 
-    def run(scope: str) -> Run:
-        if scope not in done:
-            folder = tmp_path_factory.mktemp(f"one-rank-{scope}")
-            done[scope] = _run(tiny_model(**MODEL), folder, scope, 1, "contiguous")
-        return done[scope]
+
+@pytest.fixture(scope="session")
+def reference(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Case], Run]:
+    """``reference(case)``: the same budgets at TP 1, run once.
+
+    Scope ``rank`` has other budgets for another number of ranks: there it is SGLang's own split.
+    """
+    done: dict[Case, Run] = {}
+
+    def run(case: Case) -> Run:
+        tp_size = case.tp_size if case.scope == "rank" else 1
+        plain = Case(case.scope, tp_size, "contiguous", case.heads)
+        if plain not in done:
+            folder = tmp_path_factory.mktemp("reference")
+            done[plain] = _run(_model(tiny_model, case.heads), folder, plain)
+        return done[plain]
 
     return run
 
@@ -81,30 +145,38 @@ def _same(run: Run, reference: Run) -> bool:
     )
 
 
-def _check_compressed(run: Run) -> None:
+def _check_compressed(run: Run, heads: int) -> None:
     """About a quarter is kept: more only of prompts that are not much longer than the window."""
     state = run.state
-    assert state["prompt_tokens"] == 2 * sum(LENGTHS)
-    full = state["prompt_tokens"] * LAYERS * KV_HEADS
-    allowed = 2 * sum(min(n, n * QUARTER + WINDOW + 1) for n in LENGTHS) * LAYERS * KV_HEADS
+    lengths = LENGTHS + list(map(len, LONGER))
+    assert state["prompt_tokens"] == 2 * sum(lengths)
+    full = state["prompt_tokens"] * LAYERS * heads
+    allowed = 2 * sum(min(n, n * QUARTER + WINDOW + 1) for n in lengths) * LAYERS * heads
     assert QUARTER * full * 0.99 <= state["kept_tokens"] <= allowed < 0.4 * full
 
 
 @pytest.mark.parametrize(
-    ("scope", "tp_size", "seed"), [("layer", 2, 11), ("head", 4, 12)], ids=["layer-2", "head-4"]
+    "case",
+    [
+        Case("layer", 2, 11, mixed=True),
+        Case("head", 4, 12),
+        Case("layer", 4, 32, heads=FEW_HEADS),
+    ],
+    ids=str,
 )
 def test_answer_is_that_of_one_rank(
     tiny_model: Callable[..., Path],
-    one_rank: Callable[[str], Run],
+    reference: Callable[[Case], Run],
     tmp_path: Path,
-    scope: str,
-    tp_size: int,
-    seed: int,
+    case: Case,
 ) -> None:
-    """Random placements with copies, against TP 1."""
-    run = _run(tiny_model(**MODEL), tmp_path, scope, tp_size, seed)
-    assert _same(run, one_rank(scope))
-    _check_compressed(run)
+    """Random placements with copies and with heads that left their homes, against TP 1."""
+    assert isinstance(case.placement, int)
+    if case.heads == KV_HEADS:
+        assert far_from_home(random_plan(case.tp_size, case.placement))
+    run = _run(_model(tiny_model, case.heads), tmp_path, case)
+    assert _same(run, reference(case))
+    _check_compressed(run, case.heads)
 
 
 @pytest.fixture(scope="module")
@@ -113,34 +185,50 @@ def report() -> SweepReport:
     return SweepReport(
         "placement-sweep",
         "Placement never changes an answer",
-        f"A quarter of the cache, greedy, float32, CPU, tiny random Llama, {len(BATCH)} prompts of "
-        f"{min(LENGTHS)} to {max(LENGTHS)} tokens, {NEW_TOKENS} new tokens each: tokens, and kept "
-        "counts of every head, compared with TP 1. Made by `make sweep`.",
-        ("scope", "TP", "placement"),
+        f"A quarter of the cache, greedy, float32, CPU, tiny random Llama with {KV_HEADS} or "
+        f"{FEW_HEADS} KV heads, {len(BATCH)} prompts of {min(LENGTHS)} to {max(LENGTHS)} tokens, "
+        f"{NEW_TOKENS} new tokens each: tokens, and kept counts of every head, compared with TP 1 "
+        "(scope `rank`: with SGLang's own split). `mixed`: chunks of 48 tokens in mixed batches. "
+        "Made by `make sweep`.",
+        ("scope", "KV heads", "TP", "placement"),
     )
+
+
+_POLICIES = (
+    "contiguous", "best_effort", "fair_copying", "equal_shares", "equal_count", "exact",
+)  # fmt: skip
+_CASES = [
+    *(
+        Case(scope, tp_size, placement)
+        for scope in ("layer", "head", "uniform")
+        for tp_size in (2, 4)
+        for placement in (*_POLICIES, 11, 12, 13)
+    ),
+    *(Case(scope, tp_size, 14, away=True) for scope in ("layer", "head") for tp_size in (2, 4)),
+    *(Case("layer", tp_size, 15, mixed=True) for tp_size in (2, 4)),
+    *(Case("rank", tp_size, placement) for tp_size in (2, 4) for placement in (16, 17)),
+    *(
+        Case(scope, 4, placement, heads=FEW_HEADS)
+        for scope in ("layer", "head")
+        for placement in ("contiguous", "fair_copying", 31, 32)
+    ),
+    Case("layer", 4, 33, heads=FEW_HEADS, away=True, mixed=True),
+]
 
 
 @pytest.mark.sweep
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("scope", ["layer", "head", "uniform"])
-@pytest.mark.parametrize("tp_size", TP)
-@pytest.mark.parametrize(
-    "placement",
-    ["contiguous", "best_effort", "fair_copying", "equal_shares", "equal_count", "exact", *SEEDS],
-)
+@pytest.mark.parametrize("case", _CASES, ids=str)
 def test_sweep(
     tiny_model: Callable[..., Path],
-    one_rank: Callable[[str], Run],
+    reference: Callable[[Case], Run],
     tmp_path: Path,
     report: SweepReport,
-    scope: str,
-    tp_size: int,
-    placement: str | int,
+    case: Case,
 ) -> None:
-    """Every policy and random placements, scopes ``layer``, ``head`` and ``uniform``."""
-    run = _run(tiny_model(**MODEL), tmp_path, scope, tp_size, placement)
-    equal = _same(run, one_rank(scope))
-    name = "random" if isinstance(placement, int) else placement
-    report.add((scope, str(tp_size), name), f"{scope} TP {tp_size} {placement}", equal)
+    """Every policy and random placements, all scopes."""
+    run = _run(_model(tiny_model, case.heads), tmp_path, case)
+    equal = _same(run, reference(case))
+    report.add((case.scope, str(case.heads), str(case.tp_size), case.kind), str(case), equal)
     assert equal
-    _check_compressed(run)
+    _check_compressed(run, case.heads)

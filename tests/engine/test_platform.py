@@ -155,11 +155,21 @@ def test_wrong_command_lines(tiny_model: Callable[..., Path], tmp_path: Path) ->
         "--fairkv-budget 64": "--fairkv-budget is given but FairKV is off",
         "--fairkv --pp-size 2": "pipeline parallelism (--pp-size above 1)",
         "--fairkv --kv-cache-dtype fp8_e5m2": "a quantised KV cache (--kv-cache-dtype)",
-        "--fairkv --attention-backend triton": "another attention backend (--attention-backend)",
+        "--fairkv --decode-attention-backend torch_native": "another decode attention",
         "--tp-size 3": "--tp-size 3: 8 query heads, 2 KV heads",
+        "--tp-size 3 --fairkv": "--tp-size 3: 8 query heads, 2 KV heads",
         f"--tp-size 2 --fairkv --fairkv-plan {plan}": str(plan),
     }
-    right = ["--tp-size 2", "--fairkv --fairkv-budget 64", "--tp-size 2 --fairkv"]
+    right = [
+        "--tp-size 2",
+        "--fairkv --fairkv-budget 64",
+        "--tp-size 2 --fairkv",
+        "--tp-size 4 --fairkv",  # fewer KV heads than ranks
+        "--fairkv --attention-backend torch_native",
+        "--fairkv --prefill-attention-backend torch_native",
+        "--fairkv --load-format safetensors",
+        "--fairkv --load-format dummy",
+    ]
     model = ["--model-path", str(tiny_model(kv_heads=2))]
     starts = [[*model, *line.split()] for line in [*wrong, *right]]
     result = _python("-P", "-c", _STARTS, json.dumps(starts))

@@ -17,16 +17,18 @@ def _probe(log: str, kind: str) -> list[list[str]]:
 
 
 def test_rank_is_sglangs_own(stock: Callable[[str], Any]) -> None:
-    """Cache, attention backend and pools are SGLang's classes; no hook but those of arguments and
-    CPU platform; nothing of FairKV's memory or attention is even imported.
+    """Cache and pools are SGLang's classes, the attention backend is the CPU platform's, which is
+    SGLang's but for one method; no hook but those of arguments and CPU platform; nothing else of
+    FairKV's memory or attention is even imported.
     """
     run = stock("llama")
     classes = _probe(run.log, "class")
-    assert len(classes) == 4
-    assert all(module.startswith("sglang.") for module, _ in classes)
     assert [name for _, name in classes][:3] == [
-        "UnifiedRadixCache", "TorchNativeAttnBackend", "MHATokenToKVPool",
+        "UnifiedRadixCache", "CpuAttnBackend", "MHATokenToKVPool",
     ]  # fmt: skip
+    modules = [module for module, _ in classes]
+    assert len(modules) == 4 and modules.pop(1) == "fairkv_sglang.attention.cpu"
+    assert all(module.startswith("sglang.") for module in modules)
     (hooks,) = _probe(run.log, "hooks")
     arguments = "sglang.srt.server_args.ServerArgs."
     assert {hook for hook in hooks if not hook.startswith(arguments)} == {
@@ -34,9 +36,11 @@ def test_rank_is_sglangs_own(stock: Callable[[str], Any]) -> None:
         "sglang.srt.model_executor.model_runner.ModelRunner.init_torch_distributed",
         "sglang.srt.managers.scheduler.Scheduler.__init__",  # the probe itself
     }
-    (modules,) = _probe(run.log, "modules")
-    for part in ("memory", "attention", "runtime", "kernels", "placement", "budgets"):
-        assert not any(module.startswith(f"fairkv_sglang.{part}") for module in modules)
+    (imported,) = _probe(run.log, "modules")
+    for part in ("memory", "attention", "runtime", "kernels", "placement", "budgets", "parallel"):
+        found = {module for module in imported if module.startswith(f"fairkv_sglang.{part}")}
+        platform = {"fairkv_sglang.attention", "fairkv_sglang.attention.cpu"}
+        assert found == (platform if part == "attention" else set())
     assert "fairkv" not in run.state
     assert "FairKV" not in run.log
 

@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 from tiny_models import random_prompts
 
-from fairkv_sglang.placement import HeadShare, Plan
+from fairkv_sglang.placement import HeadShare, Plan, make_plan
+from fairkv_sglang.placement.homes import Homes
 from fairkv_sglang.profiles import HeadProfile
 
 LAYERS, KV_HEADS = 3, 8
 MODEL: dict[str, Any] = {"layers": LAYERS, "q_heads": 16, "kv_heads": KV_HEADS}
 """Shape of the model of most tests: GQA groups of 2, uneven placements possible up to TP 4."""
+FEW_HEADS = 2
+FEW: dict[str, Any] = {**MODEL, "q_heads": 8, "kv_heads": FEW_HEADS}
+"""A model with fewer KV heads than TP 4 has ranks: each head's query heads are on two of them."""
 
 LENGTHS = [1, 2, 5, 17, 33, 64, 100, 200, 300, 400, 511, 512, 513, 700, 1200, 2000]
 """Prompt lengths of the batch: around the window (32), a head page (16) and a chunk (512)."""
@@ -22,6 +26,12 @@ NEW_TOKENS = 24
 BATCH = random_prompts(LENGTHS, vocab=500, seed=1)
 ENGINE: dict[str, Any] = {"max_total_tokens": 40_000, "chunked_prefill_size": 512}
 """Memory for the whole batch at once, and chunks that cut the longer prompts."""
+CHECKS = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+}
+"""SGLang ends a rank that leaks a slot; FairKV adds head pages to the same check."""
 
 
 def _stress() -> tuple[list[list[int]], list[int]]:
@@ -37,21 +47,26 @@ STRESS, STRESS_TOKENS = _stress()
 """Many requests of mixed lengths, a third of them with a common prefix."""
 
 
-def random_plan(tp_size: int, seed: int, layers: int = LAYERS, heads: int = KV_HEADS) -> Plan:
+def random_plan(
+    tp_size: int, seed: int, layers: int = LAYERS, heads: int = KV_HEADS, away: bool = False
+) -> Plan:
     """A placement that no policy would make: uneven counts, permuted heads, uneven copies.
 
     About 40 % of the heads are on two or more ranks, with shares from a Dirichlet distribution.
+    With ``away`` no head is served by a rank that is its home in prefill.
     """
     rng = np.random.default_rng(seed)
+    at_home = Homes(heads, tp_size).at_home
     rows: list[tuple[tuple[HeadShare, ...], ...]] = []
     while len(rows) < layers:
         ranks: list[list[HeadShare]] = [[] for _ in range(tp_size)]
         for head in rng.permutation(heads):
-            copied = tp_size > 1 and rng.random() < 0.4
-            count = int(rng.integers(2, tp_size + 1)) if copied else 1
+            allowed = np.flatnonzero(~at_home[:, head]) if away else np.arange(tp_size)
+            copied = len(allowed) > 1 and rng.random() < 0.4
+            count = int(rng.integers(2, len(allowed) + 1)) if copied else 1
             shares = rng.dirichlet(np.full(count, 2.0)) + 1e-3
             for rank, share in zip(
-                rng.choice(tp_size, count, replace=False), shares / shares.sum(), strict=True
+                rng.choice(allowed, count, replace=False), shares / shares.sum(), strict=True
             ):
                 ranks[rank].append(HeadShare(head=int(head), share=float(share)))
         if all(ranks):  # every rank serves a head in every layer
@@ -65,16 +80,44 @@ def random_plan(tp_size: int, seed: int, layers: int = LAYERS, heads: int = KV_H
     )
 
 
-def write_plan(folder: Path, tp_size: int, seed: int) -> str:
-    """The same as a file; returns its path."""
-    path = folder / f"plan-tp{tp_size}-seed{seed}.json"
-    random_plan(tp_size, seed).to_file(path)
+def policy_plan(policy: str, tp_size: int, heads: int = KV_HEADS) -> Plan:
+    """What a policy makes of loads with a factor of about 20 between heads."""
+    loads = np.random.default_rng(7).lognormal(0.0, 0.8, size=(LAYERS, heads))
+    return make_plan(policy, loads, tp_size)
+
+
+def write_plan(
+    folder: Path,
+    tp_size: int,
+    placement: int | str,
+    heads: int = KV_HEADS,
+    away: bool = False,
+) -> str:
+    """The random placement of a seed, or a policy's, as a file; returns its path."""
+    path = folder / f"plan-tp{tp_size}-{placement}-{heads}.json"
+    if isinstance(placement, int):
+        plan = random_plan(tp_size, placement, heads=heads, away=away)
+    else:
+        plan = policy_plan(placement, tp_size, heads)
+    plan.to_file(path)
     return str(path)
 
 
-def write_profile(folder: Path, seed: int = 0) -> str:
+def far_from_home(plan: Plan) -> bool:
+    """Uneven, permuted, copied, and with a head in it that no rank keeps at home."""
+    homes = Homes(plan.num_kv_heads, plan.tp_size)
+    lanes = [[plan.heads(layer, rank) for rank in range(plan.tp_size)] for layer in range(LAYERS)]
+    return (
+        any(len(set(map(len, layer))) > 1 for layer in lanes)
+        and any(list(heads) != sorted(heads) for layer in lanes for heads in layer)
+        and int(plan.copy_counts().sum()) > 0
+        and bool(((plan.shares() > 0) & homes.at_home).any(axis=1).min() == 0)
+    )
+
+
+def write_profile(folder: Path, heads: int = KV_HEADS, seed: int = 0) -> str:
     """A profile with a factor of about 20 between the hungriest and the most frugal head."""
-    path = folder / f"profile-{seed}.json"
-    shares = np.random.default_rng(seed).lognormal(0.0, 0.8, size=(LAYERS, KV_HEADS))
+    path = folder / f"profile-{heads}-{seed}.json"
+    shares = np.random.default_rng(seed).lognormal(0.0, 0.8, size=(LAYERS, heads))
     HeadProfile(model=None, shares=shares / shares.sum(), meta={"source": "random"}).save(path)
     return str(path)
