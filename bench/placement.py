@@ -34,7 +34,7 @@ from fairkv_sglang.placement.simulate import Traffic
 from fairkv_sglang.placement.stay import SAME
 from fairkv_sglang.profiles import read_profile
 
-FREE = ["contiguous", "equal_count", "best_effort", "equal_shares", "fair_copying"]
+FREE = ["contiguous", "best_effort", "equal_shares", "fair_copying"]
 ROUTED = ["contiguous", "best_effort", "equal_shares", "fair_copying"]
 BUDGET, BATCH = 1024.0, 64.0
 MEAN_COPIES = {2: 0.6, 4: 2.3, 8: 6.2}

@@ -93,11 +93,11 @@ class FairKVConfig(BaseModel):
     profile: Path | None = Field(
         None, description="Head profile: expected budget share of each head. Scope head needs one."
     )
-    placement: Literal[
-        "contiguous", "best_effort", "fair_copying", "equal_shares", "equal_count", "exact"
-    ] = Field(
-        "fair_copying",
-        description="Policy that gives heads, and shares of copied heads, to ranks.",
+    placement: Literal["contiguous", "best_effort", "fair_copying", "equal_shares", "exact"] = (
+        Field(
+            "fair_copying",
+            description="Policy that gives heads, and shares of copied heads, to ranks.",
+        )
     )
     max_copies: int | None = Field(
         None,

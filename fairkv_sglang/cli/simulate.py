@@ -35,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=1024.0, help="mean kept tokens per head")
     parser.add_argument("--window", type=int, default=32, help="tokens that every head keeps")
     parser.add_argument("--floor", type=float, default=0.2, help="Ada-KV floor of every head")
-    parser.add_argument("--spare-tolerance", type=float, default=1.01)
     parser.add_argument("--png", metavar="PATH", help="draw the balance over time")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     with progress("replaying", len(sizes) * len(names) * 2 * args.steps) as step:
         for tp in sizes:
             for name in names:
-                runs = both_ways(requests, name, tp, traffic, step, fixed, args.spare_tolerance)
+                runs = both_ways(requests, name, tp, traffic, step, fixed)
                 results.append({"tp": tp, "policy": name, **summary(runs)})
                 series.setdefault(f"TP {tp}", {})[name] = runs[0][1].series
     if args.png:
@@ -90,7 +89,6 @@ def both_ways(
     traffic: Traffic,
     step: Any = None,
     fixed: Plan | None = None,
-    spare_tolerance: float = 1.01,
 ) -> list[tuple[Plan, Replay]]:
     """Plan on one half and replay the other, then the other way round."""
     halves = requests.halves()
@@ -100,9 +98,7 @@ def both_ways(
     for seen, held_out in (halves[::-1], halves):
         kept = requests.kept[seen]
         expected = kept.mean(axis=0)
-        plan = fixed or make_plan(
-            policy, expected, tp, samples=kept, spare_tolerance=spare_tolerance
-        )
+        plan = fixed or make_plan(policy, expected, tp, samples=kept)
         replay = simulate(plan, requests.kept[held_out], expected, traffic, step)
         out.append((plan, replay))
     return out

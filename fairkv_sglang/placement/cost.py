@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load model: what a rank reads in one decode step, per layer.
 
-cost(layer, rank) = lanes * lane cost + sum over its heads of share * batch * (expected kept
-tokens * KV row + row cost). A step waits in every layer for the most loaded rank (all-reduce), so
+cost(layer, rank) = lanes * lane cost + sum over its heads of share * batch * expected kept
+tokens * KV row. A step waits in every layer for the most loaded rank (all-reduce), so
 it costs the sum over layers of the maximum over ranks. Prefill runs on the homes (``homes.py``)
 whatever the plan and is no part of it.
 """
@@ -42,8 +42,7 @@ class CostModel(BaseModel):
     often the activations of a lane (q, k, v and output of every request, served here or not) are
     read or written outside of attention: projections, rotary embedding, append.
 
-    ``weight_byte_cost`` and ``kv_byte_cost`` turn bytes into cost, 1.0 each unless measured;
-    ``row_cost`` is the cost of one (request, head) pair whatever its length.
+    ``weight_byte_cost`` and ``kv_byte_cost`` turn bytes into cost, 1.0 each unless measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,7 +55,6 @@ class CostModel(BaseModel):
     batch: float = Field(default=32.0, gt=0.0)
     weight_byte_cost: float = Field(default=1.0, ge=0.0)
     kv_byte_cost: float = Field(default=1.0, gt=0.0)
-    row_cost: float = Field(default=0.0, ge=0.0)
     ops_per_byte: float = Field(default=0.0, ge=0.0)
     activation_passes: float = Field(default=0.0, ge=0.0)
 
@@ -94,11 +92,4 @@ class CostModel(BaseModel):
     def head_cost(self, loads: ArrayLike) -> FloatArray:
         """Cost of all requests of each head, ``[L, H]``, from expected kept tokens ``[L, H]``."""
         tokens = np.asarray(loads, dtype=np.float64)
-        return self.batch * (tokens * self.token_bytes * self.kv_byte_cost + self.row_cost)
-
-    def rank_cost(self, shares: FloatArray, loads: ArrayLike) -> FloatArray:
-        """Cost ``[L, R]`` of shares ``[L, R, H]`` at expected kept tokens ``[L, H]``."""
-        lanes = (shares > 0).sum(axis=2)
-        used: FloatArray = np.einsum("lrh,lh->lr", shares, self.head_cost(loads))
-        cost: FloatArray = used + self.lane_cost * lanes
-        return cost
+        return self.batch * tokens * self.token_bytes * self.kv_byte_cost

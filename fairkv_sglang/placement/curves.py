@@ -3,22 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from fairkv_sglang.placement.groups import MAX_HEADS, SmallCurves
-from fairkv_sglang.placement.options import FloatArray
 from fairkv_sglang.placement.pack import LargeCurves
 from fairkv_sglang.placement.problem import Problem
 
-
-class Curves(Protocol):
-    """``levels[m, l]``: level of layer ``l`` with ``m`` copies, inf where there is no such plan."""
-
-    levels: FloatArray
-
-    def build(self, layer: int, copies: int) -> FloatArray:
-        """Shares ``[R, H]`` of one layer with ``copies`` copies."""
-        ...
+Curves = SmallCurves | LargeCurves
 
 
 def layer_curves(problem: Problem) -> Curves:

@@ -15,6 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def blocks(heads: int, ranks: int) -> NDArray[np.float64]:
+    """Shares ``[R, H]`` with heads in order: rank r has the r-th block, fewer heads are replicated.
+
+    Where the counts do not divide, which SGLang refuses, blocks differ by one head (or one copy).
+    """
+    table = np.zeros((ranks, heads))
+    most = max(heads, ranks)
+    table[(np.arange(1, most + 1) * ranks - 1) // most, np.arange(most) * heads // most] = 1.0
+    return np.asarray(table / table.sum(axis=0, keepdims=True))
+
+
+def home_table(heads: int, ranks: int) -> NDArray[np.bool_]:
+    """``[R, H]``: whether the rank is a home of the head; none is where SGLang has no split."""
+    return (blocks(heads, ranks) > 0) & (heads % ranks == 0 or ranks % heads == 0)
+
+
 @dataclass(frozen=True)
 class Homes:
     """SGLang's split of ``num_kv_heads`` heads over ``tp_size`` ranks.
@@ -57,10 +73,7 @@ class Homes:
     @cached_property
     def at_home(self) -> NDArray[np.bool_]:
         """``[R, H]``: whether the rank is a home of the head."""
-        table = np.zeros((self.tp_size, self.num_kv_heads), dtype=np.bool_)
-        for rank in range(self.tp_size):
-            table[rank, list(self.heads(rank))] = True
-        return table
+        return home_table(self.num_kv_heads, self.tp_size)
 
     @cached_property
     def source(self) -> NDArray[np.int64]:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fairkv_sglang.placement.cost import CostModel
-from fairkv_sglang.placement.deal import deal_parts
+from fairkv_sglang.placement.deal import deal
+from fairkv_sglang.placement.homes import home_table
 from fairkv_sglang.placement.options import (
     FloatArray,
     PlanOptions,
@@ -19,9 +20,8 @@ from fairkv_sglang.placement.options import (
 )
 from fairkv_sglang.placement.plan import Plan
 from fairkv_sglang.placement.policies import POLICIES
-from fairkv_sglang.placement.problem import Problem
-from fairkv_sglang.placement.stay import homes_of, twin_lanes
-from fairkv_sglang.placement.totals import copies_of_ranks
+from fairkv_sglang.placement.problem import Problem, lower_bound
+from fairkv_sglang.placement.stay import twin_lanes
 
 
 def make_problem(
@@ -29,18 +29,12 @@ def make_problem(
     tp_size: int,
     cost: CostModel | None = None,
     samples: ArrayLike | None = None,
-    slice_bytes: float = 0.0,
-    batch: float = 32.0,
 ) -> Problem:
-    """Placement problem of expected kept tokens ``[L, H]``; without ``cost`` copies are free.
-
-    ``slice_bytes`` counts the weight bytes of free copies and ``batch`` the requests served at a
-    time; with ``cost`` its own values hold.
-    """
+    """Placement problem of expected kept tokens ``[L, H]``; without ``cost`` copies are free."""
     tokens = check_loads(loads, tp_size)
     seen = None if samples is None else check_samples(samples, tokens)
     if cost is None:
-        return Problem(tokens, tokens, tp_size, 0.0, slice_bytes, seen, batch)
+        return Problem(tokens, tokens, tp_size, 0.0, 0.0, seen)
     return Problem(
         tokens=tokens,
         costs=cost.head_cost(tokens),
@@ -59,30 +53,24 @@ def make_plan(
     cost: CostModel | None = None,
     model: str | None = None,
     samples: ArrayLike | None = None,
-    options: PlanOptions | None = None,
-    **limits: Any,
+    **options: Any,
 ) -> Plan:
     """Place heads with expected kept tokens ``loads [L, H]`` on ``tp_size`` ranks.
 
     ``cost`` turns tokens into step cost; without it a copy costs nothing. ``samples [N, L, H]``,
     kept tokens of sampled requests, let ``fair_copying`` add spare copies where requests differ
-    from ``loads``. ``limits`` are fields of :class:`PlanOptions` (or give ``options``). Raises
-    ValueError with one line for an unknown policy, for limits that cannot be met and for loads
-    that are not finite, negative or not two-dimensional.
+    from ``loads``. ``options`` are fields of :class:`PlanOptions`. Raises ValueError with one
+    line for an unknown policy, for a limit that cannot be met and for loads that are not finite,
+    negative or not two-dimensional.
     """
     if policy not in POLICIES:
         choices = ", ".join(POLICIES)
         raise ValueError(f"unknown placement policy {policy!r}; choose one of {choices}")
-    if options is None:
-        options = checked(PlanOptions, **limits)
-    elif limits:
-        options = checked(PlanOptions, **{**options.model_dump(), **limits})
-    if options.max_extra_bytes is not None and cost is None:
-        raise ValueError("max_extra_bytes needs a cost model, which knows a head's weight bytes")
+    checked_options = checked(PlanOptions, **options)
     problem = make_problem(loads, tp_size, cost, samples)
-    shares = POLICIES[policy](problem, options)
+    shares = POLICIES[policy](problem, checked_options)
     if policy != "contiguous":
-        shares = deal_parts(problem, shares, options.max_copies_per_rank is not None)
+        shares = deal(problem, [[layer] for layer in shares])
     info = figures(problem, shares)
     if cost is not None:
         # lets the router weigh a rank's weight slices against tokens
@@ -96,7 +84,7 @@ def figures(problem: Problem, shares: FloatArray) -> dict[str, Any]:
     tokens = np.einsum("lrh,lh->lr", shares, problem.tokens)
     costs = problem.rank_costs(shares)
     copies = (shares > 0).sum(axis=(1, 2)) - problem.heads
-    bound = problem.lower_bound()
+    bound = lower_bound(problem.costs, problem.ranks, problem.lane)
     step, low = float(costs.max(axis=1).sum()), float(bound.sum())
     totals = tokens.sum(axis=0)
     return {
@@ -108,10 +96,7 @@ def figures(problem: Problem, shares: FloatArray) -> dict[str, Any]:
         "step_over_bound": _ratio(step, low),
         "copies_per_layer": float(copies.mean()),
         "max_copies_in_a_layer": int(copies.max()),
-        "copies_of_ranks": [round(float(x), 3) for x in copies_of_ranks(shares)],
-        "extra_weight_bytes": float(copies.sum() * problem.slice_bytes),
         **_at_home(problem, shares),
-        "rank_token_totals": [float(x) for x in totals],
         "capacity_imbalance": _ratio(float(totals.max()), float(totals.mean())),
         **problem.notes,
     }
@@ -119,8 +104,8 @@ def figures(problem: Problem, shares: FloatArray) -> dict[str, Any]:
 
 def _at_home(problem: Problem, shares: FloatArray) -> dict[str, Any]:
     """The part of the expected rows that stays at home and bytes of twins; empty without homes."""
-    home = homes_of(problem)
-    if home is None:
+    home = home_table(problem.heads, problem.ranks)
+    if not home.any():
         return {}
     stays = float(np.einsum("lrh,lh,rh->", shares, problem.tokens, home))
     twins = twin_lanes(shares, home).sum(axis=0) * problem.slice_bytes

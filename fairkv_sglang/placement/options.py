@@ -18,27 +18,24 @@ class PlanOptions(BaseModel):
 
     tolerance: balance aimed at when a copy costs nothing: sum over layers of the fullest rank over
         sum of the mean rank.
-    max_copies_per_layer, max_copies_per_rank, max_extra_bytes: limits on copies, lanes beyond
-        one per head; with fewer heads than ranks the unavoidable ones (ranks - heads per layer)
-        count as well. A rank's copies are summed over all layers, and a head on c ranks counts
-        (c - 1) / c on each.
+    max_copies_per_layer: limit on copies, lanes beyond one per head; with fewer heads than ranks
+        the unavoidable ones (ranks - heads) count as well.
     spread: coefficient of variation of a head's load between batches. Above 0 (or with samples
-        of requests) ``fair_copying`` adds spare copies that give the router room, until
-        ``spare_tolerance`` is reached on average over the scenarios (free copies) or no copy
-        pays for itself.
-    time_limit, gap: of ``exact``, seconds per layer and relative gap.
+        of requests) ``fair_copying`` adds spare copies that give the router room (``spare.py``).
+    time_limit: of ``exact``, seconds per layer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tolerance: float = Field(default=1.02, ge=1.0)
-    spare_tolerance: float = Field(default=1.01, ge=1.0)
     max_copies_per_layer: int | None = Field(default=None, ge=0)
-    max_copies_per_rank: int | None = Field(default=None, ge=0)
-    max_extra_bytes: float | None = Field(default=None, ge=0.0)
     spread: float = Field(default=0.0, ge=0.0)
     time_limit: float = Field(default=5.0, gt=0.0)
-    gap: float = Field(default=1e-4, ge=0.0)
+
+    def most_copies(self, most: int) -> int:
+        """Copies that a layer may have if ``most`` are of use."""
+        limit = self.max_copies_per_layer
+        return most if limit is None else min(most, limit)
 
 
 def checked(model: type[Model], **values: Any) -> Model:

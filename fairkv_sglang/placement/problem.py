@@ -17,7 +17,7 @@ class Problem:
 
     tokens: ``[L, H]`` expected kept tokens. costs: ``[L, H]`` the same in cost units for the
     whole batch. lane: cost of a head served at all (0: copies are free). slice_bytes: weight bytes
-    of a lane, for the limit on extra bytes. samples: ``[N, L, H]`` costs as if the whole batch were
+    of a lane. samples: ``[N, L, H]`` costs as if the whole batch were
     like one sampled request. batch: requests served at a time. notes: what a policy wants to say
     about its run (solver status, gap); ends up in ``Plan.info``.
     """
@@ -41,14 +41,13 @@ class Problem:
 
     def rank_costs(self, shares: FloatArray) -> FloatArray:
         """``[L, R]`` cost of shares ``[L, R, H]``."""
-        lanes = (shares > 0).sum(axis=2)
-        used: FloatArray = np.einsum("lrh,lh->lr", shares, self.costs)
-        cost: FloatArray = used + self.lane * lanes
-        return cost
+        return rank_loads(shares, self.costs[:, None], self.lane)
 
-    def lower_bound(self) -> FloatArray:
-        """``[L]``: no plan has a lower fullest rank (see :func:`lower_bound`)."""
-        return lower_bound(self.costs, self.ranks, self.lane)
+
+def rank_loads(shares: FloatArray, costs: FloatArray, lane: float) -> FloatArray:
+    """Cost ``[..., R]`` of shares ``[..., R, H]`` for costs of heads that broadcast to them."""
+    loads: FloatArray = (shares * costs).sum(axis=-1) + lane * (shares > 0).sum(axis=-1)
+    return loads
 
 
 def lower_bound(costs: FloatArray, ranks: int, lane: float) -> FloatArray:

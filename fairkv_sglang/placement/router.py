@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fairkv_sglang.placement.homes import Homes
+from fairkv_sglang.placement.homes import home_table
 from fairkv_sglang.placement.plan import Plan
 
 IntArray = NDArray[np.int64]
@@ -49,7 +49,8 @@ class Router:
         self._steps = int(self._copied.sum(axis=1).max())
         # ranks[l, h]: the ranks that serve the head, homes first and else ascending, then others
         # marked as far away
-        away = 2 * ~served.transpose(0, 2, 1) + ~_at_home(plan).T  # [L, H, R]
+        home = home_table(plan.num_kv_heads, plan.tp_size)
+        away = 2 * ~served.transpose(0, 2, 1) + ~home.T  # [L, H, R]
         ranks = np.argsort(away, axis=2, kind="stable")
         most = int(count.max())
         self._ranks: IntArray = ranks[:, :, :most].astype(np.int64)
@@ -134,11 +135,3 @@ class Router:
         if not np.isfinite(array).all() or (array < 0).any():
             raise ValueError("tokens must be finite and >= 0")
         return np.rint(array).astype(np.int64)
-
-
-def _at_home(plan: Plan) -> NDArray[np.bool_]:
-    """``[R, H]`` homes; all false for numbers that SGLang cannot split."""
-    heads, ranks = plan.num_kv_heads, plan.tp_size
-    if heads % ranks and ranks % heads:
-        return np.zeros((ranks, heads), dtype=np.bool_)
-    return Homes(heads, ranks).at_home

@@ -22,7 +22,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fairkv_sglang.placement.choose import limits
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
 from fairkv_sglang.placement.problem import Problem
 
@@ -33,6 +32,7 @@ _SCENARIOS = 32
 _UNSEEN, _UNSEEN_COSTED = 0.2, 0.15
 _GROUP = 4
 _MIN_SHARE = 0.02
+_TOLERANCE = 1.01  # free copies
 _MIN_GAIN = 1e-4
 _WASTE = 0.5  # of a request, per rank
 _DEARER = 1.01
@@ -40,13 +40,11 @@ _DEARER = 1.01
 BoolArray = NDArray[np.bool_]
 
 
-def add_spares(
-    problem: Problem, shares: FloatArray, options: PlanOptions, most: int | None = None
-) -> FloatArray:
+def add_spares(problem: Problem, shares: FloatArray, options: PlanOptions) -> FloatArray:
     """Shares ``[L, R, H]`` with spare copies added; unchanged without scenarios.
 
-    Spare copies are not bound to R - 1 per layer; ``options`` limits and ``most`` (total copies)
-    hold. For more than MAX_RANKS ranks none are added, and ``problem.notes`` says so.
+    Spare copies are not bound to R - 1 per layer, but to the limit of ``options``. For more than
+    MAX_RANKS ranks none are added, and ``problem.notes`` says so.
     """
     scenarios = make_scenarios(problem, options)
     if scenarios is None or problem.ranks == 1:
@@ -64,13 +62,13 @@ def add_spares(
         )
         for index in range(problem.layers)
     ]
-    per_layer, room = _room(problem, shares, options, most)
+    most = options.most_copies(problem.heads * (problem.ranks - 1))
     ideal = float(scenarios.sum(axis=(1, 2)).mean()) / problem.ranks
-    goal = ideal * options.spare_tolerance if problem.lane <= 0.0 else -np.inf
+    goal = ideal * _TOLERANCE if problem.lane <= 0.0 else -np.inf
     nexts = [layer.next_edge() for layer in layers]
     added = 0
-    while added < room and sum(layer.level for layer in layers) > goal:
-        gains = [nexts[i][0] if layer.copies < per_layer else 0.0 for i, layer in enumerate(layers)]
+    while sum(layer.level for layer in layers) > goal:
+        gains = [nexts[i][0] if layer.copies < most else 0.0 for i, layer in enumerate(layers)]
         index = int(np.argmax(gains))
         if gains[index] <= _MIN_GAIN * layers[index].level:
             break
@@ -111,21 +109,6 @@ def make_scenarios(problem: Problem, options: PlanOptions) -> FloatArray | None:
     sigma = float(np.sqrt(np.log1p(spread**2)))
     drawn: FloatArray = chosen * np.exp(sigma * noise - 0.5 * sigma**2)
     return drawn
-
-
-def _room(
-    problem: Problem, shares: FloatArray, options: PlanOptions, most: int | None
-) -> tuple[int, int]:
-    unlimited = problem.heads * (problem.ranks - 1)
-    per_layer = options.max_copies_per_layer
-    per_layer = unlimited if per_layer is None else per_layer
-    wide = options.model_copy(update={"max_copies_per_layer": None})
-    total = per_layer * problem.layers
-    if options.max_extra_bytes is not None or options.max_copies_per_rank is not None:
-        total = min(total, limits(problem, wide, 0)[1])
-    if most is not None:
-        total = min(total, most)
-    return per_layer, total - (int((shares > 0).sum()) - problem.layers * problem.heads)
 
 
 class _Layer:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fairkv_sglang.placement import CostModel
+from fairkv_sglang.placement.make import make_problem
 from fairkv_sglang.placement.model import ModelShape
 from fairkv_sglang.placement.problem import lower_bound
 
@@ -29,13 +30,11 @@ def test_bytes_of_llama_3_8b() -> None:
     assert cost.token_bytes == 512
 
 
-def test_rank_cost_counts_lanes_shares_and_rows() -> None:
-    cost = CostModel(
-        head_dim=2, hidden_size=3, group=1, weight_bytes=1.0, kv_bytes=1.0, batch=10.0, row_cost=7.0
-    )
+def test_rank_costs_count_lanes_and_shares() -> None:
+    cost = CostModel(head_dim=2, hidden_size=3, group=1, weight_bytes=1.0, kv_bytes=1.0, batch=10.0)
     shares = np.array([[[1.0, 0.25], [0.0, 0.75]]])
-    rows = cost.rank_cost(shares, [[5.0, 4.0]])
-    lane, zero, one = 4 * 2 * 3, 10 * (5 * 4 + 7), 10 * (4 * 4 + 7)
+    rows = make_problem([[5.0, 4.0]], 2, cost).rank_costs(shares)
+    lane, zero, one = 4 * 2 * 3, 10 * 5 * 4, 10 * 4 * 4
     np.testing.assert_allclose(rows, [[2 * lane + zero + one / 4, lane + 0.75 * one]])
 
 

@@ -9,13 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairkv_sglang.placement import POLICIES, CostModel, PlanOptions, make_plan
-from fairkv_sglang.placement.deal import deal_parts
+from fairkv_sglang.placement.deal import EVEN, EVENER, deal
 from fairkv_sglang.placement.homes import Homes
 from fairkv_sglang.placement.make import figures, make_problem
 from fairkv_sglang.placement.options import FloatArray
 from fairkv_sglang.placement.problem import Problem
-from fairkv_sglang.placement.stay import EVEN, EVENER, SAME, stay_home, twin_lanes
-from fairkv_sglang.placement.totals import even_totals
+from fairkv_sglang.placement.stay import SAME, stay_home, twin_lanes
 
 SPLITS = st.sampled_from([(8, 2), (8, 4), (8, 8), (4, 8), (2, 4), (1, 3), (12, 3), (6, 3)])
 COSTS = st.sampled_from([None, *(CostModel.for_device(d, batch=64) for d in ("cuda", "cpu"))])
@@ -44,6 +43,21 @@ def rows_at_home(problem: Problem, shares: FloatArray) -> float:
     return float(np.einsum("lrh,lh,rh->", shares, problem.tokens, home))
 
 
+def dealt(problem: Problem, shares: FloatArray) -> FloatArray:
+    return deal(problem, [[layer] for layer in shares])
+
+
+def evened(problem: Problem, shares: FloatArray) -> FloatArray:
+    """Largest parts to the emptiest ranks, layers with the widest spread first."""
+    out, held = shares.copy(), np.zeros(problem.ranks)
+    tokens = np.einsum("lrh,lh->lr", shares, problem.tokens)
+    for layer in np.argsort(-np.ptp(tokens, axis=1), kind="stable"):
+        ranks = np.argsort(held, kind="stable")
+        out[layer, ranks] = shares[layer, np.argsort(-tokens[layer], kind="stable")]
+        held[ranks] += -np.sort(-tokens[layer])
+    return out
+
+
 def fullest(problem: Problem, shares: FloatArray) -> float:
     totals = np.einsum("lrh,lh->r", shares, problem.tokens)
     return float(totals.max() / max(totals.mean(), 1e-300))
@@ -67,9 +81,21 @@ def test_staying_home_costs_no_time(
     assert ((plan > 0).sum(axis=(1, 2)) <= np.maximum(
         (start > 0).sum(axis=(1, 2)), problem.heads + problem.ranks - 1
     )).all()  # fmt: skip
-    dealt = (deal_parts(problem, x) for x in (start, plan))
-    assert all(fullest(problem, x) <= fullest(problem, even_totals(problem, start)) * EVENER**2
-               or fullest(problem, x) <= EVEN + 1e-9 for x in dealt)  # fmt: skip
+    alike = 1e-6 * problem.tokens.sum()
+    if fullest(problem, start) <= EVEN:  # memory is as even then
+        assert rows_at_home(problem, plan) >= rows_at_home(problem, start) - alike
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10_000), split=SPLITS, cost=COSTS)
+def test_staying_home_leaves_memory_even(
+    seed: int, split: tuple[int, int], cost: CostModel | None
+) -> None:
+    """With the layers of a small model; of few layers there may be no even choice."""
+    problem = make_problem(some_loads(seed, 24, split[0]), split[1], cost)
+    start = make_plan("fair_copying", problem.tokens, split[1], cost).shares()
+    own = fullest(problem, evened(problem, start))
+    assert fullest(problem, dealt(problem, start)) <= max(EVEN, EVENER * own) + 1e-9
 
 
 @settings(deadline=None, max_examples=60)
@@ -79,17 +105,15 @@ def test_dealing_keeps_rows_home_and_memory_even(
 ) -> None:
     problem = make_problem(some_loads(seed, layers, split[0]), split[1])
     start = some_shares(seed, problem)
-    dealt = deal_parts(problem, start)
+    plan = dealt(problem, start)
     np.testing.assert_allclose(  # the same parts in each layer
-        np.sort(problem.rank_costs(dealt), axis=1), np.sort(problem.rank_costs(start), axis=1)
+        np.sort(problem.rank_costs(plan), axis=1), np.sort(problem.rank_costs(start), axis=1)
     )
-    even = fullest(problem, even_totals(problem, start))
-    limit = max(even * EVENER, EVEN) + 1e-9
-    assert fullest(problem, dealt) <= limit
+    limit = max(EVEN, EVENER * fullest(problem, evened(problem, start))) + 1e-9
+    assert fullest(problem, plan) <= limit
     alike = 1e-6 * problem.tokens.sum()  # twins count where rows are the same
-    for other in (start, even_totals(problem, start)):
-        if fullest(problem, other) <= limit:
-            assert rows_at_home(problem, dealt) >= rows_at_home(problem, other) - alike
+    if fullest(problem, start) <= EVEN:
+        assert rows_at_home(problem, plan) >= rows_at_home(problem, start) - alike
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
@@ -131,7 +155,6 @@ def test_a_split_that_sglang_has_not_is_planned_without_homes() -> None:
 
 def test_no_copies_where_none_are_allowed() -> None:
     loads = some_loads(3, 8, 8)
-    for options in ({"max_copies_per_layer": 0}, {"max_extra_bytes": 0.0}):
-        plan = make_plan("fair_copying", loads, 4, CostModel(batch=64), **options)
-        assert plan.copy_counts().sum() == 0 and plan.info["home_rows"] > 0.25
+    plan = make_plan("fair_copying", loads, 4, CostModel(batch=64), max_copies_per_layer=0)
+    assert plan.copy_counts().sum() == 0 and plan.info["home_rows"] > 0.25
     assert make_plan("best_effort", loads, 4, CostModel(batch=64)).copy_counts().sum() == 0

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
 from fairkv_sglang.placement.policies.best_effort import best_effort
 from fairkv_sglang.placement.policies.contiguous import contiguous
-from fairkv_sglang.placement.policies.equal_count import equal_count
 from fairkv_sglang.placement.policies.equal_shares import equal_shares
 from fairkv_sglang.placement.policies.exact import exact
 from fairkv_sglang.placement.policies.fair_copying import fair_copying
@@ -18,7 +17,6 @@ Policy = Callable[[Problem, PlanOptions], FloatArray]
 
 POLICIES: dict[str, Policy] = {
     "contiguous": contiguous,
-    "equal_count": equal_count,
     "best_effort": best_effort,
     "equal_shares": equal_shares,
     "fair_copying": fair_copying,

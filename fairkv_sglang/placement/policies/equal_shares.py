@@ -11,34 +11,31 @@ from __future__ import annotations
 import numpy as np
 
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
-from fairkv_sglang.placement.problem import Problem
+from fairkv_sglang.placement.problem import Problem, rank_loads
 from fairkv_sglang.placement.stay import stay_home
 
 
 def equal_shares(problem: Problem, options: PlanOptions) -> FloatArray:
     """Shares ``[L, R, H]``; per layer the number of copies with the lowest fullest rank.
 
-    Up to ``2 * ranks`` copies are tried (or ``options.max_copies_per_layer``); with free copies the
+    Up to ``2 * ranks`` copies are tried (or as many as ``options`` allows); with free copies the
     fewest within ``options.tolerance`` of the mean win, if any is.
     """
     least = max(problem.ranks - problem.heads, 0)
-    most = options.max_copies_per_layer
-    most = 2 * problem.ranks if most is None else max(most, least)
+    most = max(options.most_copies(2 * problem.ranks), least)
     out = np.zeros((problem.layers, problem.ranks, problem.heads))
     for layer, costs in enumerate(problem.costs):
         best = np.inf
         goal = costs.sum() / problem.ranks * options.tolerance if problem.lane <= 0.0 else 0.0
         for copies in range(least, min(most, problem.heads * (problem.ranks - 1)) + 1):
             shares = spread(costs, problem.ranks, problem.lane, copies)
-            level = float(
-                ((shares * costs).sum(axis=1) + problem.lane * (shares > 0).sum(axis=1)).max()
-            )
+            level = float(rank_loads(shares, costs, problem.lane).max())
             if level < best * (1 - 1e-9):
                 best = level
                 out[layer] = shares
             if level <= goal:
                 break
-    return stay_home(problem, options, out, between=False)
+    return stay_home(problem, options, out, copying=False)
 
 
 def spread(costs: FloatArray, ranks: int, lane: float, copies: int) -> FloatArray:

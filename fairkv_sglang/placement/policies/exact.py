@@ -18,16 +18,17 @@ from scipy.sparse import coo_matrix, csr_matrix
 
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
 from fairkv_sglang.placement.policies.fair_copying import fair_copying
-from fairkv_sglang.placement.problem import Problem, lower_bound
+from fairkv_sglang.placement.problem import Problem, lower_bound, rank_loads
 from fairkv_sglang.placement.stay import stay_home
+
+_GAP = 1e-4
 
 
 def exact(problem: Problem, options: PlanOptions) -> FloatArray:
     """Shares ``[L, R, H]``; each layer has ``options.time_limit`` seconds.
 
     A layer without a solution in time, or with one above ``fair_copying``'s, takes the latter.
-    Notes: which layers are proved optimal within ``options.gap`` and the largest remaining gap.
-    ``max_copies_per_layer`` is a constraint; the other limits hold only for the fallback.
+    Notes: which layers are proved optimal within a gap of 1e-4 and the largest remaining gap.
     """
     plain = replace(problem, samples=None)
     fallback = fair_copying(plain, options.model_copy(update={"spread": 0.0, "tolerance": 1.0}))
@@ -35,19 +36,16 @@ def exact(problem: Problem, options: PlanOptions) -> FloatArray:
     levels = problem.rank_costs(fallback).max(axis=1)
     proved, gaps = [], []
     for layer in range(problem.layers):
-        found = solve_layer(
+        shares, bound, optimal = solve_layer(
             problem.costs[layer], problem.ranks, problem.lane, options, float(levels[layer])
         )
-        shares, bound, optimal = found
         level = float(levels[layer])
         if shares is not None:
-            reached = float(
-                (shares @ problem.costs[layer] + problem.lane * (shares > 0).sum(axis=1)).max()
-            )
+            reached = float(rank_loads(shares, problem.costs[layer], problem.lane).max())
             if reached < level * (1 - 1e-6):
                 out[layer], level = shares, reached
         gaps.append(max(level - bound, 0.0) / level if level > 0.0 else 0.0)
-        proved.append(bool(optimal or gaps[-1] <= options.gap))
+        proved.append(bool(optimal or gaps[-1] <= _GAP))
     problem.notes.update(
         solver="scipy.optimize.milp (HiGHS)",
         layers_proved=int(sum(proved)),
@@ -101,7 +99,7 @@ def solve_layer(
         constraints=LinearConstraint(
             _matrix(rows, 2 * size + 1), [r[2] for r in rows], [r[3] for r in rows]
         ),
-        options={"time_limit": options.time_limit, "mip_rel_gap": options.gap},
+        options={"time_limit": options.time_limit, "mip_rel_gap": _GAP},
     )
     bound = result.mip_dual_bound
     bound = floor if bound is None or not np.isfinite(bound) else max(float(bound), floor)
