@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -41,10 +42,16 @@ class Decoder(Protocol):
 
 
 class PageTableDecoder:
-    """Kernels that read the page tables themselves and need no plan: numba on CPU."""
+    """Operations that read the page tables themselves and need no plan.
 
-    def __init__(self, lane_start: tuple[int, ...]) -> None:
+    Args:
+        lane_start: ``[L + 1]`` first lane of each layer.
+        operation: ``ops.decode``, the device's kernel, or ``reference.decode``, plain torch.
+    """
+
+    def __init__(self, lane_start: tuple[int, ...], operation: Callable[..., None]) -> None:
         self.lane_start = lane_start
+        self.operation = operation
 
     def reserve(self, pages: HeadPages, max_batch: int) -> None:
         """Nothing to allocate."""
@@ -63,24 +70,7 @@ class PageTableDecoder:
     ) -> None:
         """See :class:`Decoder`."""
         low, high = self.lane_start[layer], self.lane_start[layer + 1]
-        ops.decode(pages, q, rows, low, high - low, scale, out)
-
-
-class TorchDecoder(PageTableDecoder):
-    """The plain torch reference, for tests and for comparison."""
-
-    def decode(
-        self,
-        pages: HeadPages,
-        q: torch.Tensor,
-        rows: torch.Tensor,
-        layer: int,
-        scale: float,
-        out: torch.Tensor,
-    ) -> None:
-        """See :class:`Decoder`."""
-        low, high = self.lane_start[layer], self.lane_start[layer + 1]
-        reference.decode(pages, q, rows, low, high - low, scale, out)
+        self.operation(pages, q, rows, low, high - low, scale, out)
 
 
 def make_decoder(runtime: FairKVRuntime, device: str) -> Decoder:
@@ -98,11 +88,9 @@ def make_decoder(runtime: FairKVRuntime, device: str) -> Decoder:
             f"--fairkv-decode-backend {wanted} does not run on {device}: use auto or one of "
             + ", ".join(choices)
         )
-    lane_start = runtime.heads.lane_start
     if name == "flashinfer":
         from fairkv_sglang.attention.flashinfer import FlashInferDecoder
 
         return FlashInferDecoder(runtime, device)
-    if name == "torch":
-        return TorchDecoder(lane_start)
-    return PageTableDecoder(lane_start)
+    operation = reference.decode if name == "torch" else ops.decode
+    return PageTableDecoder(runtime.heads.lane_start, operation)

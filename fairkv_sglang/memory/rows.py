@@ -124,10 +124,6 @@ class RowBook:
             self._settle(row, self.scope.expected(prompt_len))
         self._note_peak()
 
-    def owned_mask(self, row: int) -> torch.Tensor:
-        """``uint8 [lanes]`` on the host: lanes of this rank that serve the row."""
-        return self._lives[row].owned
-
     def owners(self, row: int) -> NDArray[np.int16]:
         """``[L, H]`` owner of each head for the row."""
         return self.ledger.owners(row)

@@ -17,7 +17,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 import fairkv_sglang.runtime
 from fairkv_sglang.attention.backend import FairKVAttnBackend
-from fairkv_sglang.attention.decoders import TorchDecoder
+from fairkv_sglang.attention.decoders import PageTableDecoder
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
 from fairkv_sglang.kernels import reference
 
@@ -88,7 +88,7 @@ class Server:
             req_to_token_pool=SimpleNamespace(req_to_token=self.rank.table),
             token_to_kv_pool=pool,
         )
-        decoder = TorchDecoder(self.runtime.heads.lane_start)
+        decoder = PageTableDecoder(self.runtime.heads.lane_start, reference.decode)
         self.backend = FairKVAttnBackend(runner, self.prefill, decoder, self.runtime, None)
 
     def extend(self, parts: list[tuple[Prompt, int, int]], running: list[int]) -> Any:

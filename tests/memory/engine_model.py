@@ -278,8 +278,8 @@ class Engine:
             if len(rows):
                 slots = torch.empty((len(rows), book.pages.lanes), dtype=torch.int64)
                 ops.grow(book.pages, rows, slots)
-                owned = torch.stack([book.owned_mask(int(row)) for row in rows])
-                assert torch.equal(slots >= 0, owned > 0)
+                owned = [book.heads.owned(book.owners(int(row))) for row in rows]
+                assert torch.equal(slots >= 0, torch.from_numpy(np.stack(owned)) > 0)
         for request, _ in batch.ended:
             self.store(request)
         for rank, book in enumerate(self.books):
