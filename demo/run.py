@@ -33,9 +33,7 @@ sys.path.append(str(ROOT))  # behind everything else: kernels/ and patches/ must
 
 from demo.prompts import RecallPrompt, make_prompts  # noqa: E402
 from fairkv_sglang.kernels.pages import PAGE_TOKENS  # noqa: E402
-from fairkv_sglang.placement import Plan, make_plan  # noqa: E402
-from fairkv_sglang.planning import REQUEST_SPREAD  # noqa: E402
-from fairkv_sglang.profiles import read_profile  # noqa: E402
+from fairkv_sglang.placement import Plan  # noqa: E402
 
 MODEL = ROOT / "demo" / "model"
 PROFILE = ROOT / "demo" / "profile.json"
@@ -53,10 +51,10 @@ def main() -> int:
         f"model {MODEL.relative_to(ROOT)}, TP {args.tp}"
     )
     stock = _serve(console, "stock SGLang", args, prompts, [])
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--fairkv", "--fairkv-ratio", str(args.ratio), "--fairkv-profile", str(PROFILE)]
-        flags += ["--fairkv-plan", str(_plan(args, Path(folder)))]
-        fair = _serve(console, f"FairKV, {args.ratio:.0%} of the cache", args, prompts, flags)
+    flags = ["--fairkv", "--fairkv-ratio", str(args.ratio), "--fairkv-profile", str(PROFILE)]
+    flags += ["--fairkv-expected-prompt", str(args.tokens)]
+    flags += ["--fairkv-expected-batch", str(args.prompts)]
+    fair = _serve(console, f"FairKV, {args.ratio:.0%} of the cache", args, prompts, flags)
     _print_answers(console, prompts, stock["answers"], fair["answers"])
     right = {name: _right(prompts, run["answers"]) for name, run in _named(stock, fair)}
     _print_summary(console, args, right, stock, fair)
@@ -80,18 +78,6 @@ def _arguments() -> argparse.Namespace:
 
 def _named(stock: dict[str, Any], fair: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [("stock SGLang", stock), ("FairKV", fair)]
-
-
-def _plan(args: argparse.Namespace, folder: Path) -> Path:
-    """A plan with free copies: kept tokens as even as they get.
-
-    Left to itself the server would plan for this CPU, where a copy of so small a head costs more
-    than it brings; for large models on GPUs it makes such plans.
-    """
-    loads = read_profile(PROFILE).relative * args.ratio * args.tokens
-    path = folder / "plan.json"
-    make_plan("fair_copying", loads, args.tp, spread=REQUEST_SPREAD).to_file(path)
-    return path
 
 
 # -- servers --------------------------------------------------------------------------------------
