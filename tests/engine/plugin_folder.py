@@ -74,14 +74,19 @@ for name in ("forward_extend", "forward_decode"):
 ABORT_PROBE = """
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-def abort(result, scheduler, batch, *args, **kwargs):
-    if not batch.forward_mode.is_extend():
+def abort(scheduler, *args, **kwargs):
+    batch = scheduler.last_batch
+    if batch is None or not batch.forward_mode.is_extend():
         return
     for req in batch.reqs:
         ends = req.extend_range.end == len(req.full_untruncated_fill_ids)
-        if req.rid.startswith("abort-at-once") and ends and req.to_finish is None:
+        if req.rid.startswith("abort-at-once") and ends and not (req.to_finish or req.finished()):
             mark("aborted", req.rid, "with", len(req.output_ids), "tokens")
             scheduler.abort_request(AbortReq(rid=req.rid))
-HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.run_batch", abort, HookType.AFTER)
+            assert req.to_finish is not None
+HookRegistry.register(
+    "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", abort, HookType.BEFORE
+)
 """
-"""Aborts requests of that name right after the pass in which their prompt ends, on every rank."""
+"""Aborts requests of that name between the pass in which their prompt ends and the next step, where
+an abort from outside would be read, on every rank."""

@@ -29,6 +29,8 @@ from workloads import (
     write_plan,
 )
 
+from fairkv_sglang.placement import POLICIES
+
 FULL = {"ratio": 1.0}
 SHORTER = [i for i, length in enumerate(LENGTHS) if length in (1, 33, 64, 300, 511, 513, 1200)]
 """Prompts of most cases of the sweep."""
@@ -94,7 +96,10 @@ def test_fewer_heads_than_ranks_equal_the_model_itself(
     assert outputs == hugging_face_outputs(model, BATCH, NEW_TOKENS)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param("qwen2", marks=pytest.mark.sweep), "qwen3", "mistral"],  # see test_weights
+)
 def test_other_architectures_equal_the_model_itself(
     tiny_model: Callable[..., Path], tmp_path: Path, architecture: str
 ) -> None:
@@ -118,7 +123,6 @@ def test_other_architectures_equal_the_model_itself(
     assert outputs == hugging_face_outputs(model, BATCH, NEW_TOKENS)
 
 
-POLICIES = ("contiguous", "best_effort", "fair_copying", "equal_shares")
 RANDOM = {"llama": 30, "qwen2": 10, "qwen3": 10, "mistral": 2, "llama, 2 KV heads": 6}
 AWAY = 3
 
@@ -149,7 +153,9 @@ class Case:
         return "random, none at home" if self.away else "random"
 
     def __str__(self) -> str:
-        return f"{self.model}-tp{self.tp_size}-{self.placement}".replace(", ", "-")
+        return f"{self.model}-tp{self.tp_size}-{self.placement}".replace(", ", "-").replace(
+            " ", "-"
+        )
 
 
 def _cases() -> Iterator[Case]:

@@ -52,9 +52,9 @@ def test_three_times_as_many_requests_decode_together(
     model = tiny_model(layers=2, q_heads=8, kv_heads=4)
     prompts = random_prompts([PROMPT] * REQUESTS, vocab=500, seed=5)
     peaks = {}
-    for name, fairkv in (
-        ("stock", None),
-        ("fairkv", {"ratio": 0.25, "prefill_pool": 4200}),
+    for name, fairkv, requests in (
+        ("stock", None, REQUESTS // 3),
+        ("fairkv", {"ratio": 0.25, "prefill_pool": 4200}, REQUESTS),
     ):
         engine = EngineProcess(
             model,
@@ -68,8 +68,8 @@ def test_three_times_as_many_requests_decode_together(
             decode_log_interval=1,
         )
         try:
-            outputs = engine.generate(prompts, OUTPUT)
-            assert [len(output) for output in outputs] == [OUTPUT] * REQUESTS
+            outputs = engine.generate(prompts[:requests], OUTPUT)
+            assert [len(output) for output in outputs] == [OUTPUT] * requests
             peaks[name] = _most_decoding(engine)
             if fairkv is not None:
                 state = _idle_state(engine)
@@ -84,7 +84,8 @@ def test_three_times_as_many_requests_decode_together(
             engine.close()
     print(f"requests decoding together: {peaks}")
     assert peaks["fairkv"] >= 3 * peaks["stock"]
-    assert peaks["stock"] == POOL // (PROMPT + OUTPUT)  # stock used all that it had
+    # stock used all that it had, and had more to do
+    assert peaks["stock"] == POOL // (PROMPT + OUTPUT) < REQUESTS // 3
 
 
 # -- stress ---------------------------------------------------------------------------------------
@@ -191,7 +192,8 @@ def _abort_after_the_prompt(engine: EngineProcess) -> None:
         assert result["meta_info"]["finish_reason"]["type"] == ("abort" if aborted else "length")
     seen = re.findall(r"PROBE aborted (\S+) with (\d+) tokens", engine.log)
     ranks = len(engine.fairkv()["ranks"])
-    assert sorted(seen) == sorted([(n, "0") for n in names if n.startswith("abort")] * ranks)
+    assert {tokens for _, tokens in seen} <= {"0", "1"}  # without overlap the prompt's is there
+    assert sorted(n for n, _ in seen) == sorted([n for n in names if n[0] == "a"] * ranks)
 
 
 def test_abort_between_compression_and_first_decode(
@@ -240,7 +242,11 @@ def test_pages_hold_the_kept_tokens_and_no_more(stress: EngineProcess) -> None:
         ({"disable_overlap_schedule": True, "page_size": 16}, {"SGLANG_TEST_RETRACT": "1"}),
         ({"enable_mixed_chunk": False, "tp_size": 4}, {"SGLANG_TEST_RETRACT": "1"}),
         ({"tp_size": 1, "schedule_policy": "fcfs"}, {}),
-        ({"chunked_prefill_size": -1, "enable_mixed_chunk": False}, {}),
+        # SGLang sets 24 GB aside for a prefill without chunks; the host may have less
+        (
+            {"chunked_prefill_size": -1, "enable_mixed_chunk": False, "mem_fraction_static": 0.5},
+            {},
+        ),
     ],
     ids=["pages-of-16", "no-radix", "no-overlap-retract", "tp4-retract", "tp1", "no-chunks"],
 )

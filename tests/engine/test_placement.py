@@ -28,6 +28,8 @@ from workloads import (
     write_profile,
 )
 
+from fairkv_sglang.placement import POLICIES
+
 QUARTER = 0.25
 NEW_TOKENS = 48
 WINDOW = 32
@@ -77,8 +79,10 @@ class Case:
         return ", ".join(filter(None, words))
 
     def __str__(self) -> str:
-        kind = self.kind.replace(", ", "-").replace(" ", "-")
-        return f"{self.scope}-tp{self.tp_size}-{self.heads}-{self.placement}-{kind}"
+        words = [self.scope, f"tp{self.tp_size}", f"{self.heads}heads", str(self.placement)]
+        if not isinstance(self.placement, str):
+            words.append(self.kind.replace(", ", "-").replace(" ", "-"))
+        return "-".join(words)
 
 
 def _run(model: Path, folder: Path, case: Case) -> Run:
@@ -194,15 +198,17 @@ def report() -> SweepReport:
     )
 
 
-_POLICIES = (
-    "contiguous", "best_effort", "fair_copying", "equal_shares", "equal_count", "exact",
-)  # fmt: skip
 _CASES = [
     *(
         Case(scope, tp_size, placement)
-        for scope in ("layer", "head", "uniform")
+        for scope in ("layer", "head")
         for tp_size in (2, 4)
-        for placement in (*_POLICIES, 11, 12, 13)
+        for placement in (*POLICIES, 11, 12, 13)
+    ),
+    *(
+        Case("uniform", tp_size, placement)
+        for tp_size in (2, 4)
+        for placement in ("fair_copying", 11, 12)
     ),
     *(Case(scope, tp_size, 14, away=True) for scope in ("layer", "head") for tp_size in (2, 4)),
     *(Case("layer", tp_size, 15, mixed=True) for tp_size in (2, 4)),

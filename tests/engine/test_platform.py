@@ -30,9 +30,10 @@ def expected(tiny_model: Callable[..., Path]) -> list[list[int]]:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"tp_size": 1},
+        # test_plugin_off and test_prefill start these two as well
+        pytest.param({"tp_size": 1}, marks=pytest.mark.sweep),
         {"tp_size": 1, "page_size": 16, "chunked_prefill_size": 64},
-        {"tp_size": 2},
+        pytest.param({"tp_size": 2}, marks=pytest.mark.sweep),
         {"tp_size": 4},
     ],
     ids=["tp1", "tp1-pages-of-16", "tp2", "tp4-fewer-kv-heads-than-ranks"],

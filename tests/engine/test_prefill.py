@@ -39,6 +39,7 @@ def _seen(
         max_total_tokens=tokens,
         chunked_prefill_size=256,
         load_format="safetensors",
+        attention_backend="torch_native",
     )
     try:
         outputs = [engine.generate([prompt], NEW_TOKENS)[0] for prompt in PROMPTS]

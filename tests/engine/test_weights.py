@@ -53,6 +53,7 @@ def engine(
         fairkv={"ratio": 1.0, "plan": plan},
         tp_size=2,
         load_format="dummy",
+        prefill_attention_backend="torch_native",
         **ENGINE,
     )
 
