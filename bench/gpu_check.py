@@ -78,6 +78,20 @@ def numba_kernels() -> Any:
     return numba_cpu
 
 
+def hand_over() -> Any:
+    """Checks of the hand-over; they need what a server's configuration needs, but not SGLang."""
+    try:
+        from fairkv_sglang.bench.gpu import hand_over
+    except ModuleNotFoundError as error:
+        raise NotRun(f"{error.name} is not installed") from None
+    return hand_over
+
+
+def hand_over_on_cpu() -> Any:
+    numba_kernels()
+    return hand_over().owners_hold_what_is_kept("cpu", 16)
+
+
 def check_on_cpu(report: Report) -> None:
     """The parts that need nothing but a CPU."""
     f32, bf16 = torch.float32, torch.bfloat16
@@ -91,6 +105,7 @@ def check_on_cpu(report: Report) -> None:
         lambda: checks.page_operations(numba_kernels(), "cpu", bf16, by_columns=True),
     )
     report.check("full arena, numba", lambda: checks.full_arena(numba_kernels(), "cpu", True))
+    report.check("hand-over of kept rows, CPU", hand_over_on_cpu)
     for name, dtype, tolerance in (
         ("float32", f32, CPU_FLOAT32), ("bfloat16", bf16, CPU_BFLOAT16)
     ):  # fmt: skip
@@ -255,6 +270,12 @@ def check_on_gpu(report: Report) -> None:
     )
     on_gpu("tile order and spare tiles", lambda: steps().orders_agree("cuda", DIM))
     on_gpu("no host synchronisation", lambda: steps().no_host_synchronisation(DIM))
+    on_gpu("hand-over of kept rows", lambda: hand_over().owners_hold_what_is_kept("cuda", DIM))
+    on_gpu(
+        "no host synchronisation, hand-over",
+        lambda: hand_over().no_host_synchronisation("cuda", DIM),
+    )
+    on_gpu("NCCL all-to-all, one rank", lambda: hand_over().group_of_one("cuda"))
     on_gpu("CUDA graph replayed over changing batches", lambda: steps().replayed_step("cuda", DIM))
     for name in ("stock", "BatchAttention", "SGLang Triton"):
         on_gpu(
@@ -293,7 +314,9 @@ def makers(report: Report) -> dict[str, Any]:
 
 
 def measure(report: Report) -> dict[str, Any]:
-    """Cost of planning and decode bandwidth; without a GPU the tables say so in every row."""
+    """Cost of planning and hand-over, decode bandwidth; without a GPU the tables say so in every
+    row.
+    """
     figures: dict[str, Any] = {}
     chosen = makers(report)
 
@@ -303,6 +326,16 @@ def measure(report: Report) -> dict[str, Any]:
 
         figures["planner"] = planner(CudaClock())
         return ", ".join(f"{name} {value:.0f}" for name, value in figures["planner"].items())
+
+    def moves() -> str:
+        require("triton", "Triton")
+        from fairkv_sglang.bench.gpu.timing import CudaClock
+
+        figures["hand_over"] = hand_over().one_layer(CudaClock())
+        return "\n".join(
+            f"sizes {name}: " + ", ".join(f"{what} {value:.2f}" for what, value in row.items())
+            for name, row in figures["hand_over"].items()
+        )
 
     def sweep() -> None:
         require("triton", "Triton")
@@ -316,6 +349,7 @@ def measure(report: Report) -> dict[str, Any]:
         need(not broken, f"{len(broken)} timings failed, see the table")
 
     report.check("planner, 80 layers of 512 rows", planner, gpu=True)
+    report.check("hand-over of a layer, 8,192 tokens, 2,048 kept", moves, gpu=True)
     report.check("decode bandwidth", sweep, gpu=True)
     if "bandwidth" not in figures:
         row = report.rows[-1]

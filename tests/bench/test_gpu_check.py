@@ -17,7 +17,8 @@ import fake_flashinfer
 import pytest
 import torch
 
-from fairkv_sglang.bench.gpu import checks, points
+from fairkv_sglang.attention.hand_over import HandOver
+from fairkv_sglang.bench.gpu import checks, hand_over, points
 from fairkv_sglang.bench.gpu.contenders import CONTENDERS
 from fairkv_sglang.bench.gpu.report import Report
 from fairkv_sglang.kernels import HeadPages, numba_cpu, plan, reference, workload
@@ -31,6 +32,7 @@ ON_CPU = (
     "ragged and uniform batches",
     "page operations, numba against torch",
     "full arena, numba",
+    "hand-over of kept rows, CPU",
     "decode in float32, numba against torch",
     "decode in bfloat16, numba against torch",
     "page operations, Triton interpreted, against torch",
@@ -54,11 +56,15 @@ ON_GPU = (
     "FlashInfer decode, folded, planned on the device",
     "tile order and spare tiles",
     "no host synchronisation",
+    "hand-over of kept rows",
+    "no host synchronisation, hand-over",
+    "NCCL all-to-all, one rank",
     "CUDA graph replayed over changing batches",
     "stock FlashInfer decode",
     "FlashInfer BatchAttention",
     "SGLang's Triton decode, folded",
     "planner, 80 layers of 512 rows",
+    "hand-over of a layer, 8,192 tokens, 2,048 kept",
     "decode bandwidth",
     "FlashInfer decode, head dimension 64",
     "more tests of the Triton kernels",
@@ -208,6 +214,65 @@ def test_wrong_attention_scores_and_page_lists_are_noticed(
     monkeypatch.setattr(workload, "lengths", lambda kind, rows, mean: make(kind, rows, mean) + 1)
     with pytest.raises(RuntimeError, match="tokens"):
         checks.workloads((64,), 100)
+
+
+@pytest.mark.parametrize("trouble", ["wrong rows", "a dead rank", "sizes that do not fit"])
+def test_a_wrong_hand_over_is_noticed(monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
+    pack, sizes = HandOver._pack, HandOver._sizes
+
+    def wrong(self: HandOver, k_pool: torch.Tensor, *rest: Any) -> None:
+        pack(self, k_pool + 1, *rest)
+
+    def dead(self: HandOver, *rest: Any) -> None:
+        if self.heads.rank:
+            raise RuntimeError("a dead rank")
+        pack(self, *rest)
+
+    def larger(self: HandOver, *rest: Any) -> Any:
+        return sizes(self, *rest) * (1 + self.heads.rank)
+
+    change: dict[str, Any] = {
+        "wrong rows": ("_pack", wrong, "other rows than kept"),
+        "a dead rank": ("_pack", dead, "a dead rank"),
+        "sizes that do not fit": ("_sizes", larger, "ranks disagree about sizes"),
+    }
+    name, function, said = change[trouble]
+    monkeypatch.setattr(HandOver, name, function)
+    with pytest.raises(RuntimeError, match=said):
+        hand_over.owners_hold_what_is_kept("cpu", 16, rounds=1)
+
+
+def test_what_waits_for_the_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hand_over.no_host_synchronisation("cpu", 16) == "9 passes"
+    waiting, finish = list[int](), HandOver.finish
+
+    def waits(self: HandOver) -> None:
+        waiting.append(1)
+        if len(waiting) > 130:  # past the warm-up
+            raise RuntimeError("called a synchronizing CUDA operation")
+        finish(self)
+
+    monkeypatch.setattr(HandOver, "finish", waits)
+    with pytest.raises(
+        RuntimeError, match=r"^test_gpu_check.py:\d+: raise .*: called a synchroniz"
+    ):
+        hand_over.no_host_synchronisation("cpu", 16)
+
+
+def test_the_hand_over_is_timed_and_a_group_of_one_is_tried() -> None:
+    def host_us(work: Callable[[], object]) -> float:
+        work()
+        return 5.0
+
+    clock: Any = SimpleNamespace(
+        device="cpu", host_us=host_us, ms=lambda work, capture: host_us(work) * 0.4
+    )
+    made = hand_over.one_layer(clock, tokens=400, kept=100, dim=16)
+    assert set(made) == {"known", "bounded"}
+    assert made["known"]["sent_per_kept"] == 1 < made["bounded"]["sent_per_kept"]
+    row_bytes = 2 * 16 * 2
+    assert made["known"]["gb_per_s"] == pytest.approx(2 * 400 * row_bytes / 2e-3 / 1e9)
+    assert hand_over.group_of_one("cpu") == "gloo"
 
 
 @pytest.mark.parametrize(

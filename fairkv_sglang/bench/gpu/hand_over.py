@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks and times of the hand-over of kept rows: ranks in one process, on one device.
+
+`device` is "cuda" or "cpu". UNTESTED ON A GPU: the tests run it on the CPU, with sizes that are
+bounded as on a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
+
+from fairkv_sglang.attention import compress, exchange, hand_over
+from fairkv_sglang.attention.compress import PromptCompressor
+from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
+from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver
+from fairkv_sglang.bench.gpu.report import NotRun, need
+from fairkv_sglang.budgets import BudgetSpec, Kept, Scorer, make_scope
+from fairkv_sglang.budgets.scorers.snapkv import SnapKV
+from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages, ops, reference
+from fairkv_sglang.parallel import RankHeads
+from fairkv_sglang.placement import Plan
+
+if TYPE_CHECKING:
+    from fairkv_sglang.bench.gpu.timing import Clock
+
+LAYERS, GROUP, WINDOW, BUDGET = 3, 4, 8, 64
+LENGTHS = (300, 40, 151)
+"""Prompts of the pass; the second is within its budget."""
+SPLITS = ((8, 2), (4, 4), (2, 4))
+"""KV heads and ranks; in the last one every head has two homes."""
+
+
+class Ranks:
+    """`torch.distributed` in memory for ranks that are threads, of which one runs at a time.
+
+    The group of a rank is its number. All ranks use one stream, so nothing waits for the device.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.failed, self.turn = count, False, threading.Condition()
+        self.calls = [0] * count
+        self.given: dict[tuple[int, int], Any] = {}  # call, rank
+
+    def run(self, work: Callable[[int], None]) -> None:
+        """`work(rank)` on all ranks; the first failure is raised."""
+        with patched(self), ThreadPoolExecutor(self.count) as pool:
+            tasks = [pool.submit(self._alone, work, rank) for rank in range(self.count)]
+        errors = [error for task in tasks if (error := task.exception()) is not None]
+        if errors:  # a KeyError is that of a rank which another one left waiting
+            raise min(errors, key=lambda error: isinstance(error, KeyError))
+
+    def _alone(self, work: Callable[[int], None], rank: int) -> None:
+        with self.turn:
+            try:
+                work(rank)
+            except BaseException:
+                self.failed = True
+                raise
+            finally:
+                self.turn.notify_all()
+
+    def _post(self, rank: int, what: Any) -> Callable[[], list[Any]]:
+        call = self.calls[rank]
+        self.calls[rank] += 1
+        self.given[call, rank] = what
+        self.turn.notify_all()
+        keys = [(call, other) for other in range(self.count)]
+
+        def collect() -> list[Any]:
+            self.turn.wait_for(lambda: self.failed or self.given.keys() >= set(keys), 60)
+            return [self.given[key] for key in keys]
+
+        return collect
+
+    def all_gather_into_tensor(self, out: torch.Tensor, mine: torch.Tensor, group: int) -> None:
+        out.copy_(torch.cat(self._post(group, mine)()))
+
+    def all_to_all_single(
+        self,
+        out: torch.Tensor,
+        mine: torch.Tensor,
+        out_splits: list[int],
+        in_splits: list[int],
+        group: int,
+        async_op: bool,
+    ) -> Any:
+        collect = self._post(group, mine.split(in_splits))
+
+        def wait() -> None:
+            parts = [given[group] for given in collect()]
+            need([len(part) for part in parts] == out_splits, "ranks disagree about sizes")
+            out.copy_(torch.cat(parts))
+
+        return SimpleNamespace(wait=wait)
+
+
+@contextmanager
+def patched(collectives: Any) -> Iterator[None]:
+    """`collectives` in place of torch.distributed; counts stay on the device, as on CUDA."""
+    with (
+        mock.patch.object(hand_over, "dist", collectives),
+        mock.patch.object(exchange, "dist", collectives),
+        mock.patch.object(compress, "_on_host", lambda counts: None),
+    ):
+        yield
+
+
+class FirstNumber(Scorer):
+    """A token's score is the first number of its key: the same bits on every device."""
+
+    needs_queries, window = False, WINDOW
+
+    def score(self, q: torch.Tensor | None, k: torch.Tensor, *, scale: float) -> torch.Tensor:
+        return k[: len(k) - self.window, :, 0].float().T.contiguous()
+
+
+class Pass:
+    """A pass at whose end several prompts are compressed, on all ranks of a random plan."""
+
+    def __init__(
+        self, seed: int, split: tuple[int, int], device: str, dim: int, scope: str, scorer: Scorer
+    ) -> None:
+        rng, (heads, ranks) = np.random.default_rng(seed), split
+        make, tokens, slots = torch.Generator().manual_seed(seed), sum(LENGTHS), 512
+        serves = rng.random((LAYERS, ranks, heads)) < 0.4  # any copies, nobody need be at home
+        serves[:, rng.integers(ranks, size=heads), np.arange(heads)] = True
+        serves[:, np.arange(ranks), rng.integers(heads, size=ranks)] = True
+        plan = Plan.from_shares(serves / serves.sum(1, keepdims=True), "random")
+        self.owners = [(serves * rng.random(serves.shape)).argmax(1) for _ in LENGTHS]
+        self.kv = torch.randn((2, LAYERS, slots, heads, dim), generator=make).bfloat16()
+        self.slots = torch.randperm(slots, generator=make)[:tokens].split(list(LENGTHS))
+        table = pad_sequence([torch.empty(0), *self.slots], batch_first=True).int()
+        self.table, self.rows = table.to(device), torch.arange(1, len(table), device=device)
+        starts = np.cumsum((0, *LENGTHS)).tolist()
+        spans = (PromptSpan(i + 1, starts[i], n, n, n) for i, n in enumerate(LENGTHS))
+        self.plan, self.scorer = ForwardPlan(tuple(spans)), scorer
+        self.scope = make_scope(scope, BudgetSpec(tokens=BUDGET), LAYERS, heads, scorer)
+        self.scope.home_size = max(1, heads // ranks)
+        self.ranks = [self._rank(RankHeads(plan, r, GROUP), device) for r in range(ranks)]
+        shape = (LAYERS, tokens, self.scope.home_size, GROUP * heads // max(heads, ranks), dim)
+        self.q = torch.randn(shape, generator=make).bfloat16().to(device)
+
+    def _rank(self, heads: RankHeads, device: str) -> Any:
+        most, rows = -(-max(LENGTHS) // PAGE_TOKENS), len(LENGTHS) + 1
+        sizes = (rows * heads.num_lanes * most, rows, heads.num_lanes, most)
+        pages = HeadPages.create(*sizes, self.kv.shape[-1], self.kv.dtype, device)
+        book = SimpleNamespace(
+            pages=pages, owners=lambda row: self.owners[row - 1], note_kept=lambda row, kept: None
+        )
+        runtime: Any = SimpleNamespace(
+            plan=heads.plan, heads=heads, scope=self.scope, scorer=self.scorer, book=book
+        )
+        return SimpleNamespace(
+            heads=heads, pages=pages, pools=self.kv[:, :, :, list(heads.home)].to(device),
+            owned=[torch.from_numpy(heads.owned(x)).to(device) for x in self.owners],
+            compressor=PromptCompressor(runtime, heads.rank),  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def admit(self) -> None:
+        """Give the prompts their rows, emptied."""
+        for rank in self.ranks:
+            ops.release(rank.pages, self.rows)
+            for row, owned in enumerate(rank.owned, 1):
+                ops.set_owned(rank.pages, row, owned)
+
+    def run(self) -> None:
+        """Compress the prompts, layer by layer."""
+
+        def work(number: int) -> None:
+            rank = self.ranks[number]
+            rank.compressor.begin(self.plan, self.table)
+            for layer in range(LAYERS):
+                rank.compressor.layer(layer, self.q[layer], *rank.pools[:, layer], self.plan, 0.1)
+
+        Ranks(len(self.ranks)).run(work)
+
+    def check(self) -> int:
+        """Pages of all ranks against the prompts on the CPU; see `intact`."""
+        for number, slots in enumerate(self.slots):
+            for layer, kv in enumerate(self.kv[:, :, slots].unbind(1)):
+                scores = self.scorer.score(None, kv[0], scale=1)
+                kept = self.scope.select(layer, range(len(scores)), scores, len(slots))
+                for rank in self.ranks:
+                    first, heads = rank.heads.lane_start[layer], rank.heads.heads[layer]
+                    for lane, head in enumerate(heads, first):
+                        mine = self.owners[number][layer, head] == rank.heads.rank
+                        want = kv[:, kept.indices[head, : int(kept.counts[head]) * mine], head]
+                        got = torch.stack(reference.gather(rank.pages, number + 1, lane))
+                        where = f"prompt {number}, layer {layer}, head {head}"
+                        need(torch.equal(got.cpu(), want), f"{where}: other rows than kept")
+        return self.intact()
+
+    def intact(self) -> int:
+        """No page is lost and no error noted; gives the rows that left a rank."""
+        for rank in self.ranks:
+            rank.pages.check_integrity()
+        return sum(rank.compressor.hand_over.rows_sent for rank in self.ranks)
+
+
+def owners_hold_what_is_kept(device: str, dim: int, rounds: int = 2) -> str:
+    """Random plans and owners, with sizes that are bounded (scope layer) and known (uniform)."""
+    sent = dict.fromkeys(("layer", "uniform"), 0)
+    for seed, split, scope in itertools.product(range(rounds), SPLITS, sent):
+        made = Pass(seed, split, device, dim, scope, FirstNumber())
+        made.admit()
+        made.run()
+        sent[scope] += made.check()
+    need(sent["layer"] > sent["uniform"] > 0, f"rows sent: {sent}")
+    return f"rows sent: {sent['layer']} bounded, {sent['uniform']} known"
+
+
+def no_host_synchronisation(device: str, dim: int) -> str:
+    """Scores, selection, packing, storing of a rank never wait for the device, in any scope."""
+    options = list(itertools.product(SPLITS, ("uniform", "rank", "layer")))
+    passes = [Pass(0, split, device, dim, scope, SnapKV(WINDOW)) for split, scope in options]
+    for made in passes:  # compilation may wait, and so may admission
+        made.admit()
+        made.run()
+        made.admit()
+    set_mode = torch.cuda.set_sync_debug_mode if device == "cuda" else str
+    set_mode("error")
+    try:
+        for made in passes:
+            made.run()
+    except RuntimeError as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise RuntimeError(f"{Path(at.filename).name}:{at.lineno}: {at.line}: {error}") from error
+    finally:
+        set_mode("default")
+    for made in passes:
+        made.intact()
+    return f"{len(passes)} passes"
+
+
+def one_layer(clock: Clock, tokens: int = 8192, kept: int = 2048, dim: int = 128) -> dict[str, Any]:
+    """Packing and storing on rank 0 of 4, of a layer whose 8 heads all move to the next rank."""
+    device, heads, ranks = clock.device, 8, 4
+    scope = make_scope("layer", BudgetSpec(tokens=kept), 1, heads, SnapKV())
+    owners = (np.arange(heads) * ranks // heads + 1)[None] % ranks
+    shares = (owners == np.arange(ranks)[:, None])[None]
+    own = RankHeads(Plan.from_shares(shares.astype(float), "next rank"), 0, GROUP)
+    n, most = len(own.home), -(-kept // PAGE_TOKENS)
+    pages = HeadPages.create(n * most, 2, n, most, dim, torch.bfloat16, device)
+    ops.set_owned(pages, 1, torch.ones(n, dtype=torch.uint8, device=device))
+    pools = torch.randn((2, tokens, n, dim), device=device).bfloat16()
+    span = PromptSpan(1, 0, tokens, tokens, tokens)
+    sources = own.homes.source[np.arange(heads), owners]
+    ending = Ending(span, torch.randperm(tokens).to(device), owners, sources)
+    counts, free = torch.full((heads,), kept, device=device), pages.free_count.clone()
+    indices = torch.full((n, int(scope.per_head_bound(tokens)[0].max())), -1)
+    indices[:, :kept] = torch.rand((n, tokens)).argsort()[:, :kept].sort().values
+    indices = indices.to(device)
+    stored, result = n * kept, dict[str, Any]()
+    nothing = SimpleNamespace(all_to_all_single=lambda *_, **__: SimpleNamespace(wait=int))
+    for name, exact in (("known", np.full(heads, kept)), ("bounded", None)):
+        over = HandOver(own, scope, pages, 0)  # type: ignore[arg-type]
+        choice = Choice(Kept(counts[:n], indices), counts, exact)
+
+        def work(over: HandOver = over, choice: Choice = choice) -> None:
+            pages.lens.zero_()  # these two in place of a release
+            pages.free_count.copy_(free)
+            over.start(0, [ending], [choice], *pools)
+            over.finish()
+
+        with patched(nothing):
+            work()
+            rows = over.rows_sent
+            us, host_us = clock.ms(work, capture=False) * 1e3, clock.host_us(work)
+        need(bool((pages.lens[1] == kept).all()), f"{name}: other rows than kept")
+        pages.check_integrity()
+        speed = 2 * (rows + stored) * over.row_bytes / us / 1e3  # read and written
+        figures = {"us": us, "gb_per_s": speed, "host_us": host_us, "sent_per_kept": rows / stored}
+        result[name] = figures
+    return result
+
+
+def group_of_one(device: str) -> str:
+    """NCCL, or gloo on the CPU, takes the byte all-to-all; one rank sends to itself."""
+    sent = torch.randn(4096, device=device).view(torch.uint8)
+    if device == "cuda" and not dist.is_nccl_available():
+        raise NotRun("torch is built without NCCL")
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        got, sizes = torch.zeros_like(sent), [len(sent)]
+        dist.all_to_all_single(got, sent, sizes, sizes, async_op=True).wait()
+        need(torch.equal(got, sent), "other bytes than sent")
+    finally:
+        dist.destroy_process_group()
+    return backend
