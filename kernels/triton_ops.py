@@ -160,8 +160,9 @@ def release(pages: HeadPages, rows: torch.Tensor) -> None:
         BLOCK=128,
     )  # fmt: skip
     pages.free_count += ends[-1:]
-    pages.lens[rows] = 0
-    pages.owned[rows] = 0
+    # An assignment of a number through an index would wait for the device.
+    pages.lens.index_fill_(0, rows, 0)
+    pages.owned.index_fill_(0, rows, 0)
 
 
 def store_kept(

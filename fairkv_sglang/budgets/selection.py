@@ -103,7 +103,7 @@ def pooled_counts(scores: Tensor, total: int, order: Sequence[int]) -> Tensor:
     scores = without_nan(scores)
     threshold = torch.kthvalue(scores.reshape(-1), n * m - total + 1).values
     above = (scores > threshold).sum(dim=1)
-    rows = torch.tensor(order, dtype=torch.int64, device=scores.device)
+    rows = torch.tensor(order, dtype=torch.int64).to(scores.device, non_blocking=True)
     tied = (scores == threshold).sum(dim=1)[rows]
     before = tied.cumsum(0) - tied
     taken = torch.minimum((total - above.sum() - before).clamp(min=0), tied)

@@ -30,7 +30,7 @@ def share_out(pooled: Tensor, beyond: int, floor: int, order: Sequence[int]) -> 
         floor: f, between 0 and E.
         order: The rows by head index.
     """
-    rows = torch.tensor(order, dtype=torch.int64, device=pooled.device)
+    rows = torch.tensor(order, dtype=torch.int64).to(pooled.device, non_blocking=True)
     quota = pooled[rows] * (beyond - floor)
     caps = floor + torch.div(quota, beyond, rounding_mode="floor")
     missing = len(order) * beyond - caps.sum()
