@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from fairkv_sglang.memory.sizing import divide_memory
+from fairkv_sglang.model_facts import ModelFacts
 from fairkv_sglang.patches.ledger import Hook, HookError
-from fairkv_sglang.planning import ModelShape
 from fairkv_sglang.runtime import create_runtime, get_runtime
 
 logger = logging.getLogger(__name__)
@@ -26,21 +26,9 @@ def before_load_model(runner: Any) -> None:
     if config is None:
         raise RuntimeError("FairKV: no configuration in this process's environment")
     _require_settled_arguments()
-    model = runner.model_config
-    hf = model.hf_text_config
-    heads = int(model.get_total_num_kv_heads())
-    shape = ModelShape(
-        name=str(model.model_path),
-        num_layers=int(model.num_hidden_layers),
-        num_kv_heads=heads,
-        group_size=int(hf.num_attention_heads) // heads,
-        head_dim=int(model.head_dim),
-        hidden_size=int(model.hidden_size),
-        dtype_bytes=torch.empty((), dtype=model.dtype).element_size(),
-        device=str(runner.device),
-    )
+    shape = ModelFacts.of(runner.model_config).shape(str(runner.device))
     # Attention classes fall back to hidden_size // heads, which a twin's counts would change.
-    hf.head_dim = shape.head_dim
+    runner.model_config.hf_text_config.head_dim = shape.head_dim
     create_runtime(config, shape, runner.tp_size, runner.tp_rank, verify_hooks)
 
 
@@ -98,8 +86,7 @@ def after_configure(result: Any, configurator: Any, *args: Any, **kwargs: Any) -
     layout = getattr(result.token_to_kv_pool, "kv_cache_layout", "nhd")
     if layout != "nhd":
         raise RuntimeError(
-            f"FairKV needs SGLang's NHD KV layout, found {layout}: unset SGLANG_USE_HND_KVCACHE, "
-            "or choose another --prefill-attention-backend"
+            f"FairKV needs SGLang's NHD KV layout, found {layout}: unset SGLANG_USE_HND_KVCACHE"
         )
     runtime = get_runtime()
     if runtime.division is None:

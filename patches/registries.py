@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from fairkv_sglang.patches.ledger import Hook
 from fairkv_sglang.runtime import get_runtime
 
@@ -36,9 +38,15 @@ def after_build_backend(result: Any, *, model_runner: Any, **kwargs: Any) -> Any
 
     runtime = get_runtime()
     runtime.verify_hooks()
-    group = get_tp_group().device_group if runtime.tp_size > 1 else None
-    decoder = make_decoder(runtime, str(model_runner.device))
-    return FairKVAttnBackend(model_runner, result, decoder, runtime, group)
+    device, group, transfer = str(model_runner.device), None, None
+    if runtime.tp_size > 1:
+        group = get_tp_group().device_group
+        if device.startswith("cuda"):
+            transfer = torch.distributed.new_group(get_tp_group().ranks)
+    # SGLang composes two backends where it chose another one for decode, which is not used here.
+    prefill = getattr(result, "prefill_backend", result)
+    decoder = make_decoder(runtime, device)
+    return FairKVAttnBackend(model_runner, prefill, decoder, runtime, group, transfer)
 
 
 HOOKS: tuple[Hook, ...] = (

@@ -106,10 +106,13 @@ def _resolve(original: Any, server_args: Any) -> None:
         _settle_cpu(server_args)
     if config.enabled:
         support.refuse(server_args)
-        if str(server_args.device).startswith("cpu") and not on_cpu:
+        own_engine = os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1"
+        if not on_cpu and (own_engine or str(server_args.device).startswith("cpu")):
             raise ConfigError(
-                "--device cpu with FairKV needs a machine without an accelerator: hide it with "
-                "CUDA_VISIBLE_DEVICES='' or leave --device out"
+                "FairKV on a CPU runs on its own platform: unset SGLANG_USE_CPU_ENGINE"
+                if own_engine
+                else "--device cpu with FairKV needs a machine without an accelerator: hide it "
+                "with CUDA_VISIBLE_DEVICES='' or leave --device out"
             )
         _settle(server_args)
     original(server_args)

@@ -31,6 +31,7 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         decoder: Decode over head pages.
         runtime: This rank.
         device_group: Process group of the ranks; None at TP 1.
+        transfer_group: Group of the hand-over, see :class:`PromptCompressor`.
     """
 
     def __init__(
@@ -40,16 +41,17 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         decoder: Decoder,
         runtime: FairKVRuntime,
         device_group: torch.distributed.ProcessGroup | None,
+        transfer_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.runtime = runtime
         runtime.prefill_backend = type(prefill).__name__
         self.prefill = prefill
         self.decoder = decoder
-        self.req_to_token = runner.req_to_token_pool.req_to_token
-        self.pool = runner.token_to_kv_pool
+        self.req_to_token_pool = runner.req_to_token_pool  # SGLang reads both off the backend
+        self.token_to_kv_pool = runner.token_to_kv_pool
         self.device = runner.device
-        self.compressor = PromptCompressor(runtime, device_group)
+        self.compressor = PromptCompressor(runtime, device_group, transfer_group)
         self.head_dim = runtime.shape.head_dim
         # Decode reads lengths of its page tables; what else SGLang asks of a backend is prefill's.
         self.needs_cpu_seq_lens = prefill.needs_cpu_seq_lens
@@ -72,10 +74,10 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         self._extend_started = time.perf_counter()
         self._plan = plan = self.runtime.forward_plan or ForwardPlan()
         if plan.decode_rows:
-            self._start_decode(torch.tensor(plan.decode_rows).to(self.device))
+            self._start_decode(torch.tensor(plan.decode_rows).to(self.device, non_blocking=True))
             forward_batch = prompts_only(forward_batch, plan)
         self.prefill.init_forward_metadata(forward_batch)
-        self.compressor.begin(plan, self.req_to_token)
+        self.compressor.begin(plan, self.req_to_token_pool.req_to_token)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Host-side part of a captured pass: decode has none."""
@@ -124,8 +126,8 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         self.compressor.layer(
             index,
             q.view(q.shape[0], layer.tp_k_head_num, -1, self.head_dim),
-            self.pool.get_key_buffer(index),
-            self.pool.get_value_buffer(index),
+            self.token_to_kv_pool.get_key_buffer(index),
+            self.token_to_kv_pool.get_value_buffer(index),
             plan,
             layer.scaling,
         )

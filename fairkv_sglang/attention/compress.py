@@ -29,15 +29,21 @@ class PromptCompressor:
     Args:
         runtime: This rank.
         device_group: Process group of the ranks, for tensors on their device; None at TP 1.
+        transfer_group: One of its own for the hand-over where that overlaps; else the same.
     """
 
     def __init__(
-        self, runtime: FairKVRuntime, device_group: torch.distributed.ProcessGroup | None
+        self,
+        runtime: FairKVRuntime,
+        device_group: torch.distributed.ProcessGroup | None,
+        transfer_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         self.runtime = runtime
         self.scope = runtime.scope
         heads = runtime.heads
-        self.hand_over = HandOver(heads, runtime.scope, runtime.book.pages, device_group)
+        self.hand_over = HandOver(
+            heads, runtime.scope, runtime.book.pages, transfer_group or device_group
+        )
         # row -> layer -> last queries so far [<=W, n, g, D]
         self._tails: dict[int, dict[int, Tensor]] = {}
         self._endings: list[Ending] = []
@@ -55,6 +61,7 @@ class PromptCompressor:
         """
         source = self.runtime.heads.homes.source
         self._endings = []
+        self.hand_over.forget()
         for span in plan.last:
             owners = self.runtime.book.owners(span.row).astype(np.int64)
             slots = req_to_token[span.row, : span.prompt_len].long()

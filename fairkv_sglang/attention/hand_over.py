@@ -4,9 +4,9 @@
 A head whose owner is a home of it is copied out of the prefill pool into head pages. The others
 travel: per layer one all-to-all for all prompts that end in the pass, started when the layer's
 tokens are chosen and, on a device, finished a layer later, so that it runs while the next layer
-computes. On CPU it is finished at once: there the compute would take the core of gloo's threads,
-which poll for locks that the others hold (measured: 4 ms of exchange cost 30 ms of prefill). Where no
-head of a layer moves, nothing is communicated.
+computes. On CPU it is finished at once: there gloo's threads would take the core that computes, to
+poll for locks that their descheduled peers hold (docs/performance.md). Where no head of a layer
+moves, no row is communicated.
 
 Sizes are known on the host without waiting for the device: exact on CPU and for static budgets,
 else the most that each pair of ranks could have to move (docs/performance.md says what that
@@ -87,7 +87,8 @@ class HandOver:
         heads: This rank's heads.
         scope: Budget scope, for bounds of what is not known yet.
         pages: This rank's head pages.
-        group: Process group of the ranks; None at TP 1.
+        group: Process group of the ranks; None at TP 1. Where the exchange overlaps it is not the
+            group of SGLang's all-reduces, which would queue up behind it.
     """
 
     def __init__(
@@ -103,13 +104,18 @@ class HandOver:
         self.group = group
         self.overlaps = pages.device.type != "cpu"  # with the computation of the next layer
         self.rows_sent = 0  # rows of K and V that left this rank, bounds included
-        self.seconds = 0.0  # host time in packing, waiting and storing of what travels
+        # Host time (on CUDA that of launches) in packing, waiting and storing of what travels.
+        self.seconds = 0.0
         self._arrival: _Arrival | None = None
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row of K and one of V."""
         return 2 * self.pages.head_dim * self.pages.v_pages.element_size()
+
+    def forget(self) -> None:
+        """Drop rows under way; a pass that failed may have left some."""
+        self._arrival = None
 
     def moves(self, layer: int, endings: Sequence[Ending]) -> bool:
         """Whether any rank needs rows of the layer from another one."""
@@ -123,7 +129,7 @@ class HandOver:
         k_pool: Tensor,
         v_pool: Tensor,
     ) -> None:
-        """Store what is at home here, send what others own.
+        """Send what others own, store what is at home here.
 
         Args:
             layer: Layer index.
@@ -132,6 +138,8 @@ class HandOver:
             k_pool: ``[slots, home heads, D]`` SGLang's pool of the layer.
             v_pool: The same for values.
         """
+        if self.group is not None and self.moves(layer, endings):
+            self._send(layer, endings, choices, k_pool, v_pool)
         for ending, choice in zip(endings, choices, strict=True):
             columns = self._columns(layer, ending)
             if (columns >= 0).any():
@@ -146,8 +154,18 @@ class HandOver:
                     choice.kept.counts,
                     self._device(columns),
                 )
-        if self.group is None or not self.moves(layer, endings):
-            return
+        if not self.overlaps:
+            self.finish()
+
+    def _send(
+        self,
+        layer: int,
+        endings: Sequence[Ending],
+        choices: Sequence[Choice],
+        k_pool: Tensor,
+        v_pool: Tensor,
+    ) -> None:
+        """Start the layer's exchange; see :meth:`start`."""
         started = time.perf_counter()
         sizes = np.stack(
             [self._sizes(layer, e, c) for e, c in zip(endings, choices, strict=True)]
@@ -177,8 +195,6 @@ class HandOver:
         self._arrival = _Arrival(work, rows, sent, lanes)
         self.rows_sent += len(sent)
         self.seconds += time.perf_counter() - started
-        if not self.overlaps:
-            self.finish()
 
     def finish(self) -> None:
         """Store what has arrived of the layer that was started last."""

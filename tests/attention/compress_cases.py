@@ -195,7 +195,8 @@ def run_ranks(
     """``work(rank)`` on every rank at the same time.
 
     Args:
-        bounded: Sizes of what moves are only bounded, as on CUDA, where counts stay on the device.
+        bounded: As on CUDA: sizes of what moves are only bounded, since counts stay on the device,
+            and the exchange of a layer ends when the next one has been computed.
         first_number: Score with :class:`FirstNumber`.
     """
     groups = [(rank, tp_size) if tp_size > 1 else None for rank in range(tp_size)]
@@ -203,6 +204,8 @@ def run_ranks(
     if first_number:
         for rank in ranks:
             rank.runtime.scorer = FirstNumber(config.window)  # type: ignore[assignment]
+    for rank in ranks:
+        rank.compressor.hand_over.overlaps = bounded
     with ExitStack() as stack:
         if bounded:
             stack.enter_context(mock.patch.object(compress, "_on_host", lambda counts: None))

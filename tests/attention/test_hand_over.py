@@ -86,7 +86,9 @@ def hand_over_of(
 ) -> HandOver:
     heads = RankHeads(plan, rank, 1)
     pages = HeadPages.create(800, 6, heads.num_lanes, 8, DIM, dtype)
-    return HandOver(heads, AnyScope(plan.num_kv_heads), pages, group)  # type: ignore[arg-type]
+    over = HandOver(heads, AnyScope(plan.num_kv_heads), pages, group)  # type: ignore[arg-type]
+    over.overlaps = True  # as on CUDA; compress_cases has both
+    return over
 
 
 def run(case: Case, bounded: list[bool]) -> tuple[list[HandOver], Collectives]:

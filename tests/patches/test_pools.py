@@ -138,7 +138,7 @@ def test_sglangs_backend_stays_inside(tp_size: int, tmp_path: Path) -> None:
         backend = registries.after_build_backend(prefill, model_runner=runner, draft=None)
     assert type(backend) is FairKVAttnBackend and isinstance(backend, AttentionBackend)
     assert backend.prefill is prefill and type(backend.decoder) is PageTableDecoder
-    assert backend.pool is runner.token_to_kv_pool
+    assert backend.token_to_kv_pool is runner.token_to_kv_pool
     assert backend.compressor.hand_over.group == (None if tp_size == 1 else (0, tp_size))
     assert verified == [1]
     for name in ("needs_cpu_seq_lens", "extend_dummy_seqs_capped_by_req_pool", "data_type"):

@@ -151,6 +151,8 @@ class Pass:
         self.scope = make_scope(scope, BudgetSpec(tokens=BUDGET), LAYERS, heads, scorer)
         self.scope.home_size = max(1, heads // ranks)
         self.ranks = [self._rank(RankHeads(plan, r, GROUP), device) for r in range(ranks)]
+        for rank in self.ranks:
+            rank.compressor.hand_over.overlaps = True  # on the CPU, too
         shape = (LAYERS, tokens, self.scope.home_size, GROUP * heads // max(heads, ranks), dim)
         self.q = torch.randn(shape, generator=make).bfloat16().to(device)
 
@@ -268,6 +270,7 @@ def one_layer(clock: Clock, tokens: int = 8192, kept: int = 2048, dim: int = 128
     nothing = SimpleNamespace(all_to_all_single=lambda *_, **__: SimpleNamespace(wait=int))
     for name, exact in (("known", np.full(heads, kept)), ("bounded", None)):
         over = HandOver(own, scope, pages, 0)  # type: ignore[arg-type]
+        over.overlaps = True  # on the CPU, too
         choice = Choice(Kept(counts[:n], indices), counts, exact)
 
         def work(over: HandOver = over, choice: Choice = choice) -> None:
