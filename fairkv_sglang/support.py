@@ -22,7 +22,7 @@ ARCHITECTURES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-"""Architectures whose attention the rank remapper knows."""
+"""Architectures whose attention has decode twins (``patches/models.py``)."""
 
 
 @dataclass(frozen=True)

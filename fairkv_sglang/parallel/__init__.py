@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank remapper: decode twins with the weights of a rank's lanes under a placement plan."""
+"""Decode twins with the weights of a rank's lanes under a placement plan."""
 
 from fairkv_sglang.parallel.heads import RankHeads
 from fairkv_sglang.parallel.twins import TwinWeights
