@@ -79,7 +79,7 @@ def after_load_model(_: None, runner: Any) -> None:
 
 
 def after_weight_update(result: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
-    """Twins follow their homes, also after an update that failed half way."""
+    """Twins follow their homes, also after an update that reports a failure."""
     runtime = get_runtime()
     if runtime.twins is not None:
         runtime.twins.refresh()

@@ -219,9 +219,8 @@ class HandOver:
     def _columns(self, layer: int, ending: Ending) -> IntArray:
         """``[lanes of the layer]`` pool column of each lane that is owned and at home here."""
         heads = np.asarray(self.heads.heads[layer], dtype=np.int64)
-        rank = self.heads.rank
-        here = (ending.owners[layer] == rank) & (ending.sources[layer] == rank)
-        return np.where(here[heads], self.heads.home_column[heads], -1)
+        owned = ending.owners[layer] == self.heads.rank
+        return np.where(owned[heads], self.heads.home_column[heads], -1)
 
     def _moving(self, layer: int, ending: Ending, source: int, owner: int) -> IntArray:
         """Heads that go from ``source`` to ``owner``, ascending."""
