@@ -129,9 +129,9 @@ def snapkv_score(
         averaged over the group.
     """
     if q.device.type == "cpu":
-        from . import reference
+        from . import numba_score
 
-        return reference.snapkv_score(q, k, scale, kernel, pooling)
+        return numba_score.snapkv_score(q, k, scale, kernel, pooling)
     from . import triton_score
 
     return triton_score.snapkv_score(q, k, scale, kernel, pooling)

@@ -123,7 +123,7 @@ class PromptCompressor:
             else:
                 scored.append(number)
         scores = [
-            self._score(windows[number], k_pool[self._endings[number].slots], scale)
+            self._score(windows[number], k_pool.index_select(0, self._endings[number].slots), scale)
             for number in scored
         ]
         if scores and self._exchange is not None and self._together:
@@ -185,8 +185,8 @@ class PromptCompressor:
                 (0, keys.shape[1], self.runtime.heads.group_size, keys.shape[2])
             )
         scorer = self.runtime.scorer
-        if keys.is_cuda and isinstance(scorer, SnapKV) and keys.shape[0] > scorer.window:
-            # One fused kernel over all heads; tests compare it with the scorer itself.
+        if isinstance(scorer, SnapKV) and keys.shape[0] > scorer.window:
+            # A fused kernel; tests compare it with the scorer itself.
             return ops.snapkv_score(window, keys, scale, scorer.kernel, scorer.pooling)
         return scorer.score(window, keys, scale=scale)
 

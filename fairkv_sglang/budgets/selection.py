@@ -14,8 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from fairkv_sglang.budgets import selection_cpu
 
 
 @dataclass
@@ -70,10 +73,18 @@ def pick(scores: Tensor, counts: Tensor, prompt_len: int, width: int | None = No
         prompt_len: N >= M; the window is the last N - M tokens.
         width: max(counts) if known on the host; saves a device synchronisation.
     """
+    if width is None:
+        width = int(counts.max()) if len(counts) else 0
+    if scores.device.type == "cpu" and scores.dtype == torch.float32:
+        indices = selection_cpu.pick(scores.numpy(), counts.numpy(), prompt_len, width)
+        return Kept(counts=counts, indices=torch.from_numpy(indices))
+    return Kept(counts=counts, indices=picked(scores, counts, prompt_len, width))
+
+
+def picked(scores: Tensor, counts: Tensor, prompt_len: int, width: int) -> Tensor:
+    """Indices of :func:`pick` in torch, on any device."""
     n, m = scores.shape
     window = prompt_len - m
-    if width is None:
-        width = int(counts.max()) if n else 0
     mask = torch.ones((n, prompt_len), dtype=torch.bool, device=scores.device)
     mask[:, :m] = top_mask(without_nan(scores), counts - window, max(width - window, 0))
     # A kept position goes to its rank among the kept ones, others to a column that is cut off.
@@ -81,7 +92,7 @@ def pick(scores: Tensor, counts: Tensor, prompt_len: int, width: int | None = No
     positions = torch.arange(prompt_len, device=scores.device).expand(n, -1)
     indices = torch.full((n, width + 1), -1, dtype=torch.int64, device=scores.device)
     indices.scatter_(1, column, positions)
-    return Kept(counts=counts, indices=indices[:, :width].contiguous())
+    return indices[:, :width].contiguous()
 
 
 def pooled_counts(scores: Tensor, total: int, order: Sequence[int]) -> Tensor:
@@ -100,6 +111,15 @@ def pooled_counts(scores: Tensor, total: int, order: Sequence[int]) -> Tensor:
         return torch.full((n,), m, dtype=torch.int64, device=scores.device)
     if total <= 0:
         return torch.zeros(n, dtype=torch.int64, device=scores.device)
+    if scores.device.type == "cpu" and scores.dtype == torch.float32:
+        rank = np.array(order, dtype=np.int64)
+        return torch.from_numpy(selection_cpu.pooled_counts(scores.numpy(), total, rank))
+    return pooled(scores, total, order)
+
+
+def pooled(scores: Tensor, total: int, order: Sequence[int]) -> Tensor:
+    """:func:`pooled_counts` of a part of the table in torch, on any device."""
+    n, m = scores.shape
     scores = without_nan(scores)
     threshold = torch.kthvalue(scores.reshape(-1), n * m - total + 1).values
     above = (scores > threshold).sum(dim=1)

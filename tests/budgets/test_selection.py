@@ -10,7 +10,7 @@ from budgets_reference import static_kept, water_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairkv_sglang.budgets.selection import pick, pooled_counts, top_mask
+from fairkv_sglang.budgets.selection import pick, picked, pooled, pooled_counts, top_mask
 from fairkv_sglang.budgets.waterfill import water_fill
 
 
@@ -37,6 +37,8 @@ def test_pick_keeps_the_best_and_the_window(scores, window, data):
     assert kept.indices.dtype == torch.int64
     for row, positions in zip(kept.indices.tolist(), wanted, strict=True):
         assert row == positions + [-1] * (len(row) - len(positions))
+    on_device = picked(scores, torch.tensor(counts), total, max(counts))
+    assert torch.equal(on_device, kept.indices)
 
 
 @settings(max_examples=200, deadline=None)
@@ -53,6 +55,8 @@ def test_pooled_counts_of_the_best_entries(scores, total, data):
     for _, place, _ in entries:
         wanted[order[place]] += 1
     assert pooled_counts(scores, total, order).tolist() == wanted
+    if 0 < total < n * m:
+        assert pooled(scores, total, order).tolist() == wanted
     assert sum(wanted) == min(total, n * m)
 
 
@@ -61,6 +65,18 @@ def test_nan_scores_never_change_how_many_are_kept():
     kept = pick(scores, torch.tensor([3, 3]), 5)
     assert kept.indices.tolist() == [[1, 3, 4], [0, 1, 4]]
     assert pooled_counts(scores, 5, [0, 1]).tolist() == [4, 1]
+    assert picked(scores, torch.tensor([3, 3]), 5, 3).tolist() == [[1, 3, 4], [0, 1, 4]]
+    assert pooled(scores, 5, [0, 1]).tolist() == [4, 1]
+
+
+@pytest.mark.parametrize("scores", [torch.ones(4, 50_000), torch.arange(200_000.0).view(4, -1)])
+def test_selection_of_long_prompts_with_equal_or_sorted_scores(scores):
+    """The worst inputs of a quick select end, and give the first ones."""
+    counts = torch.tensor([3, 40_000, 50_000, 0])
+    kept = pick(scores, counts, 50_000)
+    assert torch.equal(kept.indices, picked(scores, counts, 50_000, 50_000))
+    order = [2, 0, 1, 3]
+    assert torch.equal(pooled_counts(scores, 60_000, order), pooled(scores, 60_000, order))
 
 
 def test_top_mask_of_nothing():
