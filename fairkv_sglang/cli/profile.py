@@ -1,71 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fairkv profile``: measure a head profile on your own prompts with the real engine.
+"""``fairkv profile``: a head profile from your own prompts, or from a running server's traffic.
 
-The prompts run once through SGLang with FairKV's ``layer`` scope (all heads of a layer compete for
-its budget, arXiv 2407.11550); the mean number of tokens that each head kept is its share.
+With ``--prompts`` they run once through SGLang with FairKV's ``layer`` scope (all heads of a layer
+compete for its budget, arXiv 2407.11550); the mean number of tokens that each head kept is its
+share. With ``--url`` the same counts are read from a server that has been serving with FairKV.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fairkv_sglang.cli.output import print_json, print_table, progress
+from fairkv_sglang.cli.remote import add_url_flags, checked_url, fairkv_state, server_info
 from fairkv_sglang.profiles import HeadProfile
 
 BATCH = 16
+PROFILES = (".json", ".safetensors")
+PICTURES = (".png", ".svg", ".pdf")
+# Flags of a measurement and their defaults; a running server has its own.
+_MEASURING: dict[str, Any] = {
+    "model_path": None,
+    "prompts": None,
+    "limit": None,
+    "tp_size": 1,
+    "ratio": 0.25,
+    "scorer": "snapkv",
+    "window": 32,
+    "kernel_size": 7,
+    "max_total_tokens": None,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("--model-path", required=True, help="checkpoint, as for SGLang")
-    parser.add_argument(
+    parser.add_argument("--out", required=True, type=Path, help="profile (.json or .safetensors)")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the shares")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    served = parser.add_argument_group("from a running server")
+    add_url_flags(served, required=False)
+    own = parser.add_argument_group("by running prompts")
+    own.add_argument("--model-path", help="checkpoint, as for SGLang")
+    own.add_argument(
         "--prompts",
-        required=True,
         type=Path,
         metavar="FILE",
         help='one prompt per line: plain text, or JSON with "text" or "input_ids"',
     )
-    parser.add_argument("--out", required=True, type=Path, help="profile (.json or .safetensors)")
-    parser.add_argument("--limit", type=int, help="use the first LIMIT prompts only")
-    parser.add_argument("--tp-size", type=int, default=1, help="tensor-parallel ranks (default 1)")
-    parser.add_argument("--ratio", type=float, default=0.25, help="budget as a share of the prompt")
-    parser.add_argument("--scorer", default="snapkv", help="scorer (default snapkv)")
-    parser.add_argument("--window", type=int, default=32, help="observation window in tokens")
-    parser.add_argument("--kernel-size", type=int, default=7, help="snapkv: pooling width (odd)")
-    parser.add_argument(
+    own.add_argument("--limit", type=int, help="use the first LIMIT prompts only")
+    own.add_argument("--tp-size", type=int, help="tensor-parallel ranks (default 1)")
+    own.add_argument("--ratio", type=float, help="budget as a share of the prompt (default 0.25)")
+    own.add_argument("--scorer", help="scorer (default snapkv)")
+    own.add_argument("--window", type=int, help="observation window in tokens (default 32)")
+    own.add_argument("--kernel-size", type=int, help="snapkv: pooling width, odd (default 7)")
+    own.add_argument(
         "--max-total-tokens", type=int, help="KV memory in tokens (needed on CPU, default 65536)"
     )
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the shares")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(**_MEASURING)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, save, print."""
-    prompts = read_prompts(args.prompts)[: args.limit]
-    if not prompts:
-        raise ValueError(f"{args.prompts} has no prompt; give one prompt per line")
-    state = _measure(args, prompts)
-    kept = state["kept"]
-    tokens = np.asarray(kept["tokens"], dtype=np.float64)
-    profile = HeadProfile(
-        model=str(args.model_path),
-        shares=tokens,
-        meta={
-            "source": "fairkv profile",
-            "scorer": args.scorer,
-            "scope": "layer",
-            "ratio": args.ratio,
-            "window": args.window,
-            "kernel_size": args.kernel_size,
-            "prompts": kept["prompts"],
-            "mean_prompt_tokens": kept["prompt_tokens"] / kept["prompts"],
-        },
-    )
+    """Measure or ask, save, print."""
+    check_output(args.out, PROFILES)
+    if args.plot is not None:
+        check_output(args.plot, PICTURES)
+    profile = _from_server(args) if args.url is not None else _from_prompts(args)
     profile.save(args.out)
     if args.plot is not None:
         from fairkv_sglang.profiles.plot import draw
@@ -76,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
         "out": str(args.out),
         "layers": profile.num_layers,
         "kv_heads": profile.num_kv_heads,
-        "prompts": kept["prompts"],
-        "mean_prompt_tokens": kept["prompt_tokens"] / kept["prompts"],
+        "prompts": profile.meta["prompts"],
+        "mean_prompt_tokens": profile.meta["mean_prompt_tokens"],
         "largest_share_over_mean": float(relative.max()),
         "smallest_share_over_mean": float(relative.min()),
     }
@@ -87,8 +91,69 @@ def run(args: argparse.Namespace) -> int:
         rows = [[str(i), *(f"{x:.2f}" for x in row)] for i, row in enumerate(relative)]
         columns = ["layer", *(f"h{i}" for i in range(profile.num_kv_heads))]
         print_table("kept tokens of each head over the mean head", columns, rows)
-        print(f"{kept['prompts']} prompts -> {args.out}")
+        print(f"{profile.meta['prompts']} prompts -> {args.out}")
     return 0
+
+
+def check_output(path: Path, endings: tuple[str, ...]) -> None:
+    """Raises ValueError, in one line, unless a file of one of these endings can be written there.
+
+    For before the work: minutes of measuring are not to be lost to a mistyped path.
+    """
+    if path.suffix not in endings:
+        raise ValueError(f"{path}: name it {', '.join(endings[:-1])} or {endings[-1]}")
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir():
+        what = "is a folder" if path.is_dir() else f"there is no folder {folder}"
+        raise ValueError(f"cannot write {path}: {what}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"cannot write {path}: no permission")
+
+
+def _from_server(args: argparse.Namespace) -> HeadProfile:
+    for name, default in _MEASURING.items():
+        if getattr(args, name) != default:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is for measuring on prompts; with --url leave it out")
+    info = server_info(args.url, args.api_key)
+    state = fairkv_state(info, args.url)
+    url = checked_url(args.url)
+    kept = state.get("kept")
+    if not isinstance(kept, dict) or not {"prompts", "prompt_tokens", "tokens"} <= kept.keys():
+        raise ValueError(f"{url} does not say what its heads kept: another version of FairKV?")
+    if not kept["prompts"]:
+        raise ValueError(f"{url} has compressed no prompt yet: send it some of your traffic first")
+    known = ("scorer", "scope", "budget", "floor_alpha", "window", "kernel_size", "version")
+    return _profile(
+        info.get("model_path") or info.get("served_model_name"),
+        kept,
+        {"source": "fairkv profile --url", **{key: state[key] for key in known if key in state}},
+    )
+
+
+def _from_prompts(args: argparse.Namespace) -> HeadProfile:
+    if args.model_path is None or args.prompts is None:
+        raise ValueError("give --model-path and --prompts, or --url of a running server")
+    prompts = read_prompts(args.prompts)[: args.limit]
+    if not prompts:
+        raise ValueError(f"{args.prompts} has no prompt; give one prompt per line")
+    meta = {
+        "source": "fairkv profile",
+        "scorer": args.scorer,
+        "scope": "layer",
+        "ratio": args.ratio,
+        "window": args.window,
+        "kernel_size": args.kernel_size,
+    }
+    return _profile(str(args.model_path), _measure(args, prompts)["kept"], meta)
+
+
+def _profile(model: str | None, kept: dict[str, Any], meta: dict[str, Any]) -> HeadProfile:
+    """A profile of ``kept``, the sums over prompts that a server reports."""
+    prompts = kept["prompts"]
+    means = {"prompts": prompts, "mean_prompt_tokens": kept["prompt_tokens"] / prompts}
+    tokens = np.asarray(kept["tokens"], dtype=np.float64)
+    return HeadProfile(model=model, shares=tokens, meta={**meta, **means})
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
