@@ -6,39 +6,27 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-class Registry(Mapping[str, type[T]]):
+class Registry(dict[str, type[T]]):
     """name -> class. A new method is one new file whose class is decorated by ``register``."""
 
     def __init__(self, what: str) -> None:
+        super().__init__()
         self._what = what
-        self._classes: dict[str, type[T]] = {}
 
     def register(self, cls: type[T]) -> type[T]:
         """Class decorator; the class attribute ``name`` is the key."""
         name: str = cls.name  # type: ignore[attr-defined]
-        if self._classes.setdefault(name, cls) is not cls:
+        if self.setdefault(name, cls) is not cls:
             raise ValueError(f"two {self._what}s are called {name!r}")
         return cls
 
-    def __getitem__(self, name: str) -> type[T]:
-        if name not in self._classes:
-            raise ValueError(f"unknown {self._what} {name!r}; known: {', '.join(sorted(self))}")
-        return self._classes[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._classes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._classes))
-
-    def __len__(self) -> int:
-        return len(self._classes)
+    def __missing__(self, name: str) -> type[T]:
+        raise ValueError(f"unknown {self._what} {name!r}; known: {', '.join(self)}")
 
     def make(self, name: str, *args: Any, **options: Any) -> T:
         """An instance; ValueError that lists the valid names or options if one is not known."""

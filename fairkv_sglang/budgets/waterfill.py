@@ -9,7 +9,7 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 
 
-def water_fill(share: npt.ArrayLike, total: int, low: int, high: int, step: int = 1) -> IntArray:
+def water_fill(share: npt.ArrayLike, total: int, low: int, high: int) -> IntArray:
     """x_i = clip(level * share_i, low, high) with the one level at which the x_i sum to ``total``.
 
     What the ceiling cuts off and what the floor adds is thereby spread over the heads in between in
@@ -21,23 +21,20 @@ def water_fill(share: npt.ArrayLike, total: int, low: int, high: int, step: int 
         share: [n], not negative.
         total: Wanted sum; clipped to what floors and ceilings allow.
         low, high: Floor and ceiling of every entry.
-        step: Entries are multiples of this, except where floor or ceiling forbids it.
 
     Returns:
-        int64 [n]; the sum is ``total`` (within [n * low, n * high]), less up to step - 1.
+        int64 [n]; the sum is ``total`` (within [n * low, n * high]).
     """
     weight = np.asarray(share, dtype=np.float64)
     n = weight.size
     total = min(max(total, n * low), n * high)
     exact = np.clip(_level(weight, total, low, high), low, high)
-    base = np.where(exact >= high, high, np.maximum(np.floor(exact / step) * step, low))
-    values = base.astype(np.int64)
+    values = np.floor(exact).astype(np.int64)
     # Rounded so that noise in the last digits does not decide between equal remainders.
-    remainder = np.round(exact - base, 6)
+    remainder = np.round(exact - values, 6)
     order = np.argsort(-remainder, kind="stable")
-    rise = np.minimum((values[order] // step + 1) * step, high) - values[order]
-    granted = order[np.cumsum(rise) <= total - values.sum()]
-    values[granted] = np.minimum((values[granted] // step + 1) * step, high)
+    order = order[values[order] < high]
+    values[order[: total - values.sum()]] += 1
     return values
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from kept_tokens import select
 
 from fairkv_sglang.budgets import SCOPES, BudgetSpec, make_scorer
 from fairkv_sglang.profiles import HeadProfile
@@ -20,8 +21,8 @@ if torch.cuda.is_available():
         scope = SCOPES[name](BudgetSpec(ratio=0.4), 1, 8, 32, profile)
         source = torch.Generator().manual_seed(0)
         scores = torch.randint(0, 50, (8, total - 32), generator=source).float()
-        wanted = scope.select(0, range(8), scores, total)
-        kept = scope.select(0, range(8), scores.cuda(), total)
+        wanted = select(scope, 0, range(8), scores, total)
+        kept = select(scope, 0, range(8), scores.cuda(), total)
         assert kept.indices.is_cuda
         assert torch.equal(kept.counts.cpu(), wanted.counts)
         assert torch.equal(kept.indices.cpu(), wanted.indices)

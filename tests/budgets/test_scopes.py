@@ -11,6 +11,7 @@ import torch
 from budgets_reference import ada_kv_kept, static_kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kept_tokens import select
 
 from fairkv_sglang.budgets import SCOPES, BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.profiles import HeadProfile, uniform_profile
@@ -29,7 +30,7 @@ def cases(draw, names=tuple(SCOPES)):
         size = {"tokens": draw(st.integers(window + 1, 70))}
     else:
         size = {"ratio": draw(st.sampled_from([0.01, 0.25, 0.5, 0.7, 1.0]))}
-    spec = BudgetSpec(**size, floor_alpha=alpha, round_to=draw(st.sampled_from([1, 1, 16])))
+    spec = BudgetSpec(**size, floor_alpha=alpha)
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     profile = HeadProfile(None, rng.random((LAYERS, heads)) ** 4 + 1e-6)
     scope = SCOPES[draw(st.sampled_from(names))](spec, LAYERS, heads, window, profile)
@@ -62,7 +63,7 @@ def _reference(scope, layer, heads, scores, total):
 def test_kept_sets_equal_the_formulae(case, layer):
     scope, total, scores = case
     heads = list(range(scope.num_heads))
-    kept = scope.select(layer, heads, scores, total)
+    kept = select(scope, layer, heads, scores, total)
     assert _rows(kept) == _reference(scope, layer, heads, scores, total)
 
 
@@ -70,7 +71,7 @@ def test_kept_sets_equal_the_formulae(case, layer):
 @given(case=cases(), layer=st.integers(0, LAYERS - 1))
 def test_kept_sets_are_well_formed(case, layer):
     scope, total, scores = case
-    kept = scope.select(layer, range(scope.num_heads), scores, total)
+    kept = select(scope, layer, range(scope.num_heads), scores, total)
     assert kept.counts.dtype == kept.indices.dtype == torch.int64
     assert kept.indices.shape == (scope.num_heads, int(kept.counts.max()))
     window = range(max(total - scope.window, 0), total)
@@ -89,11 +90,10 @@ def test_kept_sets_are_well_formed(case, layer):
 def test_totals_are_kept(case):
     scope, total, scores = case
     heads, budget = scope.num_heads, scope.budget(total)
-    layers = [scope.select(i, range(heads), scores, total).counts.sum() for i in range(LAYERS)]
+    layers = [select(scope, i, range(heads), scores, total).counts.sum() for i in range(LAYERS)]
     whole, expected = LAYERS * heads * budget, scope.expected(total)
     if scope.name == "head":
-        step = scope.spec.round_to
-        assert whole - step < sum(layers) <= whole
+        assert sum(layers) == whole
     else:
         assert [int(count) for count in layers] == [heads * budget] * LAYERS
         assert expected.sum(axis=1).tolist() == [heads * budget] * LAYERS
@@ -185,7 +185,7 @@ def test_layer_bound_is_reached(case, data):
     group = sorted(data.draw(st.sets(st.sampled_from(everyone), min_size=1)))
     scores = torch.zeros_like(scores)
     scores[group] = 1.0
-    counts = scope.select(0, everyone, scores, total).counts[group]
+    counts = select(scope, 0, everyone, scores, total).counts[group]
     bound = int(scope.bound(total, [group] * LAYERS)[0])
     assert bound - len(group) <= int(counts.sum()) <= bound
     if len(group) * scores.shape[1] >= scope.num_heads * (scope.budget(total) - scope.window):
@@ -199,8 +199,8 @@ def test_order_of_rows_does_not_matter(case, data):
     scope, total, scores = case
     heads = list(range(scope.num_heads))
     order = data.draw(st.permutations(heads))
-    plain = _rows(scope.select(1, heads, scores, total))
-    permuted = _rows(scope.select(1, order, scores[order], total))
+    plain = _rows(select(scope, 1, heads, scores, total))
+    permuted = _rows(select(scope, 1, order, scores[order], total))
     assert permuted == [plain[head] for head in order]
 
 
@@ -210,8 +210,8 @@ def test_static_scopes_do_not_care_which_heads_are_together(case, data):
     scope, total, scores = case
     heads = list(range(scope.num_heads))
     part = data.draw(st.lists(st.sampled_from(heads), unique=True))
-    together = _rows(scope.select(1, heads, scores, total))
-    assert _rows(scope.select(1, part, scores[part], total)) == [together[h] for h in part]
+    together = _rows(select(scope, 1, heads, scores, total))
+    assert _rows(select(scope, 1, part, scores[part], total)) == [together[h] for h in part]
 
 
 @settings(max_examples=100, deadline=None)
@@ -224,8 +224,8 @@ def test_rank_at_tp_1_equals_layer(case):
     group = range(scope.num_heads // 2 + 1)
     assert rank.most(0, total, group) == scope.most(0, total, group)
     assert rank.per_head_bound(total).tolist() == scope.per_head_bound(total).tolist()
-    assert _rows(rank.select(0, heads, scores, total)) == (
-        _rows(scope.select(0, heads, scores, total))
+    assert _rows(select(rank, 0, heads, scores, total)) == (
+        _rows(select(scope, 0, heads, scores, total))
     )
 
 
@@ -236,7 +236,7 @@ def test_dispersed_head_gains(name):
     scores[0, :3] = torch.tensor([0.5, 0.3, 0.19])  # concentrated
     scores[1, :60] = 1 / 60  # dispersed
     scope = SCOPES[name](BudgetSpec(tokens=24), 1, 2, 4, None)
-    counts = scope.select(0, [0, 1], scores, 104).counts.tolist()
+    counts = select(scope, 0, [0, 1], scores, 104).counts.tolist()
     # 20 * 2 = 40 tokens in the pool: 3 + 37, then 0.8 of it plus a floor of 4.
     assert counts == [4 + 4 + 2, 4 + 4 + 30]
 
@@ -247,7 +247,7 @@ def test_ada_kv_rounding_is_the_papers_to_within_a_token():
     for _ in range(50):
         scores = torch.from_numpy(rng.random((4, 200)) ** rng.integers(1, 9, (4, 1)))
         scope = SCOPES["layer"](BudgetSpec(tokens=32 + 50, floor_alpha=0.2), 1, 4, 32, None)
-        counts = scope.select(0, range(4), scores, 232).counts.numpy() - 32
+        counts = select(scope, 0, range(4), scores, 232).counts.numpy() - 32
         top = torch.topk(scores.flatten(), 200).indices // 200
         pooled = torch.bincount(top, minlength=4).numpy()
         assert counts.sum() == 4 * 50
@@ -263,7 +263,7 @@ def test_equal_scores_give_equal_budgets(scorer, scope):
     q = torch.randn(32, 1, 2, 8, generator=torch.Generator().manual_seed(1)).expand(-1, 4, -1, -1)
     scores = method.score(q, k, scale=0.3)
     budgets = make_scope(scope, BudgetSpec(tokens=64), 2, 4, method, uniform_profile(2, 4))
-    counts = budgets.select(0, range(4), scores, 300).counts.tolist()
+    counts = select(budgets, 0, range(4), scores, 300).counts.tolist()
     if scorer == "streaming" or not budgets.input_dependent:
         assert counts == [64] * 4
     else:  # max pooling makes ties inside a head, and those go by head index
@@ -275,7 +275,7 @@ def test_streaming_keeps_sinks_and_recent_tokens():
     scope = make_scope("uniform", BudgetSpec(tokens=20), 1, 2, method)
     scores = method.score(None, torch.zeros(50, 2, 4), scale=1.0)
     wanted = [*range(4), *range(34, 50)]
-    assert scope.select(0, [0, 1], scores, 50).indices.tolist() == [wanted, wanted]
+    assert select(scope, 0, [0, 1], scores, 50).indices.tolist() == [wanted, wanted]
 
 
 @pytest.mark.parametrize("name", list(SCOPES))
@@ -284,7 +284,7 @@ def test_prompt_within_the_budget_keeps_everything(name, total):
     scorer = make_scorer("snapkv")
     scope = make_scope(name, BudgetSpec(tokens=40), 3, 2, scorer, uniform_profile(3, 2))
     scores = torch.rand(2, max(total - 32, 0))
-    kept = scope.select(1, [0, 1], scores, total)
+    kept = select(scope, 1, [0, 1], scores, total)
     assert kept.counts.tolist() == [total, total]
     assert kept.indices.tolist() == [list(range(total))] * 2
     assert (scope.expected(total) == total).all()
@@ -317,9 +317,6 @@ def test_head_caps_follow_the_profile():
     # Heads that are full pass on what they can't use.
     assert scope.expected(150).tolist() == [[150, 150], [150, 78]]
     assert scope.expected(132).tolist() == [[132, 132], [132, 132]]
-    # Whole pages, except for heads at the floor or at the prompt's length.
-    paged = SCOPES["head"](BudgetSpec(tokens=132, round_to=16), 2, 2, 32, profile)
-    assert paged.expected(10_000).tolist() == [[52, 176], [240, 52]]
 
 
 def test_layer_expectation_follows_the_profile_inside_each_layer():
@@ -340,7 +337,7 @@ def test_rank_with_no_heads_of_a_request():
     """All copies of a request's heads may have their owners elsewhere."""
     for name in ("uniform", "rank"):
         scope = SCOPES[name](BudgetSpec(tokens=40), 1, 4, 32, None)
-        kept = scope.select(0, [], torch.zeros(0, 68), 100)
+        kept = select(scope, 0, [], torch.zeros(0, 68), 100)
         assert kept.counts.shape == (0,) and kept.indices.shape == (0, 0)
         assert scope.bound(100, [[]]).tolist() == [0]
 
@@ -363,7 +360,6 @@ def test_cached_tables_can_not_be_written_to():
         ({"ratio": float("nan")}, "above 0 and at most 1"),
         ({"ratio": 25}, "above 0 and at most 1"),
         ({"tokens": 64, "floor_alpha": 2}, "floor_alpha must lie between 0 and 1"),
-        ({"tokens": 64, "round_to": 0}, "round_to must be at least 1"),
     ],
 )
 def test_bad_budget_is_one_clear_line(options, message):
@@ -394,6 +390,6 @@ def test_select_refuses_what_does_not_fit():
         ([0, 1, 2, 4], (4, 68), "not distinct heads of 4"),
     ]:
         with pytest.raises(ValueError, match=message):
-            scope.select(0, heads, torch.zeros(shape), 100)
+            select(scope, 0, heads, torch.zeros(shape), 100)
     with pytest.raises(ValueError, match="heads of 2 layers, expected 1"):
         scope.bound(100, [[0], [1]])

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fairkv_sglang.budgets.registry import Registry
-from fairkv_sglang.budgets.selection import Kept, pick
 from fairkv_sglang.budgets.waterfill import IntArray
 from fairkv_sglang.profiles import HeadProfile
 
@@ -32,13 +31,11 @@ class BudgetSpec:
         tokens: Mean kept tokens per head, window included; or
         ratio: the same as a share of the prompt, in (0, 1]. Exactly one of the two.
         floor_alpha: Share of the budget beyond the window that every head keeps for itself.
-        round_to: Scope ``head`` rounds caps to multiples of this (16 = whole head pages).
     """
 
     tokens: int | None = None
     ratio: float | None = None
     floor_alpha: float = 0.2
-    round_to: int = 1
 
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.ratio is None):
@@ -49,8 +46,6 @@ class BudgetSpec:
             raise ValueError(f"the budget ratio must be above 0 and at most 1, not {self.ratio}")
         if not 0.0 <= self.floor_alpha <= 1.0:
             raise ValueError(f"floor_alpha must lie between 0 and 1, not {self.floor_alpha}")
-        if self.round_to < 1:
-            raise ValueError(f"round_to must be at least 1, not {self.round_to}")
 
 
 def _read_only(function: Callable[P, IntArray]) -> Callable[P, IntArray]:
@@ -87,7 +82,7 @@ class BudgetScope(ABC):
     input_dependent: ClassVar[bool]
     """Whether kept counts depend on the scores; False: known from the prompt length alone."""
     spans_ranks: ClassVar[bool]
-    """Whether ``counts`` and ``select`` need the scores of all heads of the layer."""
+    """Whether ``counts`` needs the scores of all heads of the layer."""
 
     def __init__(
         self,
@@ -156,22 +151,14 @@ class BudgetScope(ABC):
         """Most tokens that the given heads of one layer may keep together, whatever the input."""
         return int(self.expected(prompt_len)[layer, list(heads)].sum())
 
-    def select(self, layer: int, heads: Sequence[int], scores: Tensor, prompt_len: int) -> Kept:
-        """The tokens that the given heads of a layer keep.
+    def counts(self, layer: int, heads: Sequence[int], scores: Tensor, prompt_len: int) -> Tensor:
+        """int64 [n] kept tokens of the given heads of a layer, window included; see ``pick``.
 
         Args:
             layer: Layer index.
             heads: Head index of each row; all heads of the layer if ``spans_ranks``. In any order.
             scores: float32 [n, max(N - window, 0)].
             prompt_len: N.
-        """
-        counts = self.counts(layer, heads, scores, prompt_len)
-        return pick(scores, counts, prompt_len, self._width(layer, heads, prompt_len))
-
-    def counts(self, layer: int, heads: Sequence[int], scores: Tensor, prompt_len: int) -> Tensor:
-        """int64 [n] kept tokens per head, window included; arguments as in ``select``.
-
-        With ``pick`` a rank can thus ask for the counts of all heads and select for its own only.
         """
         rows = len(heads)
         shape = (rows, max(prompt_len - self.window, 0))
@@ -186,14 +173,6 @@ class BudgetScope(ABC):
         if self.budget(prompt_len) >= prompt_len:
             return torch.full((rows,), prompt_len, dtype=torch.int64, device=scores.device)
         return self._counts(layer, heads, scores, prompt_len)
-
-    def _width(self, layer: int, heads: Sequence[int], prompt_len: int) -> int | None:
-        """max of ``counts`` if the prompt length alone tells, else None."""
-        if self.budget(prompt_len) >= prompt_len:
-            return prompt_len if len(heads) else 0
-        if self.input_dependent:
-            return None
-        return int(self.expected(prompt_len)[layer, list(heads)].max(initial=0))
 
     @abstractmethod
     def _expected(self, prompt_len: int) -> IntArray:

@@ -18,7 +18,6 @@ class Head(BudgetScope):
     L * H * B: share relative to the mean times the mean budget. What floors add and short prompts
     cut off is spread over the other heads of all layers in proportion to their shares
     (water-filling).
-    ``spec.round_to`` makes caps multiples, except those of heads at the floor or at N.
     """
 
     name: ClassVar[str] = "head"
@@ -45,11 +44,5 @@ class Head(BudgetScope):
     def _expected(self, prompt_len: int) -> IntArray:
         budget = self.budget(prompt_len)
         low = min(max(self.least, self.window + self.floor(prompt_len)), budget)
-        caps = water_fill(
-            self._shares.ravel(),
-            total=budget * self._shares.size,
-            low=low,
-            high=prompt_len,
-            step=self.spec.round_to,
-        )
+        caps = water_fill(self._shares.ravel(), budget * self._shares.size, low, prompt_len)
         return caps.reshape(self._shares.shape)

@@ -34,9 +34,9 @@ class Scorer(ABC):
         """Scores all tokens before the window; the highest are kept.
 
         Args:
-            q: [W', n, g, D], queries of the last W' >= 1 tokens, RoPE applied; normally W' is
-                ``window`` or, for shorter prompts, the prompt length. Query heads of a KV head are
-                contiguous. None is accepted where ``needs_queries`` is false.
+            q: [W, n, g, D], queries of the last ``window`` tokens, or of the whole prompt if it is
+                shorter, RoPE applied. Query heads of a KV head are contiguous. None is accepted
+                where ``needs_queries`` is false.
             k: [N, n, D] keys of the whole prompt, RoPE applied; any float dtype.
             scale: Factor of the attention logits, normally D ** -0.5.
 

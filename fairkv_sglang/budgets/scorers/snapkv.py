@@ -5,15 +5,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fairkv_sglang import kernels
 from fairkv_sglang.budgets.scorers.base import SCORERS, Scorer
-
-# Two float32 buffers of this size are alive at a time: logits and weights of some query heads.
-BUFFER_BYTES = 32 << 20
-KEY_CHUNK = 32768
 
 
 @SCORERS.register
@@ -33,9 +28,7 @@ class SnapKV(Scorer):
 
     The GQA group is reduced before any top-k: a head keeps one set of tokens for its whole group.
 
-    Numbers of one head are computed from contiguous copies of that head's rows by products whose
-    shapes depend on its own sizes only. So the same library with the same number of threads gives
-    the same bits, whichever other heads are in the call.
+    A fused kernel computes it on each kind of device; ``kernels.reference`` has it in plain torch.
 
     Args:
         window: W, also the tokens at the end of the prompt that are always kept.
@@ -61,38 +54,7 @@ class SnapKV(Scorer):
         total, n, width = k.shape
         if q.dim() != 4 or q.shape[1] != n or q.shape[3] != width:
             raise ValueError(f"queries {list(q.shape)} do not fit keys {list(k.shape)}")
-        scored = max(total - self.window, 0)
-        scores = torch.empty((n, scored), dtype=torch.float32, device=k.device)
-        if scored:
-            q = q[-self.window :]
-            for head in range(n):
-                scores[head] = self._score_head(q[:, head], k[:, head], scale)
-        return scores
-
-    def _score_head(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """[N - window] from q [W', g, D] and k [N, D]."""
-        rows, group, width = q.shape
-        total = k.shape[0]
-        scored = total - self.window
-        at_once = max(1, min(group, BUFFER_BYTES // (4 * rows * total)))
-        # Row i stands at position total - rows + i and does not see what follows it.
-        hidden = torch.ones((rows, rows), dtype=torch.bool, device=k.device).triu_(1)
-        result = torch.zeros(scored, dtype=torch.float32, device=k.device)
-        for first in range(0, group, at_once):
-            queries = q[:, first : first + at_once].transpose(0, 1).reshape(-1, width).float()
-            logits = torch.empty((len(queries), total), dtype=torch.float32, device=k.device)
-            for start in range(0, total, KEY_CHUNK):
-                keys = k[start : start + KEY_CHUNK].float().contiguous()
-                logits[:, start : start + KEY_CHUNK] = queries @ keys.T
-            logits = logits.mul_(scale).view(-1, rows, total)
-            logits[:, :, total - rows :].masked_fill_(hidden, -torch.inf)
-            attention = torch.softmax(logits, dim=-1)[:, :, :scored].mean(dim=1)
-            result += self._pool(attention).sum(dim=0)
-        return result / group
-
-    def _pool(self, attention: Tensor) -> Tensor:
-        """Pools [g, M] along its last axis; same shape."""
-        if self.kernel == 1:
-            return attention
-        pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
-        return pool(attention[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]
+        q = q[-self.window :]
+        if len(q) < min(self.window, total):
+            raise ValueError(f"scorer 'snapkv' needs {self.window} queries, not {len(q)}")
+        return kernels.snapkv_score(q, k, scale, self.kernel, self.pooling)
