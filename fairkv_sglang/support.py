@@ -7,6 +7,7 @@ Everything here runs in the parent process, before any weight is loaded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -25,22 +26,38 @@ ARCHITECTURES = (
 """Architectures whose attention has decode twins (``patches/models.py``)."""
 
 
+Predicate = Callable[[Any, ModelFacts | None], bool]
+
+
 @dataclass(frozen=True)
 class Refusal:
     """One thing that FairKV cannot be combined with.
 
     Attributes:
         feature: Its name, for people.
-        setting: The flag, environment or model property that turns it on.
+        setting: The flags, variable or model property that turn it on.
+        instead: What the user can do.
         refused: Predicate on SGLang's server arguments (any object with its field names, missing
             ones read as None) and the model, which is None until its configuration has been read.
-        instead: What the user can do.
+            None: any of the flags that ``setting`` names is given.
     """
 
     feature: str
     setting: str
-    refused: Callable[[Any, ModelFacts | None], bool]
-    instead: str
+    instead: str = "leave the flag out"
+    refused: Predicate | None = None
+
+    @property
+    def fields(self) -> list[str]:
+        """Fields of the server arguments that the flags of ``setting`` set."""
+        return [flag.replace("-", "_") for flag in re.findall(r"--([a-z-]+)", self.setting)]
+
+    def applies(self, arguments: Any, model: ModelFacts | None) -> bool:
+        """Whether this start asks for it."""
+        arguments = _Lenient(arguments)
+        if self.refused is not None:
+            return self.refused(arguments, model)
+        return any(bool(getattr(arguments, name)) for name in self.fields)
 
     @property
     def message(self) -> str:
@@ -58,21 +75,15 @@ class _Lenient:
         return getattr(self._arguments, name, None)
 
 
-def _on(*names: str) -> Callable[[Any, ModelFacts | None], bool]:
-    return lambda args, model: any(bool(getattr(args, name)) for name in names)
-
-
-def _above_one(*names: str) -> Callable[[Any, ModelFacts | None], bool]:
+def _above_one(*names: str) -> Predicate:
     return lambda args, model: any((getattr(args, name) or 1) > 1 for name in names)
 
 
-def _not_in(name: str, *values: object) -> Callable[[Any, ModelFacts | None], bool]:
+def _not_in(name: str, *values: object) -> Predicate:
     return lambda args, model: getattr(args, name) not in (None, *values)
 
 
-def _model(
-    predicate: Callable[[ModelFacts], bool],
-) -> Callable[[Any, ModelFacts | None], bool]:
+def _model(predicate: Callable[[ModelFacts], bool]) -> Predicate:
     return lambda args, model: model is not None and predicate(model)
 
 
@@ -87,219 +98,169 @@ def _prefill_graph(args: Any, model: ModelFacts | None) -> bool:
     return str(getattr(backend, "value", backend)) not in ("disabled", "None")
 
 
-_OWN = "FairKV brings its own, so leave the flag out"
-_LEAVE = "leave the flag out"
+def _hnd_layout() -> bool:
+    from sglang.srt.environ import envs
+
+    return bool(envs.SGLANG_USE_HND_KVCACHE.get())
+
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "another device",
         "--device",
-        _not_in("device", "cuda", "cpu"),
         "use --device cuda or cpu",
+        _not_in("device", "cuda", "cpu"),
     ),
-    Refusal(
-        "speculative decoding", "--speculative-algorithm", _on("speculative_algorithm"), _LEAVE
-    ),
+    Refusal("speculative decoding", "--speculative-algorithm"),
     Refusal(
         "prefill-decode disaggregation",
         "--disaggregation-mode",
-        _not_in("disaggregation_mode", "null"),
         "use --disaggregation-mode null",
+        _not_in("disaggregation_mode", "null"),
     ),
-    Refusal(
-        "a decode pool with role switch",
-        "--enable-pd-role-switch",
-        _on("enable_pd_role_switch"),
-        _LEAVE,
-    ),
-    Refusal("PD multiplexing", "--enable-pdmux", _on("enable_pdmux"), _LEAVE),
-    Refusal(
-        "encoder disaggregation",
-        "--encoder-only, --language-only",
-        _on("encoder_only", "language_only"),
-        _LEAVE,
-    ),
+    Refusal("a decode pool with role switch", "--enable-pd-role-switch"),
+    Refusal("PD multiplexing", "--enable-pdmux"),
+    Refusal("encoder disaggregation", "--encoder-only, --language-only"),
     Refusal(
         "a hierarchical cache",
         "--enable-hierarchical-cache",
-        _on("enable_hierarchical_cache", "hicache_storage_backend"),
-        _LEAVE,
+        refused=lambda args, model: bool(
+            args.enable_hierarchical_cache or args.hicache_storage_backend
+        ),
     ),
-    Refusal("LMCache", "--enable-lmcache", _on("enable_lmcache"), _LEAVE),
-    Refusal("FlexKV", "--enable-flexkv", _on("enable_flexkv"), _LEAVE),
-    Refusal(
-        "an external cache linker",
-        "--enable-unified-cache-external-linker",
-        _on("enable_unified_cache_external_linker"),
-        _LEAVE,
-    ),
-    Refusal("HiSparse", "--enable-hisparse", _on("enable_hisparse"), _LEAVE),
+    Refusal("LMCache", "--enable-lmcache"),
+    Refusal("FlexKV", "--enable-flexkv"),
+    Refusal("an external cache linker", "--enable-unified-cache-external-linker"),
+    Refusal("HiSparse", "--enable-hisparse"),
     Refusal(
         "another radix cache",
         "--radix-cache-backend",
+        "FairKV brings its own, so leave the flag out",
         _not_in("radix_cache_backend", "fairkv"),
-        _OWN,
     ),
     Refusal(
         "another decode attention",
         "--decode-attention-backend",
+        "FairKV brings its own, see --fairkv-decode-backend; prompts take --attention-backend",
         # SGLang may choose one for itself later; nobody asked for that one
         lambda args, model: model is None and bool(args.decode_attention_backend),
-        "FairKV brings its own, see --fairkv-decode-backend; prompts take --attention-backend",
     ),
+    Refusal("another KV layout", "--enable-page-major-kv-layout, --enable-unified-memory"),
     Refusal(
-        "another KV layout",
-        "--enable-page-major-kv-layout, --enable-unified-memory",
-        _on("enable_page_major_kv_layout", "enable_unified_memory"),
-        _LEAVE,
+        "SGLang's HND layout",
+        "SGLANG_USE_HND_KVCACHE",
+        "unset the variable",
+        lambda args, model: _hnd_layout(),
     ),
-    Refusal(
-        "a prefill without KV cache",
-        "--prefill-only-disable-kv-cache",
-        _on("prefill_only_disable_kv_cache"),
-        _LEAVE,
-    ),
-    Refusal("the KV canary", "--kv-canary", _not_in("kv_canary", "none"), "use --kv-canary none"),
+    Refusal("a prefill without KV cache", "--prefill-only-disable-kv-cache"),
+    Refusal("the KV canary", "--kv-canary", "use --kv-canary none", _not_in("kv_canary", "none")),
     Refusal(
         "pipeline parallelism",
         "--pp-size above 1",
-        _above_one("pp_size"),
         "use --pp-size 1 and a larger --tp-size",
+        _above_one("pp_size"),
     ),
     Refusal(
         "data parallelism",
         "--dp-size above 1 (untested)",
-        _above_one("dp_size"),
         "use --dp-size 1; start several servers behind a router instead",
+        _above_one("dp_size"),
     ),
-    Refusal("data-parallel attention", "--enable-dp-attention", _on("enable_dp_attention"), _LEAVE),
+    Refusal("data-parallel attention", "--enable-dp-attention"),
     Refusal(
         "context parallelism",
         "--dcp-size, --attn-cp-size above 1, --enable-prefill-cp",
-        lambda args, model: (
-            _above_one("dcp_size", "attn_cp_size")(args, model)
-            or _on("enable_prefill_cp")(args, model)
-        ),
         "leave the flags out",
+        lambda args, model: (
+            _above_one("dcp_size", "attn_cp_size")(args, model) or bool(args.enable_prefill_cp)
+        ),
     ),
-    Refusal(
-        "several nodes",
-        "--nnodes above 1 (untested)",
-        _above_one("nnodes"),
-        "use --nnodes 1",
-    ),
-    Refusal(
-        "overlapped half batches",
-        "--enable-two-batch-overlap, --enable-single-batch-overlap",
-        _on("enable_two_batch_overlap", "enable_single_batch_overlap"),
-        _LEAVE,
-    ),
+    Refusal("several nodes", "--nnodes above 1 (untested)", "use --nnodes 1", _above_one("nnodes")),
+    Refusal("overlapped half batches", "--enable-two-batch-overlap, --enable-single-batch-overlap"),
     Refusal(
         "LoRA",
         "--enable-lora, --lora-paths (untested)",
-        _on("enable_lora", "lora_paths"),
         "merge the adapter into the weights",
     ),
     Refusal(
         "a quantised KV cache",
         "--kv-cache-dtype",
-        lambda args, model: (
-            args.kv_cache_dtype not in (None, "auto", "bfloat16", "bf16", "float16", "float32")
-        ),
         "use --kv-cache-dtype auto",
+        _not_in("kv_cache_dtype", "auto", "bfloat16", "bf16", "float16", "float32"),
     ),
     Refusal(
         "quantised weights",
         "--quantization or the checkpoint",
+        "use an unquantised checkpoint",
         lambda args, model: bool(
             args.quantization or args.modelopt_quant or (model is not None and model.quantization)
         ),
-        "use an unquantised checkpoint",
     ),
     Refusal(
         "weights that load behind the start",
         "--startup-weight-load-mode overlap (untested)",
-        lambda args, model: args.startup_weight_load_mode == "overlap",
-        _LEAVE,
+        refused=lambda args, model: args.startup_weight_load_mode == "overlap",
     ),
     Refusal(
         "weights on the CPU",
         "--cpu-offload-gb, --offload-group-size",
-        lambda args, model: (args.cpu_offload_gb or 0) > 0 or (args.offload_group_size or -1) > 0,
-        _LEAVE,
+        refused=lambda args, model: (
+            (args.cpu_offload_gb or 0) > 0 or (args.offload_group_size or -1) > 0
+        ),
     ),
     Refusal(
         "CUDA graphs in prefill",
         "--cuda-graph-backend-prefill (untested)",
-        _prefill_graph,
         "leave it out or use disabled; decode keeps its graphs",
+        _prefill_graph,
     ),
-    Refusal(
-        "torch.compile", "--enable-torch-compile (untested)", _on("enable_torch_compile"), _LEAVE
-    ),
-    Refusal(
-        "deterministic inference",
-        "--enable-deterministic-inference, --rl-on-policy-target",
-        _on("enable_deterministic_inference", "rl_on_policy_target"),
-        _LEAVE,
-    ),
-    Refusal("diffusion language models", "--dllm-algorithm", _on("dllm_algorithm"), _LEAVE),
-    Refusal("multi-item scoring", "--enable-mis", _on("enable_mis"), _LEAVE),
+    Refusal("torch.compile", "--enable-torch-compile (untested)"),
+    Refusal("deterministic inference", "--enable-deterministic-inference, --rl-on-policy-target"),
+    Refusal("diffusion language models", "--dllm-algorithm"),
+    Refusal("multi-item scoring", "--enable-mis"),
     Refusal(
         "routed experts or indexer output",
         "--enable-return-routed-experts, --enable-return-indexer-topk",
-        _on("enable_return_routed_experts", "enable_return_indexer_topk"),
-        _LEAVE,
     ),
-    Refusal(
-        "streaming sessions",
-        "--enable-streaming-session, --enable-session-radix-cache",
-        _on("enable_streaming_session", "enable_session_radix_cache"),
-        _LEAVE,
-    ),
-    Refusal("Ray", "--use-ray (untested)", _on("use_ray"), _LEAVE),
-    Refusal(
-        "a memory saver",
-        "--enable-memory-saver (untested)",
-        _on("enable_memory_saver"),
-        _LEAVE,
-    ),
+    Refusal("streaming sessions", "--enable-streaming-session, --enable-session-radix-cache"),
+    Refusal("Ray", "--use-ray (untested)"),
+    Refusal("a memory saver", "--enable-memory-saver (untested)"),
     Refusal(
         "other model implementations",
         "--model-impl",
-        _not_in("model_impl", "auto", "sglang"),
         "use --model-impl sglang",
+        _not_in("model_impl", "auto", "sglang"),
     ),
     Refusal(
         "embedding and reward models",
         "--is-embedding or the model",
-        lambda args, model: bool(args.is_embedding or (model is not None and not model.generates)),
         "use a model that generates",
+        lambda args, model: bool(args.is_embedding or (model is not None and not model.generates)),
     ),
-    Refusal("multimodal models", "the model", _model(lambda m: m.multimodal), "use a text model"),
+    Refusal("multimodal models", "the model", "use a text model", _model(lambda m: m.multimodal)),
     Refusal(
         "encoder-decoder models",
         "the model",
-        _model(lambda m: m.encoder_decoder),
         "use a decoder-only model",
+        _model(lambda m: m.encoder_decoder),
     ),
     Refusal(
         "MLA and state-space models",
         "the model",
-        _model(lambda m: m.attention != "MHA"),
         "use a model with grouped-query attention",
+        _model(lambda m: m.attention != "MHA"),
     ),
     Refusal(
         "sliding-window attention",
         "the model",
-        _model(lambda m: m.sliding_window is not None and m.sliding_window < m.context),
         "use a model with full attention, or --context-length no longer than the window",
+        _model(lambda m: m.sliding_window is not None and m.sliding_window < m.context),
     ),
     Refusal(
         "this architecture",
         "the model",
-        _model(lambda m: m.architecture not in ARCHITECTURES),
         f"supported are {', '.join(ARCHITECTURES)}",
+        _model(lambda m: m.architecture not in ARCHITECTURES),
     ),
 )
 """Checked in this order; the first that applies is reported."""
@@ -316,7 +277,7 @@ def refuse(arguments: Any, model: ModelFacts | None = None) -> None:
         ConfigError: with the row's message.
     """
     for row in REFUSALS:
-        if row.refused(_Lenient(arguments), model):
+        if row.applies(arguments, model):
             raise ConfigError(row.message)
 
 

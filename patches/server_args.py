@@ -29,10 +29,6 @@ from fairkv_sglang.patches.ledger import Hook
 
 logger = logging.getLogger(__name__)
 
-BACKEND = "fairkv"
-"""Name of FairKV's prefix cache in SGLang's registry."""
-
-
 class _State:
     """What this process has been told; the environment is asked only when it was nothing."""
 
@@ -94,6 +90,8 @@ def around_resolve(original: Any, server_args: Any) -> None:
 
 def _resolve(original: Any, server_args: Any) -> None:
     # Here, not above: a rank without FairKV need not import what makes plans (scipy, 0.3 s).
+    from sglang.srt.arg_groups.overrides import resolving_view
+
     from fairkv_sglang import support
     from fairkv_sglang.plan_file import PLAN_VARIABLE, hand_out
     from fairkv_sglang.platform_cpu import is_active
@@ -118,12 +116,11 @@ def _resolve(original: Any, server_args: Any) -> None:
     original(server_args)
     if not (config.enabled or on_cpu) or not _has_model(server_args):
         return
-    view = _resolved(server_args)
+    view = resolving_view(server_args)  # resolution does not write back to the record
     model = model_facts(server_args)
     if config.enabled:
         support.refuse(view, model)
-    if config.enabled or on_cpu:
-        support.check_split(model, view.tp_size)
+    support.check_split(model, view.tp_size)
     if config.enabled:
         plan = support.check_model(config, model, view.tp_size, str(view.device))
         os.environ[PLAN_VARIABLE] = hand_out(plan)
@@ -136,7 +133,9 @@ def _resolve(original: Any, server_args: Any) -> None:
 
 def model_facts(server_args: Any) -> ModelFacts:
     """Facts of the model that the arguments name; reads its config.json, no weights."""
-    return ModelFacts.of(_model_config(server_args))
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    return ModelFacts.of(model_config_of(server_args))
 
 
 def _configuration() -> FairKVConfig:
@@ -156,7 +155,9 @@ def _export(config: FairKVConfig) -> None:
 
 def _settle(server_args: Any) -> None:
     """Set what FairKV needs; the check before made sure that nobody asked for other values."""
-    server_args.radix_cache_backend = BACKEND
+    from fairkv_sglang.memory.prefix_cache import BACKEND_NAME
+
+    server_args.radix_cache_backend = BACKEND_NAME
     # Decode is FairKV's, so SGLang builds one backend, the one for prompts.
     if server_args.prefill_attention_backend is not None:
         server_args.attention_backend = server_args.prefill_attention_backend
@@ -180,38 +181,13 @@ def _has_model(server_args: Any) -> bool:
     return str(server_args.model_path).lower() not in ("none", "dummy")
 
 
-def _resolved(server_args: Any) -> Any:
-    """The resolved values (since 0.5.20 resolution does not write them back to the record)."""
-    try:
-        from sglang.srt.arg_groups.overrides import resolving_view
-    except ImportError:
-        return server_args
-    return resolving_view(server_args)
-
-
-def _model_config(server_args: Any) -> Any:
-    """SGLang's model configuration; reads the model's config.json, no weights."""
-    try:
-        from sglang.srt.arg_groups.overrides import model_config_of
-    except ImportError:
-        return server_args.get_model_config()
-    return model_config_of(server_args)
-
-
 def _exit(error: ConfigError) -> NoReturn:
     print(f"error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
-def _resolution_target() -> str:
-    from sglang.srt.server_args import ServerArgs
-
-    method = "resolve_once" if hasattr(ServerArgs, "resolve_once") else "__post_init__"
-    return f"sglang.srt.server_args.ServerArgs.{method}"
-
-
 def flag_hooks() -> tuple[Hook, ...]:
-    """The hooks that are always there (imports SGLang's server arguments)."""
+    """The hooks that are always there."""
     return (
         Hook(
             target="sglang.srt.server_args.ServerArgs.add_cli_args",
@@ -232,7 +208,7 @@ def flag_hooks() -> tuple[Hook, ...]:
             test="tests/engine/test_platform.py",
         ),
         Hook(
-            target=_resolution_target(),
+            target="sglang.srt.server_args.ServerArgs.resolve_once",
             kind="around",
             function=around_resolve,
             why="the prefix cache is FairKV's for every way of starting, and what FairKV cannot "

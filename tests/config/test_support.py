@@ -39,6 +39,7 @@ TRIGGERS: dict[str, tuple[dict[str, object], ModelFacts | None]] = {
     "another radix cache": ({"radix_cache_backend": "flexkv"}, None),
     "another decode attention": ({"decode_attention_backend": "flashinfer"}, None),
     "another KV layout": ({"enable_unified_memory": True}, None),
+    "SGLang's HND layout": ({}, None),
     "a prefill without KV cache": ({"prefill_only_disable_kv_cache": True}, None),
     "the KV canary": ({"kv_canary": "log"}, None),
     "pipeline parallelism": ({"pp_size": 2}, None),
@@ -72,9 +73,11 @@ TRIGGERS: dict[str, tuple[dict[str, object], ModelFacts | None]] = {
 
 
 @pytest.mark.parametrize("row", REFUSALS, ids=lambda row: row.feature)
-def test_each_row_is_reported_by_name(row: Refusal) -> None:
+def test_each_row_is_reported_by_name(row: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     """The row's own message comes out, in one line that says what to do."""
     settings, model = TRIGGERS[row.feature]
+    if row.setting.startswith("SGLANG_"):
+        monkeypatch.setenv(row.setting, "1")
     with pytest.raises(ConfigError) as caught:
         refuse(SimpleNamespace(**settings), model)
     assert str(caught.value) == row.message
@@ -91,6 +94,8 @@ def test_defaults_of_sglang_pass() -> None:
     fields = {field.name for field in msgspec.structs.fields(server_args.ServerArgs)}
     for settings, _ in TRIGGERS.values():
         assert set(settings) <= fields
+    for row in REFUSALS:
+        assert row.refused is not None or (row.fields and set(row.fields) <= fields)
 
 
 def test_full_window_passes() -> None:
