@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairkv_sglang.profiles import HeadProfile, Recorder
-from fairkv_sglang.profiles.recorder import GROUP
 
 Prompts = list[tuple[np.ndarray, int]]
 
@@ -100,7 +99,7 @@ def test_spread_is_the_variation_that_was_put_in() -> None:
     base = 1000.0 * rng.lognormal(0.0, 1.0, (4, 64))
     drawn = base * np.exp(sigma * rng.standard_normal((400, 4, 64)) - sigma**2 / 2)
     recorder = _fed([(np.rint(kept).astype(np.int64), 1) for kept in drawn], 400, (4, 64))
-    assert recorder.spread() == pytest.approx(0.6 / np.sqrt(GROUP), rel=0.1)
+    assert recorder.spread() == pytest.approx(0.6, rel=0.1)
 
 
 def test_profile_and_summary() -> None:
