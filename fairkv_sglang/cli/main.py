@@ -12,11 +12,12 @@ from collections.abc import Sequence
 # name: (module, help). A module has add_arguments(parser) and run(args) -> exit status.
 COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("fairkv_sglang.cli.check", "does this installation work?"),
-    "profile": ("fairkv_sglang.cli.profile", "measure a head profile on your own prompts"),
+    "profile": ("fairkv_sglang.cli.profile", "a head profile from prompts or a running server"),
     "plan": ("fairkv_sglang.cli.plan", "place heads on ranks: profile + model + TP -> plan"),
     "plot": ("fairkv_sglang.cli.plot", "draw a plan as PNG"),
     "bench": ("fairkv_sglang.cli.bench", "throughput: stock SGLang and placements side by side"),
     "simulate": ("fairkv_sglang.cli.simulate", "replay requests through the router"),
+    "top": ("fairkv_sglang.cli.top", "a live view of a running server"),
 }
 
 
