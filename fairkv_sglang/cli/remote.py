@@ -17,7 +17,7 @@ class ServerSilent(ValueError):
     """Nobody answers at the address, or not in time; it may come (back) later."""
 
 
-def add_url_flags(parser: argparse.ArgumentParser, required: bool) -> None:
+def add_url_flags(parser: argparse._ActionsContainer, required: bool) -> None:
     """``--url`` and ``--api-key``."""
     parser.add_argument(
         "--url", required=required, metavar="SERVER", help="a running server, http://HOST:PORT"

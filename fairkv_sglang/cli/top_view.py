@@ -14,7 +14,6 @@ from rich.text import Text
 MISSING = "-"
 _RATE_SECONDS = 10.0
 _EIGHTHS = "▏▎▍▌▋▊▉"
-_HEAD_LINES = 8  # lines of a frame that are not ranks
 
 
 @dataclass
