@@ -5,12 +5,15 @@ commands alike. Needs a model's sizes only; imports nothing of SGLang.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from fairkv_sglang.budgets import BudgetScope, BudgetSpec, Scorer, make_scope, make_scorer
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.placement import CostModel, Plan, make_plan
 from fairkv_sglang.placement.model import ModelShape
+from fairkv_sglang.placement.options import FloatArray
 from fairkv_sglang.profiles import HeadProfile, read_profile
 
 __all__ = ["REQUEST_SPREAD", "ModelShape", "budget_text", "make_budgets", "make_placement"]
@@ -18,6 +21,18 @@ __all__ = ["REQUEST_SPREAD", "ModelShape", "budget_text", "make_budgets", "make_
 # Coefficient of variation of a head's kept tokens between small batches, from the per-request
 # counts of Tangram's four scorers on Llama-3.1-8B (docs/placement.md).
 REQUEST_SPREAD = 0.3
+
+
+class Traffic(Protocol):
+    """What requests kept so far (``profiles.Recorder``)."""
+
+    def mean(self) -> FloatArray:
+        """Mean kept tokens ``[L, H]``."""
+        ...
+
+    def spread(self) -> float:
+        """How much a head's kept tokens differ between small batches, as ``REQUEST_SPREAD``."""
+        ...
 
 
 def budget_text(config: FairKVConfig) -> str:
@@ -56,15 +71,25 @@ def make_placement(
     tp_size: int,
     *,
     copies_are_free: bool = False,
+    traffic: Traffic | None = None,
+    max_lanes: int | None = None,
 ) -> Plan:
-    """The plan file of the configuration, or a plan made from the profile.
+    """The plan file of the configuration, or a plan made from the profile or from traffic.
 
-    ``copies_are_free`` counts neither weights nor activations of a lane.
+    Args:
+        config: Resolved configuration.
+        shape: Sizes of the model.
+        scope: Budget scope; says what heads are expected to keep.
+        tp_size: Ranks.
+        copies_are_free: Count neither weights nor activations of a lane.
+        traffic: What requests kept, instead of plan file and expectation.
+        max_lanes: Lane slots of each (layer, rank), as of :func:`lane_slots`; None: no limit.
 
     Raises:
-        ValueError: in one line, if a plan file is for another model or number of ranks.
+        ValueError: in one line, if a plan file is for another model or number of ranks, or needs
+            more lanes.
     """
-    if config.plan is not None:
+    if config.plan is not None and traffic is None:
         plan = Plan.from_file(config.plan)
         wanted = (shape.num_layers, shape.num_kv_heads, tp_size)
         found = (plan.num_layers, plan.num_kv_heads, plan.tp_size)
@@ -74,18 +99,16 @@ def make_placement(
                 f"this server has {wanted[0]} layers, {wanted[1]} KV heads, TP {wanted[2]}"
             )
         return plan
-    cost = CostModel.for_device(
-        shape.device,
-        head_dim=shape.head_dim,
-        hidden_size=shape.hidden_size,
-        group=shape.group_size,
-        weight_bytes=shape.dtype_bytes if shape.weight_bytes is None else shape.weight_bytes,
-        kv_bytes=shape.dtype_bytes,
-        batch=config.expected_batch,
-    )
+    cost = load_model(config, shape)
     if copies_are_free:
         cost = cost.model_copy(update={"weight_byte_cost": 0.0, "activation_passes": 0.0})
-    loads = scope.expected(config.expected_prompt).astype(np.float64)
+    if traffic is not None:
+        loads, spread = traffic.mean(), traffic.spread()
+    else:
+        loads = scope.expected(config.expected_prompt).astype(np.float64)
+        # Requests differ from a measured profile when scores decide; copies that pay for it leave
+        # the router room to even that out. Static budgets do not differ.
+        spread = REQUEST_SPREAD if scope.input_dependent and scope.profile is not None else 0.0
     return make_plan(
         config.placement,
         loads,
@@ -93,7 +116,20 @@ def make_placement(
         cost=cost,
         model=shape.name,
         max_copies_per_layer=config.max_copies,
-        # Requests differ from a measured profile when scores decide; copies that pay for it leave
-        # the router room to even that out. Static budgets do not differ.
-        spread=REQUEST_SPREAD if scope.input_dependent and scope.profile is not None else 0.0,
+        max_lanes=max_lanes,
+        paid=max_lanes is not None and shape.device != "cpu",
+        spread=spread,
+    )
+
+
+def load_model(config: FairKVConfig, shape: ModelShape) -> CostModel:
+    """The load model that a server plans with."""
+    return CostModel.for_device(
+        shape.device,
+        head_dim=shape.head_dim,
+        hidden_size=shape.hidden_size,
+        group=shape.group_size,
+        weight_bytes=shape.dtype_bytes if shape.weight_bytes is None else shape.weight_bytes,
+        kv_bytes=shape.dtype_bytes,
+        batch=config.expected_batch,
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,13 +69,22 @@ def make_plan(
         raise ValueError(f"unknown placement policy {policy!r}; choose one of {choices}")
     checked_options = checked(PlanOptions, **options)
     problem = make_problem(loads, tp_size, cost, samples)
+    slots = checked_options.max_lanes
+    if slots is not None and slots * tp_size < problem.heads:
+        raise ValueError(
+            f"{problem.heads} heads do not fit into {slots} lane slots on each of {tp_size} ranks"
+        )
+    if checked_options.paid and slots is not None:
+        problem = replace(problem, lane=0.0, fixed=slots * problem.lane)
     shares = POLICIES[policy](problem, checked_options)
     if policy != "contiguous":
         shares = deal(problem, [[layer] for layer in shares])
     info = figures(problem, shares)
+    if slots is not None:
+        info["lane_slots"] = slots
     if cost is not None:
         # lets the router weigh a rank's weight slices against tokens
-        info["lane_tokens"] = round(cost.lane_cost / (cost.token_bytes * cost.kv_byte_cost))
+        info["lane_tokens"] = round(problem.lane / (cost.token_bytes * cost.kv_byte_cost))
         info["cost_model"] = cost.model_dump()
     return Plan.from_shares(shares, policy, model, info=info)
 
@@ -85,7 +95,8 @@ def figures(problem: Problem, shares: FloatArray) -> dict[str, Any]:
     costs = problem.rank_costs(shares)
     copies = (shares > 0).sum(axis=(1, 2)) - problem.heads
     bound = lower_bound(problem.costs, problem.ranks, problem.lane)
-    step, low = float(costs.max(axis=1).sum()), float(bound.sum())
+    fixed = problem.fixed * problem.layers
+    step, low = float(costs.max(axis=1).sum()) + fixed, float(bound.sum()) + fixed
     totals = tokens.sum(axis=0)
     return {
         "token_imbalance": _ratio(

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 FloatArray = NDArray[np.float64]
 Model = TypeVar("Model", bound=BaseModel)
@@ -20,6 +20,9 @@ class PlanOptions(BaseModel):
         sum of the mean rank.
     max_copies_per_layer: limit on copies, lanes beyond one per head; with fewer heads than ranks
         the unavoidable ones (ranks - heads) count as well.
+    max_lanes: lane slots, limit on the lanes of a rank in a layer.
+    paid: every slot costs a lane, used or not (CUDA graphs keep shapes); a copy then costs nothing
+        more until the slots are used up.
     spread: coefficient of variation of a head's load between batches. Above 0 (or with samples
         of requests) ``fair_copying`` adds spare copies that give the router room (``spare.py``).
     time_limit: of ``exact``, seconds per layer.
@@ -29,13 +32,25 @@ class PlanOptions(BaseModel):
 
     tolerance: float = Field(default=1.02, ge=1.0)
     max_copies_per_layer: int | None = Field(default=None, ge=0)
+    max_lanes: int | None = Field(default=None, ge=1)
+    paid: bool = False
     spread: float = Field(default=0.0, ge=0.0)
     time_limit: float = Field(default=5.0, gt=0.0)
+
+    @model_validator(mode="after")
+    def _bounded(self) -> PlanOptions:
+        if self.paid and self.max_lanes is None:
+            raise ValueError("slots that are paid for need their number, max_lanes")
+        return self
 
     def most_copies(self, most: int) -> int:
         """Copies that a layer may have if ``most`` are of use."""
         limit = self.max_copies_per_layer
         return most if limit is None else min(most, limit)
+
+    def slots(self, heads: int) -> int:
+        """Lanes of a rank in a layer, at most."""
+        return heads if self.max_lanes is None else min(heads, self.max_lanes)
 
 
 def checked(model: type[Model], **values: Any) -> Model:

@@ -17,9 +17,9 @@ class Problem:
 
     tokens: ``[L, H]`` expected kept tokens. costs: ``[L, H]`` the same in cost units for the
     whole batch. lane: cost of a head served at all (0: copies are free). slice_bytes: weight bytes
-    of a lane. samples: ``[N, L, H]`` costs as if the whole batch were
-    like one sampled request. batch: requests served at a time. notes: what a policy wants to say
-    about its run (solver status, gap); ends up in ``Plan.info``.
+    of a lane. fixed: cost of every rank in a layer whatever it serves. samples: ``[N, L, H]``
+    costs as if the whole batch were like one sampled request. batch: requests served at a time.
+    notes: what a policy wants to say about its run (solver status, gap); ends up in ``Plan.info``.
     """
 
     tokens: FloatArray
@@ -28,6 +28,7 @@ class Problem:
     lane: float
     slice_bytes: float
     samples: FloatArray | None = None
+    fixed: float = 0.0
     batch: float = 32.0
     notes: dict[str, Any] = field(default_factory=dict)
 

@@ -35,31 +35,45 @@ class Router:
     Every rank runs the same router in lock-step: decisions depend only on the plan and on the
     sequence of calls. Loads are whole tokens, so sums are exact in any order. Ties between ranks
     go to the head's home, which has its rows already (``homes.py``), else to the lower rank, and
-    ties between heads to the lower head.
+    ties between heads to the lower head. Lanes may change while requests are served.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._shape = (plan.num_layers, plan.num_kv_heads)
         self._loads: IntArray = np.zeros((plan.num_layers, plan.tp_size), dtype=np.int64)
         self._residents: dict[int, _Resident] = {}
-        served = plan.shares() > 0  # [L, R, H]
-        self._primary = plan.primary()
+        self._rows = np.arange(plan.num_layers)
+        self._lane_tokens = plan.info.get("lane_tokens", 0)
+        if not isinstance(self._lane_tokens, int) or self._lane_tokens < 0:
+            raise ValueError(
+                f"plan.info['lane_tokens'] must be an integer >= 0, got {self._lane_tokens}"
+            )
+        self.set_lanes(plan.shares() > 0)
+
+    def set_lanes(self, served: NDArray[np.bool_]) -> None:
+        """From now on owners are ranks that ``served [L, R, H]`` names; residents keep theirs.
+
+        Raises ValueError, and changes nothing, if the shape is wrong or a head has no rank.
+        """
+        shape = (self._shape[0], self._loads.shape[1], self._shape[1])
+        served = np.asarray(served, dtype=bool)
+        if served.shape != shape:
+            raise ValueError(f"lanes must have the shape {shape}, got {served.shape}")
         count = served.sum(axis=1)  # [L, H]
+        if not count.all():
+            layer, head = np.argwhere(count == 0)[0]
+            raise ValueError(f"layer {layer}: head {head} is served by no rank")
+        self._primary: IntArray = served.argmax(axis=1).astype(np.int64)
         self._copied = count > 1
         self._steps = int(self._copied.sum(axis=1).max())
         # ranks[l, h]: the ranks that serve the head, homes first and else ascending, then others
         # marked as far away
-        home = home_table(plan.num_kv_heads, plan.tp_size)
+        home = home_table(shape[2], shape[1])
         away = 2 * ~served.transpose(0, 2, 1) + ~home.T  # [L, H, R]
-        ranks = np.argsort(away, axis=2, kind="stable")
         most = int(count.max())
-        self._ranks: IntArray = ranks[:, :, :most].astype(np.int64)
+        self._ranks: IntArray = np.argsort(away, axis=2, kind="stable")[:, :, :most]
         self._far = np.where(np.arange(most) < count[:, :, None], 0, _FAR).astype(np.int64)
-        lane_tokens = plan.info.get("lane_tokens", 0)
-        if not isinstance(lane_tokens, int) or lane_tokens < 0:
-            raise ValueError(f"plan.info['lane_tokens'] must be an integer >= 0, got {lane_tokens}")
-        self._base: IntArray = (served.sum(axis=2) * lane_tokens).astype(np.int64)
-        self._rows = np.arange(plan.num_layers)
+        self._base: IntArray = served.sum(axis=2) * self._lane_tokens
 
     def admit(self, key: int, expected: ArrayLike) -> OwnerArray:
         """Owners ``[L, H]`` int16 of request ``key`` with ``expected [L, H]`` kept tokens.
@@ -93,7 +107,7 @@ class Router:
 
     def _choose(self, tokens: IntArray) -> OwnerArray:
         rows = self._rows
-        owners: NDArray[np.int64] = self._primary.astype(np.int64)
+        owners = self._primary.copy()
         load = self._loads + self._base
         fixed = np.where(self._copied, 0, tokens)
         np.add.at(load, (rows[:, None], owners), fixed)

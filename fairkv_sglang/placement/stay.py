@@ -33,38 +33,43 @@ def stay_home(
     Candidates are the layer as it is, contiguous heads, and contiguous heads with as little moved
     or copied (if ``copying``) as brings every rank to the level of the layer. Of those within
     ``SAME`` of the lowest :func:`deal` takes the one with most rows at home that leaves the ranks'
-    memory even. The limit on copies holds.
+    memory even. The limits on copies and lanes hold.
     """
-    lane, plain = problem.lane, blocks(problem.heads, problem.ranks)
-    home = home_table(problem.heads, problem.ranks)
-    same = SAME if lane > 0.0 else 1 + _NOTHING
+    lane, heads = problem.lane, problem.heads
+    plain, home = blocks(heads, problem.ranks), home_table(heads, problem.ranks)
+    costly = lane > 0.0 or options.paid
+    same = SAME if costly else 1 + _NOTHING
     plans = []
     for costs, own in zip(problem.costs, shares, strict=True):
         layer = [plain, own]
         lowest = min(float(rank_loads(plan, costs, lane).max()) for plan in layer)
-        copies = int((own > 0).sum()) - problem.heads
-        if copying and lane > 0.0:
+        copies = int((own > 0).sum()) - heads
+        if copying and costly:
             copies = max(copies, options.most_copies(problem.ranks - 1))
         target = lowest * (1 + 0.99 * (same - 1))
-        between = _relieve(plain, home, costs, lane, target, copies if copying else None)
+        between = relieve(
+            plain, home, costs, lane, target, copies if copying else None, options.slots(heads)
+        )
         if between is not None:
             layer.append(between)
         plans.append([p for p in layer if rank_loads(p, costs, lane).max() <= lowest * same])
     return deal(problem, plans)
 
 
-def _relieve(
+def relieve(
     plan: FloatArray,
     home: BoolArray,
     costs: FloatArray,
     lane: float,
     target: float,
     copies: int | None,
+    slots: int,
 ) -> FloatArray | None:
     """``plan`` with parts of heads moved off the fullest rank until none is above ``target``.
 
     Each step is the one that takes fewest rows from home, and adds fewest lanes, for what it
-    relieves. At most ``copies`` copies (None: lanes are moved whole); None if it gets stuck.
+    relieves. At most ``copies`` copies (None: lanes are moved whole) and ``slots`` lanes on a rank;
+    None if it gets stuck.
     """
     plan = plan.copy()
     ranks, heads = plan.shape
@@ -81,9 +86,10 @@ def _relieve(
         fits[top] = -1.0
         least = _LEAST * costs[own]
         part = np.minimum(np.minimum(held - least, over), fits)
+        room = ~new | ((plan > 0).sum(axis=1) < slots)[:, None]
         spare = copies is not None and (plan > 0).sum() - heads < copies
-        allowed = (part >= np.maximum(least * new, _NOTHING * over)) & (~new | spare)
-        whole = (held <= fits) & (len(own) > 1)
+        allowed = (part >= np.maximum(least * new, _NOTHING * over)) & (~new | spare) & room
+        whole = (held <= fits) & (len(own) > 1) & room
         if copies is None:
             allowed, whole = np.zeros_like(allowed), whole & new
         # what a step takes off the rank; [2, R, n]: a part, all

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from fairkv_sglang.placement.choose import _knapsack
 from fairkv_sglang.placement.groups import SmallCurves
 from fairkv_sglang.placement.pack import LargeCurves
-from fairkv_sglang.placement.spare import _Layer, balanced_shares
+from fairkv_sglang.placement.support import Support, balanced_shares
 from fairkv_sglang.placement.wrap import group_bound, wrap
 
 loads_ = hnp.arrays(np.float64, st.integers(1, 6), elements=st.floats(0.0, 100.0))
@@ -136,7 +136,7 @@ def test_pouring_reaches_the_level_of_the_best_shares(
     shares = balanced_shares(loads, support, lane)
     np.testing.assert_allclose(shares.sum(axis=0), 1.0, atol=1e-9)
     assert ((shares > 0) == support).all()
-    layer = _Layer(loads[None], support, lane, 1e9, loads)  # indivisible requests left out
+    layer = Support(support, loads, loads[None], lane, 4, 9)  # divisible requests
     reached = level_of(loads, shares, lane)
     assert reached >= layer.level * (1 - 1e-6)
     # every lane keeps 2 % of its head

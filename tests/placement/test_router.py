@@ -67,6 +67,71 @@ def test_owners_serve_the_head_and_loads_add_up(
     assert not router.loads().any()
 
 
+@settings(deadline=None, max_examples=30)
+@given(
+    heads=st.integers(1, 6),
+    ranks=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+    moves=st.lists(st.integers(0, 3), max_size=25),
+)
+def test_lanes_change_under_residents(heads: int, ranks: int, seed: int, moves: list[int]) -> None:
+    """Residents keep owners and loads, new ones get lanes that are served now, and every rank that
+    sees the same calls chooses alike.
+    """
+    plan = make(2, heads, ranks, seed)
+    router, again = Router(plan), Router(plan)
+    rng = np.random.default_rng(seed)
+    served = plan.shares() > 0
+    held: dict[int, np.ndarray] = {}  # [L, R] of each request
+    key = 0
+    for move in moves:
+        before = router.loads()
+        if move == 0:
+            served = rng.random((2, ranks, heads)) < 0.4
+            served[:, rng.integers(ranks, size=heads), np.arange(heads)] = True
+            router.set_lanes(served)
+            again.set_lanes(served)
+            np.testing.assert_array_equal(router.loads(), before)
+        elif move == 1 and held:
+            gone = list(held)[int(rng.integers(len(held)))]
+            router.release(gone)
+            again.release(gone)
+            np.testing.assert_array_equal(before - router.loads(), held.pop(gone))
+        else:
+            tokens = rng.integers(0, 1000, (2, heads))
+            owners = router.admit(key, tokens)
+            np.testing.assert_array_equal(owners, again.admit(key, tokens))
+            layer, head = np.indices((2, heads))
+            assert served[layer, owners, head].all()
+            held[key] = router.loads() - before
+            key += 1
+    for gone in held:
+        router.release(gone)
+    assert not router.loads().any()
+
+
+def test_a_router_with_new_lanes_is_one_that_was_made_with_them() -> None:
+    first, then = make(3, 6, 4, 0), make(3, 6, 4, 1)
+    changed, made = Router(first), Router(then)
+    changed.set_lanes(then.shares() > 0)
+    for key in range(20):
+        tokens = np.random.default_rng(key).integers(0, 1000, (3, 6))
+        np.testing.assert_array_equal(changed.admit(key, tokens), made.admit(key, tokens))
+
+
+def test_lanes_that_leave_out_a_head_are_refused() -> None:
+    router = Router(make(2, 3, 2, 0))
+    before = router.admit(0, np.ones((2, 3)))
+    for served, message in (
+        (np.ones((2, 3, 2)), r"shape \(2, 2, 3\), got \(2, 3, 2\)"),
+        (np.arange(12).reshape(2, 2, 3) > 5, "layer 0: head 0 is served by no rank"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            router.set_lanes(served)
+    router.release(0)
+    np.testing.assert_array_equal(router.admit(0, np.ones((2, 3))), before)
+
+
 def test_one_hot_head_is_dealt_out_evenly() -> None:
     loads = np.array([[700.0, 100.0, 100.0, 100.0]])
     plan = make_plan("fair_copying", loads, 4, spread=0.3)

@@ -8,6 +8,7 @@ import numpy as np
 from fairkv_sglang.placement.curves import layer_curves
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
 from fairkv_sglang.placement.problem import Problem
+from fairkv_sglang.placement.slots import within_slots
 from fairkv_sglang.placement.stay import stay_home
 
 
@@ -20,4 +21,5 @@ def best_effort(problem: Problem, options: PlanOptions) -> FloatArray:
     curves = layer_curves(problem)
     copies = max(problem.ranks - problem.heads, 0)
     shares = np.stack([curves.build(layer, copies) for layer in range(problem.layers)])
+    shares = within_slots(problem, options, shares, copying=False)
     return stay_home(problem, options, shares, copying=False)

@@ -28,7 +28,11 @@ def equal_shares(problem: Problem, options: PlanOptions) -> FloatArray:
         best = np.inf
         goal = costs.sum() / problem.ranks * options.tolerance if problem.lane <= 0.0 else 0.0
         for copies in range(least, min(most, problem.heads * (problem.ranks - 1)) + 1):
-            shares = spread(costs, problem.ranks, problem.lane, copies)
+            shares = spread(
+                costs, problem.ranks, problem.lane, copies, options.slots(problem.heads)
+            )
+            if shares is None:
+                break
             level = float(rank_loads(shares, costs, problem.lane).max())
             if level < best * (1 - 1e-9):
                 best = level
@@ -38,8 +42,12 @@ def equal_shares(problem: Problem, options: PlanOptions) -> FloatArray:
     return stay_home(problem, options, out, copying=False)
 
 
-def spread(costs: FloatArray, ranks: int, lane: float, copies: int) -> FloatArray:
-    """Shares ``[R, H]`` of one layer with exactly ``copies`` equal-share copies."""
+def spread(
+    costs: FloatArray, ranks: int, lane: float, copies: int, lanes: int
+) -> FloatArray | None:
+    """Shares ``[R, H]`` of one layer with exactly ``copies`` equal-share copies, at most ``lanes``
+    on a rank; None where the greedy finds no room.
+    """
     heads = len(costs)
     count = [1] * heads
     for _ in range(copies):
@@ -55,7 +63,10 @@ def spread(costs: FloatArray, ranks: int, lane: float, copies: int) -> FloatArra
     for position, (cost, head) in enumerate(slots):
         empty = [r for r in range(ranks) if not held[r]]
         must_fill = len(empty) >= len(slots) - position
-        choice = [r for r in (empty if must_fill else range(ranks)) if head not in held[r]]
+        free = empty if must_fill else range(ranks)
+        choice = [r for r in free if head not in held[r] and len(held[r]) < lanes]
+        if not choice:
+            return None
         rank = min(choice, key=lambda r: (used[r], len(held[r]), r))
         held[rank].add(head)
         used[rank] += cost + lane

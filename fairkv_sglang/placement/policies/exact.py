@@ -2,7 +2,7 @@
 """``exact``: each layer as a mixed-integer program, solved by HiGHS through scipy.
 
     minimise T   subject to   sum_r x[r,h] = 1,   0 <= x[r,h] <= y[r,h],   y[r,h] in {0, 1},
-                              sum_h (cost[h] x[r,h] + lane y[r,h]) <= T,   sum_h y[r,h] >= 1.
+                              sum_h (cost[h] x[r,h] + lane y[r,h]) <= T,   sum_h y[r,h] in 1..slots.
 
 Ranks are interchangeable; ordering them by load removes most of that symmetry. HiGHS: Q. Huangfu,
 J. A. J. Hall, "Parallelizing the dual revised simplex method", Math. Prog. Comp. 10, 2018.
@@ -78,7 +78,7 @@ def solve_layer(
         cells = [int(i) for i in x[rank]] + [int(i) for i in y[rank]]
         weights = [float(c) for c in load] + [fixed] * heads
         rows.append(([*cells, top], [*weights, -1.0], -np.inf, 0.0))
-        rows.append(([int(i) for i in y[rank]], [1.0] * heads, 1.0, np.inf))
+        rows.append(([int(i) for i in y[rank]], [1.0] * heads, 1.0, options.slots(heads)))
         if rank + 1 < ranks:  # ranks in falling order of load
             after = [int(i) for i in x[rank + 1]] + [int(i) for i in y[rank + 1]]
             rows.append((cells + after, weights + [-w for w in weights], 0.0, np.inf))

@@ -13,6 +13,7 @@ from fairkv_sglang.placement.choose import choose_copies
 from fairkv_sglang.placement.curves import layer_curves
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
 from fairkv_sglang.placement.problem import Problem
+from fairkv_sglang.placement.slots import within_slots
 from fairkv_sglang.placement.spare import add_spares
 from fairkv_sglang.placement.stay import stay_home
 
@@ -23,10 +24,11 @@ def fair_copying(problem: Problem, options: PlanOptions) -> FloatArray:
     Free copies (``problem.lane`` = 0): the fewest copies over all layers such that the sum over
     layers of the fullest rank is at most ``options.tolerance`` times the mean. Otherwise: the
     lowest step cost, ties to fewer copies. With scenarios (samples of requests, or a spread) spare
-    copies are added where requests differ from the mean, see ``spare.py``.
+    copies are added where requests differ from the mean, see ``spare.py``. Layers with more lanes
+    on a rank than it has slots are made anew, see ``slots.py``.
     """
-    shares = stay_home(problem, options, _build(problem, options))
-    return add_spares(problem, shares, options)
+    shares = within_slots(problem, options, _build(problem, options))
+    return add_spares(problem, stay_home(problem, options, shares), options)
 
 
 def _build(problem: Problem, options: PlanOptions) -> FloatArray:
