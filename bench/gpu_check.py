@@ -47,7 +47,6 @@ from fairkv_sglang.bench.gpu.report import (  # noqa: E402
     require,
     versions,
 )
-from fairkv_sglang.kernels import plan  # noqa: E402
 from fairkv_sglang.kernels.workload import KINDS  # noqa: E402
 
 DIM, OTHER_DIM = 128, 64
@@ -96,9 +95,7 @@ def check_on_cpu(report: Report) -> None:
     """The parts that need nothing but a CPU."""
     f32, bf16 = torch.float32, torch.bfloat16
     report.check("golden plan, CPU", lambda: checks.golden_plan("cpu"))
-    report.check(
-        "plans against FlashInfer's rules, CPU", lambda: checks.random_plans("cpu", plan.csr_pages)
-    )
+    report.check("plans against FlashInfer's rules, CPU", lambda: checks.random_plans("cpu"))
     report.check("ragged and uniform batches", lambda: checks.workloads(SIZES, 1024))
     report.check(
         "page operations, numba against torch",

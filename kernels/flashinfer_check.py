@@ -7,8 +7,9 @@ import torch
 
 from . import reference
 from .flashinfer_decode import PLAN_FIELDS, TESTED, FlashInferDecode, Workspace, load_module
-from .pages import PAGE_TOKENS, HeadPages
+from .pages import PAGE_TOKENS
 from .plan import plan_tiles
+from .workload import resident
 
 LENS = (700, 16, 129, 1, 2050, 300)
 """No empty row, which FlashInfer gives a tile, and rows of several tiles, without which FlashInfer
@@ -105,16 +106,9 @@ def _flashinfer_plan(
 def _assert_decode_matches_torch(
     dtype: torch.dtype, head_dim: int, group: int, device: torch.device
 ) -> None:
-    lens = [[0, 0], [300, 17], [5, 0]]
-    pages = HeadPages.create(64, 3, 2, 32, head_dim, dtype, device)
-    make = torch.Generator(device).manual_seed(0)
-    pages.k_pages.normal_(generator=make)
-    pages.v_pages.normal_(generator=make)
-    pages.page_table.copy_(torch.arange(3 * 2 * 32).view(3, 2, 32) % 64)
-    pages.lens.copy_(torch.tensor(lens))
-    pages.owned[1:] = 1
+    pages = resident(torch.tensor([[300, 17], [5, 0]]), head_dim, dtype, device, scattered=True)
     rows = torch.tensor([1, 0, 2], device=device)
-    q = torch.randn((3, 2 * group, head_dim), generator=make, device=device).to(dtype)
+    q = torch.randn((3, 2 * group, head_dim), device=device).to(dtype)
     scale = head_dim**-0.5
     runner = FlashInferDecode(pages, 3, [0, 2], group, scale)
     out, want = torch.empty_like(q), torch.empty_like(q)

@@ -63,7 +63,7 @@ def gather_pages(
     starts: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """`plan.csr_pages` as one kernel."""
+    """Write every row's page ids to out[starts[l, r] : starts[l, r] + pages[l, r]]."""
     layers, width = pages.shape
     _gather_pages[(width, layers)](
         page_table, rows, fold.cell, pages, starts, out, width, page_table.shape[1],

@@ -16,9 +16,7 @@ from .pages import PAGE_TOKENS
 from .plan import CHUNK
 
 
-def scalar_plan(
-    lens: list[int], spare: int, page: int = PAGE_TOKENS
-) -> tuple[int, list[int], list[tuple[int, int]]]:
+def scalar_plan(lens: list[int], spare: int) -> tuple[int, list[int], list[tuple[int, int]]]:
     """Plan of one layer: chunk in tokens, o_indptr, and (row, tile) in FlashInfer's order.
 
     Rows without tokens get no tile; FlashInfer gives them one.
@@ -28,10 +26,10 @@ def scalar_plan(
         chunk += CHUNK
     o_indptr, tiles = [0], []
     for row, length in enumerate(lens):
-        left, tile = -(-length // page), 0
+        left, tile = -(-length // PAGE_TOKENS), 0
         while left > 0:
             tiles.append((row, tile))
-            left -= chunk // page
+            left -= chunk // PAGE_TOKENS
             tile += 1
         o_indptr.append(len(tiles))
     return chunk, o_indptr, tiles

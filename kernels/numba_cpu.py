@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import functools
-import logging
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,8 +13,6 @@ import torch
 
 from . import numba_decode, numba_pages, simd
 from .pages import ERROR_ROW_NOT_EMPTY, PADDING_ROW, PAGE_TOKENS, HeadPages, describe_error
-
-logger = logging.getLogger(__name__)
 
 CODES = {torch.float32: simd.F32, torch.bfloat16: simd.BF16, torch.float16: simd.F16}
 MIN_TOKENS_PER_THREAD = 512
@@ -169,24 +165,3 @@ def decode(
     run(*head, *first, *tail, scale)
     for job in waiting:
         job.result()
-
-
-def warm_up(dtype: torch.dtype, head_dim: int, group: int = 1) -> float:
-    """Compile (or load from numba's cache) everything that serving needs; returns the seconds."""
-    start = time.perf_counter()
-    pages = HeadPages.create(2, 2, 1, 1, head_dim, dtype)
-    row, slot = torch.tensor([1]), torch.empty((1, 1), dtype=torch.int64)
-    q = torch.ones((1, group, head_dim), dtype=dtype)
-    set_owned(pages, 1, torch.ones(1, dtype=torch.uint8))
-    zero = torch.zeros(1, dtype=torch.int64)
-    store_kept(pages, 1, 0, q[:, :1], q[:, :1], zero, zero[None], zero + 1)
-    grow(pages, row, slot)
-    append(pages, slot, q[:, :1], q[:, :1])
-    decode(pages, q, row, 0, 1, 1.0, torch.empty_like(q))
-    release(pages, row)
-    seconds = time.perf_counter() - start
-    logger.info(
-        "FairKV CPU kernels ready in %.1f s (%s, head dimension %d, group %d)",
-        seconds, dtype, head_dim, group,
-    )  # fmt: skip
-    return seconds

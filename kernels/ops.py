@@ -12,11 +12,15 @@ kernels cannot raise: they leave the affected lane as it was, give slot -1 and s
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Any
 
 import torch
 
 from .pages import HeadPages
+
+logger = logging.getLogger(__name__)
 
 
 def backend(device: torch.device | str) -> Any:
@@ -141,4 +145,21 @@ def warm_up(
     dtype: torch.dtype, head_dim: int, group: int = 1, device: torch.device | str = "cpu"
 ) -> float:
     """Compile what serving needs before the first request; returns and logs the seconds it took."""
-    return float(backend(device).warm_up(dtype, head_dim, group))
+    start = time.perf_counter()
+    pages = HeadPages.create(2, 2, 1, 1, head_dim, dtype, device)
+    row = torch.ones(1, dtype=torch.int64, device=device)
+    slot = torch.empty((1, 1), dtype=torch.int64, device=device)
+    q = torch.ones((1, group, head_dim), dtype=dtype, device=device)
+    set_owned(pages, 1, torch.ones(1, dtype=torch.uint8, device=device))
+    store_kept(pages, 1, 0, q[:, :1], q[:, :1], row - 1, row[None] - 1, row)
+    grow(pages, row, slot)
+    append(pages, slot, q[:, :1], q[:, :1])
+    decode(pages, q, row, 0, 1, 1.0, torch.empty_like(q))
+    release(pages, row)
+    pages.check_integrity()
+    seconds = time.perf_counter() - start
+    logger.info(
+        "FairKV kernels ready on %s in %.1f s (%s, head dimension %d, group %d)",
+        pages.device, seconds, dtype, head_dim, group,
+    )  # fmt: skip
+    return seconds

@@ -47,28 +47,23 @@ class Tiles:
     valid: torch.Tensor  # [L, G] bool
 
 
-def plan_tiles(
-    lens: torch.Tensor, spare: int, page: int = PAGE_TOKENS, longest_first: bool = True
-) -> Tiles:
+def plan_tiles(lens: torch.Tensor, spare: int, longest_first: bool = True) -> Tiles:
     """Cut the rows of every layer into tiles.
 
     Args:
         lens: integer [L, B], tokens of each row; 0 = empty, not served here, or padding.
         spare: S, tiles beyond one for each row; two per multiprocessor is what FlashInfer takes.
-        page: tokens per page, a divisor of CHUNK.
         longest_first: order of the tiles; False is FlashInfer's.
     """
     if spare < 1:
         raise ValueError(f"plan: spare tiles must be at least 1, got {spare}")
-    if page < 1 or CHUNK % page:
-        raise ValueError(f"plan: page must divide {CHUNK}, got {page}")
     layers, rows = lens.shape
     lens = lens.to(torch.int64)
     total = lens.sum(1, keepdim=True)
-    pages = (lens + (page - 1)) // page
+    pages = (lens + (PAGE_TOKENS - 1)) // PAGE_TOKENS
     chunk = ((total + (spare - 1)) // spare + (CHUNK - 1)) // CHUNK * CHUNK
     chunk = chunk.clamp(min=CHUNK)
-    per_tile = chunk // page
+    per_tile = chunk // PAGE_TOKENS
     ends = ((pages + per_tile - 1) // per_tile).cumsum(1)
     o_indptr = torch.cat([torch.zeros_like(total), ends], 1)
     tile = torch.arange(rows + spare, device=lens.device).expand(layers, -1).contiguous()
@@ -80,7 +75,7 @@ def plan_tiles(
         length = torch.minimum(chunk, lens.gather(1, request) - kv_tile * chunk)
         order = length.masked_fill(~valid, -1).sort(dim=1, descending=True, stable=True).indices
         request, kv_tile, valid = (x.gather(1, order) for x in (request, kv_tile, valid))
-    last = torch.where(pages > 0, lens - (pages - 1) * page, 0)
+    last = torch.where(pages > 0, lens - (pages - 1) * PAGE_TOKENS, 0)
     return Tiles(
         pages=pages.int(),
         last_page_len=last.int(),
@@ -136,23 +131,3 @@ def csr_starts(pages: torch.Tensor) -> torch.Tensor:
     ends = pages.to(torch.int64).view(-1).cumsum(0).view(layers, rows)
     first = ends[:, :1] - pages[:, :1]
     return torch.cat([first, ends], 1).int()
-
-
-def csr_pages(
-    page_table: torch.Tensor,
-    rows: torch.Tensor,
-    fold: Fold,
-    pages: torch.Tensor,
-    starts: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    """Write every row's page ids to out[starts[l, r] : starts[l, r] + pages[l, r]].
-
-    Torch twin of the Triton kernel in `flashinfer_decode`; waits for the device.
-    """
-    lanes = page_table.shape[1]
-    for layer, many in enumerate(fold.rows):
-        for r in range(many):
-            request, lane = divmod(int(fold.cell[layer, r]), lanes)
-            first, n = int(starts[layer, r]), int(pages[layer, r])
-            out[first : first + n] = page_table[rows[request], lane, :n]

@@ -9,9 +9,6 @@ GPU.
 
 from __future__ import annotations
 
-import logging
-import time
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -27,8 +24,6 @@ from .pages import (
     PAGE_TOKENS,
     HeadPages,
 )
-
-logger = logging.getLogger(__name__)
 
 GROW_BLOCK = 1024
 
@@ -233,25 +228,3 @@ def append(pages: HeadPages, slots: torch.Tensor, k: torch.Tensor, v: torch.Tens
 
 
 decode = triton_decode.decode
-
-
-def warm_up(dtype: torch.dtype, head_dim: int, group: int = 1, device: str = "cuda") -> float:
-    """Compile everything that serving needs; returns the seconds it took."""
-    start = time.perf_counter()
-    pages = HeadPages.create(2, 2, 1, 1, head_dim, dtype, device)
-    row = torch.ones(1, dtype=torch.int64, device=device)
-    slot = torch.empty((1, 1), dtype=torch.int64, device=device)
-    q = torch.ones((1, group, head_dim), dtype=dtype, device=device)
-    set_owned(pages, 1, torch.ones(1, dtype=torch.uint8, device=device))
-    store_kept(pages, 1, 0, q[:, :1], q[:, :1], row - 1, row[None] - 1, row)
-    grow(pages, row, slot)
-    append(pages, slot, q[:, :1], q[:, :1])
-    decode(pages, q, row, 0, 1, 1.0, torch.empty_like(q))
-    release(pages, row)
-    pages.check_integrity()
-    seconds = time.perf_counter() - start
-    logger.info(
-        "FairKV Triton kernels ready in %.1f s (%s, head dimension %d, group %d)",
-        seconds, dtype, head_dim, group,
-    )  # fmt: skip
-    return seconds

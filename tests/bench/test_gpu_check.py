@@ -297,7 +297,7 @@ def test_a_wrong_plan_is_noticed(
 
     monkeypatch.setattr(plan, "plan_tiles", wrong)
     with pytest.raises(RuntimeError):
-        checks.random_plans("cpu", plan.csr_pages)
+        checks.random_plans("cpu")
 
 
 @pytest.mark.parametrize("name", ["stock", "BatchAttention"])

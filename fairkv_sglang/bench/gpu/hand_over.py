@@ -28,7 +28,7 @@ from fairkv_sglang.attention.compress import PromptCompressor
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
 from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver
 from fairkv_sglang.bench.gpu.report import NotRun, need
-from fairkv_sglang.budgets import BudgetSpec, Kept, Scorer, make_scope
+from fairkv_sglang.budgets import BudgetSpec, Kept, Scorer, make_scope, pick
 from fairkv_sglang.budgets.scorers.snapkv import SnapKV
 from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages, ops, reference
 from fairkv_sglang.parallel import RankHeads
@@ -195,7 +195,8 @@ class Pass:
         for number, slots in enumerate(self.slots):
             for layer, kv in enumerate(self.kv[:, :, slots].unbind(1)):
                 scores = self.scorer.score(None, kv[0], scale=1)
-                kept = self.scope.select(layer, range(len(scores)), scores, len(slots))
+                counts = self.scope.counts(layer, range(len(scores)), scores, len(slots))
+                kept = pick(scores, counts, len(slots))
                 for rank in self.ranks:
                     first, heads = rank.heads.lane_start[layer], rank.heads.heads[layer]
                     for lane, head in enumerate(heads, first):
