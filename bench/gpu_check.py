@@ -30,6 +30,7 @@ if importlib.util.find_spec("fairkv_sglang") is None:  # a checkout that is not 
 
 import torch  # noqa: E402
 
+from fairkv_sglang.bench.clocks import CudaClock  # noqa: E402
 from fairkv_sglang.bench.gpu import checks  # noqa: E402
 from fairkv_sglang.bench.gpu.contenders import CONTENDERS, VARIANTS  # noqa: E402
 from fairkv_sglang.bench.gpu.points import (  # noqa: E402
@@ -319,15 +320,13 @@ def measure(report: Report) -> dict[str, Any]:
 
     def planner() -> str:
         require("flashinfer", "FlashInfer")
-        from fairkv_sglang.bench.gpu.timing import CudaClock, planner
+        from fairkv_sglang.bench.gpu.timing import planner
 
         figures["planner"] = planner(CudaClock())
         return ", ".join(f"{name} {value:.0f}" for name, value in figures["planner"].items())
 
     def moves() -> str:
         require("triton", "Triton")
-        from fairkv_sglang.bench.gpu.timing import CudaClock
-
         figures["hand_over"] = hand_over().one_layer(CudaClock())
         return "\n".join(
             f"sizes {name}: " + ", ".join(f"{what} {value:.2f}" for what, value in row.items())
@@ -336,7 +335,7 @@ def measure(report: Report) -> dict[str, Any]:
 
     def sweep() -> None:
         require("triton", "Triton")
-        from fairkv_sglang.bench.gpu.timing import CudaClock, sweep
+        from fairkv_sglang.bench.gpu.timing import sweep
 
         peak, points = sweep(CudaClock(), chosen, lambda: report.left > 0)
         figures.update(copy_bytes_per_s=peak, bandwidth=points)

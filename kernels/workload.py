@@ -39,6 +39,7 @@ def resident(
     scattered: bool = False,
     seed: int = 0,
     by_columns: bool | None = None,
+    arena: HeadPages | None = None,
 ) -> HeadPages:
     """Random head pages in which row i + 1 holds lens[i, lane] tokens; row 0 pads.
 
@@ -46,6 +47,7 @@ def resident(
         lens: integer [bs, lanes].
         scattered: pages of a lane at random places of the arena instead of in runs.
         by_columns: how keys lie in a page; None: as the device's own kernels read them.
+        arena: takes its keys and values if they are enough, instead of new random ones.
     """
     bs, lanes = lens.shape
     held = (lens + (PAGE_TOKENS - 1)) // PAGE_TOKENS
@@ -53,9 +55,13 @@ def resident(
     pages = HeadPages.create(
         total + bs * lanes, bs + 1, lanes, widest, head_dim, dtype, device, by_columns
     )
-    make = torch.Generator(pages.device).manual_seed(seed)
-    pages.k_pages.normal_(generator=make)
-    pages.v_pages.normal_(generator=make)
+    if arena and arena.num_pages >= pages.num_pages and arena.head_dim == head_dim:
+        pages.k_pages = arena.k_pages[: pages.num_pages]
+        pages.v_pages = arena.v_pages[: pages.num_pages]
+    else:
+        make = torch.Generator(pages.device).manual_seed(seed)
+        pages.k_pages.normal_(generator=make)
+        pages.v_pages.normal_(generator=make)
     order = torch.arange(pages.num_pages, dtype=torch.int32)
     if scattered:
         order = torch.randperm(pages.num_pages, generator=torch.Generator().manual_seed(seed)).int()

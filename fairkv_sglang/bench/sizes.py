@@ -40,52 +40,17 @@ class ModelSizes(BaseModel):
         return CostModel(**sizes) if device is None else CostModel.for_device(device, **sizes)
 
 
+_SIZES = (
+    # config.json of the public checkpoints: layers, query and KV heads, head dimension, hidden
+    # size, MLP, vocabulary
+    ("llama-3.1-8b", 32, 32, 8, 128, 4096, 14336, 128256),
+    ("llama-3.3-70b", 80, 64, 8, 128, 8192, 28672, 128256),
+    ("mistral-small-24b", 40, 32, 8, 128, 5120, 32768, 131072),
+    ("tiny", 4, 16, 8, 16, 64, 128, 256),  # for tests
+)
 PRESETS: dict[str, ModelSizes] = {
-    sizes.name: sizes
-    for sizes in (
-        # config.json of the public checkpoints
-        ModelSizes(
-            name="llama-3.1-8b",
-            layers=32,
-            q_heads=32,
-            kv_heads=8,
-            head_dim=128,
-            hidden=4096,
-            intermediate=14336,
-            vocab=128256,
-        ),
-        ModelSizes(
-            name="llama-3.3-70b",
-            layers=80,
-            q_heads=64,
-            kv_heads=8,
-            head_dim=128,
-            hidden=8192,
-            intermediate=28672,
-            vocab=128256,
-        ),
-        ModelSizes(
-            name="mistral-small-24b",
-            layers=40,
-            q_heads=32,
-            kv_heads=8,
-            head_dim=128,
-            hidden=5120,
-            intermediate=32768,
-            vocab=131072,
-        ),
-        # for tests
-        ModelSizes(
-            name="tiny",
-            layers=4,
-            q_heads=16,
-            kv_heads=8,
-            head_dim=16,
-            hidden=64,
-            intermediate=128,
-            vocab=256,
-        ),
-    )
+    str(row[0]): ModelSizes.model_validate(dict(zip(ModelSizes.model_fields, row, strict=True)))
+    for row in _SIZES
 }
 
 

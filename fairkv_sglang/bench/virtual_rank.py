@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank's share of one layer on a device, and the clock that times it.
+"""One rank's share of one layer on a device.
 
 On CUDA a part is captured in a graph and replayed between two events (UNTESTED ON A GPU). On CPU a
-rank is one core: torch runs with one thread and the processor time of that thread counts, so that
-other work on the machine is not measured.
+rank is one core: torch runs with one thread and the processor time of that thread counts.
 """
 
 from __future__ import annotations
 
-import time
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,15 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fairkv_sglang.bench.clocks import Clock, CpuClock, CudaClock
 from fairkv_sglang.bench.sizes import ModelSizes
 from fairkv_sglang.kernels import ops
-from fairkv_sglang.kernels.pages import PAGE_TOKENS, HeadPages, key_shape
+from fairkv_sglang.kernels.pages import PAGE_TOKENS, HeadPages
+from fairkv_sglang.kernels.workload import resident
 from fairkv_sglang.placement import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-DECODERS = ("auto", "numba", "triton", "flashinfer")
 WEIGHT_COPIES = 3
 """Matrices that take turns, so that no repetition finds its weights in a cache."""
 REPLAYS = 10
@@ -39,7 +39,7 @@ class Device:
     name: str
     dtype: torch.dtype
     decode: str
-    arenas: tuple[Tensor, Tensor] | None = None
+    arena: HeadPages | None = None
     _weights: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -104,101 +104,24 @@ class Device:
 
         0 tokens mean that the rank does not serve the head for the request.
         """
-        batch, heads = lengths.shape
-        counts = -(-lengths // PAGE_TOKENS)
-        total = max(int(counts.sum()), 1)
-        if (
-            self.arenas is None
-            or len(self.arenas[0]) < total
-            or self.arenas[1].shape[2] != head_dim
-        ):
-            self.arenas = None
-            keys, values = self._shapes(total, head_dim)
-            self.arenas = (self.random(*keys), self.random(*values))
-        table = np.zeros((batch + 1, heads, max(int(counts.max()), 1)), dtype=np.int32)
-        order = np.random.default_rng(0).permutation(total).astype(np.int32)
-        column = np.arange(table.shape[2])
-        table[1:][column < counts[..., None]] = order[: int(counts.sum())]
-        return self._state(table, lengths, *self.arenas, free=0)
+        lens = torch.from_numpy(lengths)
+        pages = resident(lens, head_dim, self.dtype, self.name, scattered=True, arena=self.arena)
+        pages.owned[1:] = lens > 0
+        if self.arena is None or self.arena.k_pages.data_ptr() != pages.k_pages.data_ptr():
+            self.arena = pages
+        return pages
 
-    def tables(self, lengths: NDArray[np.int64], head_dim: int) -> HeadPages:
-        """The same without KV memory, with a free page for every lane: for bookkeeping alone."""
-        counts = -(-lengths // PAGE_TOKENS)
-        total, spare = int(counts.sum()), lengths.size
-        table = np.zeros(
-            (lengths.shape[0] + 1, lengths.shape[1], int(counts.max()) + 2), dtype=np.int32
-        )
-        column = np.arange(table.shape[2])
-        table[1:][column < counts[..., None]] = np.arange(total, dtype=np.int32)
-        nothing = torch.zeros((), dtype=self.dtype, device=self.name)
-        keys, values = (nothing.expand(s) for s in self._shapes(total + spare, head_dim))
-        return self._state(table, lengths, keys, values, free=spare)
-
-    def _shapes(self, pages: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the arenas of keys and values."""
-        keys = key_shape(pages, head_dim, self.dtype, by_columns=not self.on_cuda)
-        return keys, (pages, PAGE_TOKENS, head_dim)
-
-    def _state(
-        self,
-        table: NDArray[np.int32],
-        lengths: NDArray[np.int64],
-        k_pages: Tensor,
-        v_pages: Tensor,
-        free: int,
-    ) -> HeadPages:
-        lens = np.concatenate([np.zeros_like(lengths[:1]), lengths]).astype(np.int32)
-        pages = len(k_pages)
-
-        def put(values: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(values)).to(self.name)
-
-        return HeadPages(
-            k_pages=k_pages,
-            v_pages=v_pages,
-            page_table=put(table),
-            lens=put(lens),
-            owned=put((lens > 0).astype(np.uint8)),
-            free_pages=torch.arange(pages - 1, -1, -1, dtype=torch.int32, device=self.name),
-            free_count=torch.tensor([free], dtype=torch.int64, device=self.name),
-            error=torch.zeros(1, dtype=torch.int32, device=self.name),
-        )
+    def clock(self, repeats: int) -> Clock:
+        """Times on this device."""
+        return CudaClock(repeats, REPLAYS) if self.on_cuda else CpuClock(repeats)
 
     def seconds(self, part: Callable[[int], object], repeats: int) -> float:
         """Median time of ``part(i)``; i counts the repetitions."""
-        return self._cuda(part, repeats) if self.on_cuda else _cpu(part, repeats)
-
-    def _cuda(self, part: Callable[[int], object], repeats: int) -> float:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for i in range(WEIGHT_COPIES):
-                part(i)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(WEIGHT_COPIES):
-                part(i)
-        times = []
-        for _ in range(repeats):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(REPLAYS):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e-3 / (REPLAYS * WEIGHT_COPIES))
-        return float(np.median(times))
-
-
-def _cpu(part: Callable[[int], object], repeats: int) -> float:
-    part(0)
-    times = []
-    for i in range(repeats):
-        started = time.thread_time()
-        part(i + 1)
-        times.append(time.thread_time() - started)
-    return float(np.median(times))
+        clock, number = self.clock(repeats), itertools.count()
+        if not self.on_cuda:
+            return clock.ms(lambda: part(next(number))) * 1e-3
+        every = range(WEIGHT_COPIES)  # all in one graph
+        return clock.ms(lambda: [part(i) for i in every]) * 1e-3 / WEIGHT_COPIES
 
 
 class LayerShare:
@@ -271,33 +194,19 @@ def upkeep_seconds(
     served = [(layer, head) for layer in range(plan.num_layers) for head in plan.heads(layer, rank)]
     layers, heads = (np.array(part) for part in zip(*served, strict=True))
     lengths = np.where(owners[:, layers, heads] == rank, tokens[layers, heads], 0)
-    pages = device.tables(lengths, 64)
+    # Bookkeeping alone: keys and values may be short.
+    pages = resident(torch.from_numpy(lengths), 8, device.dtype, device.name)
+    pages.owned[1:] = pages.lens[1:] > 0
     rows = torch.arange(1, batch + 1, device=device.name)
     slots = torch.empty((batch, lengths.shape[1]), dtype=torch.int64, device=device.name)
-    # A lane has one spare page, so there must not be more steps than tokens in it.
-    repeats = min(repeats, PAGE_TOKENS // 2)
-    if device.on_cuda:
-        # grow advances lengths, so replays would run out of pages; its time is one plain launch.
-        spent = _plain_cuda(lambda: ops.grow(pages, rows, slots), repeats)
-    else:
-        spent = _cpu(lambda i: ops.grow(pages, rows, slots), repeats)
+    # A lane has one spare page, so there must not be more steps than tokens in it. They advance
+    # lengths and cannot be replayed.
+    clock = device.clock(min(repeats, PAGE_TOKENS // 2))
+    spent = clock.ms(lambda: ops.grow(pages, rows, slots), capture=False) * 1e-3
     if device.decode == "flashinfer":
         from fairkv_sglang.kernels.flashinfer_decode import FlashInferDecode
 
         start = [int(x) for x in plan.lane_start(rank)]
-        kernel = FlashInferDecode(pages, batch, start, 4, 0.125)
+        kernel = FlashInferDecode(pages, batch, start, 4, 0.125, module="plans alone")
         spent += device.seconds(lambda i: kernel.plan(rows), repeats)
     return spent
-
-
-def _plain_cuda(part: Callable[[], object], repeats: int) -> float:
-    part()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        part()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3)
-    return float(np.median(times))

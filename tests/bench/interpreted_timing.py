@@ -14,6 +14,7 @@ import fake_flashinfer
 import pytest
 import torch
 
+from fairkv_sglang.bench.clocks import captured
 from fairkv_sglang.bench.gpu import checks, points, steps, timing
 from fairkv_sglang.bench.gpu.contenders import CONTENDERS, Maker, Ours, OurTriton
 from fairkv_sglang.kernels.flashinfer_model import FlashInferModel
@@ -29,7 +30,7 @@ class NoClock:
 
     def ms(self, work: Callable[[], object], capture: bool = True) -> float:
         self.calls += 1
-        steps.captured(work, self.device)()
+        captured(work, self.device)()
         return 2.0
 
     def host_us(self, work: Callable[[], object]) -> float:

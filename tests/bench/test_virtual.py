@@ -103,10 +103,8 @@ def test_attention_of_a_share_is_that_of_the_engines_kernel() -> None:
     assert out[0, : TINY.group].any()
 
 
-def test_tables_for_upkeep_take_no_kv_memory_and_can_grow() -> None:
-    device = Device.create("cpu", "float32")
-    pages = device.tables(np.full((3, 5), 16), 128)
-    assert pages.k_pages.untyped_storage().nbytes() <= 4
+def test_pages_can_grow_by_one_page_in_every_lane() -> None:
+    pages = Device.create("cpu", "float32").pages(np.full((3, 5), 16), 8)
     slots = torch.empty((3, 5), dtype=torch.int64)
     ops.grow(pages, torch.tensor([1, 2, 3]), slots)
     assert pages.lens[1:].tolist() == [[17] * 5] * 3

@@ -35,7 +35,7 @@ from fairkv_sglang.parallel import RankHeads
 from fairkv_sglang.placement import Plan
 
 if TYPE_CHECKING:
-    from fairkv_sglang.bench.gpu.timing import Clock
+    from fairkv_sglang.bench.clocks import Clock
 
 LAYERS, GROUP, WINDOW, BUDGET = 3, 4, 8, 64
 LENGTHS = (300, 40, 151)

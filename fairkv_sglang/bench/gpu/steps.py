@@ -14,26 +14,11 @@ from typing import Any
 
 import torch
 
+from fairkv_sglang.bench.clocks import captured
 from fairkv_sglang.bench.gpu.checks import copy_to, difference
 from fairkv_sglang.bench.gpu.report import need, require
 from fairkv_sglang.kernels import HeadPages, reference, triton_ops, workload
 from fairkv_sglang.kernels.flashinfer_decode import FlashInferDecode
-
-
-def captured(work: Callable[[], object], device: str) -> Callable[[], object]:
-    """`work` once for compilation, then as a CUDA graph; on CPU `work` itself."""
-    if device == "cpu":
-        work()
-        return work
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
 
 
 def planned_decode(**options: Any) -> Callable[..., None]:

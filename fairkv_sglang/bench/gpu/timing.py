@@ -7,72 +7,21 @@ UNTESTED ON A GPU: the tests run it with a clock that does not measure.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from fairkv_sglang.bench.clocks import Clock
 from fairkv_sglang.bench.gpu.contenders import Contender, Maker
 from fairkv_sglang.bench.gpu.points import DIM, GROUP, MEAN, ROW_BYTES, SIZES, point_line, problem
 from fairkv_sglang.bench.gpu.report import NotRun
-from fairkv_sglang.bench.gpu.steps import captured
 from fairkv_sglang.kernels import triton_ops
 from fairkv_sglang.kernels.flashinfer_decode import FlashInferDecode
 from fairkv_sglang.kernels.workload import KINDS, resident
 
 Makers = Mapping[str, Maker | str]
 """By name; a text says why the kernel is left out."""
-
-
-PAUSE = 4_000_000
-"""Cycles, about 2 ms: longer than the launches of what is timed without a graph."""
-
-
-class Clock(Protocol):
-    """What measures."""
-
-    device: str
-
-    def ms(self, work: Callable[[], object], capture: bool = True) -> float:
-        """Milliseconds of `work` on the device."""
-
-    def host_us(self, work: Callable[[], object]) -> float:
-        """Microseconds until `work` is done, seen from the host."""
-
-
-class CudaClock:
-    """Medians of CUDA events around graph replays, and of the host's clock."""
-
-    device = "cuda"
-
-    def __init__(self, rounds: int = 10) -> None:
-        self.rounds = rounds
-
-    def ms(self, work: Callable[[], object], capture: bool = True) -> float:
-        call = captured(work, self.device) if capture else work
-        call()
-        times = []
-        for _ in range(self.rounds):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            if not capture:  # queued behind a pause, so that launches do not count
-                torch.cuda._sleep(PAUSE)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        return float(sorted(times)[len(times) // 2])
-
-    def host_us(self, work: Callable[[], object]) -> float:
-        times = []
-        for _ in range(4):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            work()
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return sorted(times[1:])[1] * 1e6  # the first may compile
 
 
 def copy_bandwidth(clock: Clock) -> float:
