@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plot": ("fairkv_sglang.cli.plot", "draw a plan as PNG"),
     "bench": ("fairkv_sglang.cli.bench", "throughput: stock SGLang and placements side by side"),
     "simulate": ("fairkv_sglang.cli.simulate", "replay requests through the router"),
+    "predict": ("fairkv_sglang.cli.predict", "compare predictions of the heads' loads on a trace"),
     "top": ("fairkv_sglang.cli.top", "a live view of a running server"),
 }
 

@@ -39,6 +39,15 @@ def test_queries_name_metrics_that_exist() -> None:
     assert named == NAMES.keys(), "a metric that nobody looks at"
 
 
+def test_page_lists_every_metric() -> None:
+    page = (FOLDER.parents[1] / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| (`.*`) \| (gauge|counter) \|", page, re.M)
+    found = {
+        PREFIX + name: kind for names, kind in listed for name in re.findall(r"`(\w+)`", names)
+    }
+    assert found == NAMES
+
+
 def test_counters_are_asked_for_rates_and_gauges_are_not() -> None:
     for query in _queries(_dashboard()):
         for name in re.findall(r"[a-z]+:\w+", query):
