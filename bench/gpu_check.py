@@ -54,6 +54,7 @@ DIM, OTHER_DIM = 128, 64
 MORE_TESTS = HERE.parent / "tests" / "kernels" / "interpreted_triton.py"
 COMPILE_SECONDS = 150
 """What FlashInfer may take to compile a kernel."""
+PACKAGES = ("torch", "triton", "flashinfer-python", "sglang", "numba")
 OURS = "FlashInfer decode, folded, planned on the device"
 CHECKED_BY = {
     **dict.fromkeys(("ours", *VARIANTS), OURS),
@@ -381,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     report = Report(torch.cuda.is_available() and not options.cpu, options.budget)
     device = torch.cuda.get_device_name() if report.gpu else "CPU only"
-    installed = versions()
+    installed = dict.fromkeys(PACKAGES, "") | versions(*PACKAGES)
     print(", ".join(f"{name} {x or 'not installed'}" for name, x in installed.items()))
     print(f"device: {device}")
     check_on_cpu(report)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
+
+from fairkv_sglang.placement.options import checked
 
 
 class BenchModel(BaseModel):
@@ -38,10 +39,6 @@ class BenchModel(BaseModel):
         """Query heads."""
         return self.kv_heads * self.group
 
-    def token_bytes(self, dtype_bytes: int) -> int:
-        """KV bytes of one token in all layers and heads."""
-        return 2 * self.head_dim * dtype_bytes * self.kv_heads * self.layers
-
     @property
     def name(self) -> str:
         """A folder name that differs for different shapes."""
@@ -61,12 +58,6 @@ class BenchModel(BaseModel):
             "head_dim": self.head_dim,
             "vocab_size": self.vocab,
             "max_position_embeddings": self.context,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
-            "hidden_act": "silu",
-            "tie_word_embeddings": False,
-            "attention_bias": False,
-            "mlp_bias": False,
             "bos_token_id": 0,
             "eos_token_id": 1,
             "pad_token_id": 2,
@@ -80,18 +71,11 @@ def parse_model(text: str) -> BenchModel:
     Raises:
         ValueError: in one line, for an unknown key or a value that is not a whole number.
     """
-    values: dict[str, int] = {}
-    for part in filter(None, (item.strip() for item in text.split(","))):
-        match = re.fullmatch(r"(\w+)=(\d+)", part)
-        if match is None or match[1] not in BenchModel.model_fields:
-            known = ", ".join(BenchModel.model_fields)
-            raise ValueError(f"--model: {part!r} is not key=number with a key of {known}")
-        values[match[1]] = int(match[2])
+    pairs = (part.partition("=") for part in text.split(",") if part.strip())
     try:
-        return BenchModel(**values)
+        return checked(BenchModel, **{key.strip(): value.strip() for key, _, value in pairs})
     except ValueError as error:
-        first = error.errors()[0]  # type: ignore[attr-defined]
-        raise ValueError(f"--model: {first['loc'][0]}: {first['msg']}") from None
+        raise ValueError(f"--model: {error}") from None
 
 
 def build(model: BenchModel, folder: Path) -> Path:

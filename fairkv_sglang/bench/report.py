@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from fairkv_sglang.bench.stats import Spread
+import numpy as np
+
+from fairkv_sglang.bench.stats import show
 
 THROUGHPUT = [
     "variant", "output tok/s", "vs stock", "all tok/s", "TTFT s", "ITL ms", "requests",
@@ -52,8 +55,8 @@ def _figure(entry: Mapping[str, Any], metric: str, digits: int = 1, alone: bool 
     """A metric with its spread, or its median alone."""
     if metric not in entry["metrics"]:
         return "-"
-    figure = Spread(**entry["metrics"][metric])
-    return f"{figure.median:.{digits}f}" if alone else figure.show(digits)
+    figure = entry["metrics"][metric]
+    return f"{figure['median']:.{digits}f}" if alone else show(figure, digits)
 
 
 def _by_rank(values: list[float] | None, digits: int = 1) -> str:
@@ -66,7 +69,7 @@ def _throughput(name: str, entry: Mapping[str, Any], case: Mapping[str, Any]) ->
     return [
         name,
         _figure(entry, "output_tokens_per_s"),
-        Spread(**against).show() if against else "-",
+        show(against) if against else "-",
         _figure(entry, "total_tokens_per_s", 0, alone=True),
         _figure(entry, "ttft_s", 2, alone=True),
         _figure(entry, "itl_ms", alone=True),
@@ -93,7 +96,7 @@ def _steps(name: str, entry: Mapping[str, Any]) -> list[str]:
 def _prefill(name: str, entry: Mapping[str, Any], case: Mapping[str, Any]) -> list[str]:
     def ratio(base: str, metric: str) -> str:
         found = case["ratios"].get(base, {}).get(metric, {}).get(name)
-        return Spread(**found).show(3) if found else "-"
+        return show(found, 3) if found else "-"
 
     metrics = entry["metrics"]
     return [
@@ -115,34 +118,32 @@ def _balance_row(name: str, entry: Mapping[str, Any]) -> list[str]:
     def share(key: str) -> str:
         return "-" if entry[key] is None else f"{entry[key]:.2f}"
 
-    return [
-        name,
-        Spread(**entry["speedup"]).show(3),
-        Spread(**entry["allowed"]).show(3),
-        Spread(**entry["reached"]).show(3),
-        share("reached_gain"),
-        Spread(**entry["cpu_speedup"]).show(3),
-        Spread(**entry["cpu_allowed"]).show(3),
-        share("cpu_reached_gain"),
-    ]
+    spreads = [show(entry[key], 3) for key in ("speedup", "allowed", "reached")]
+    of_cpu = [show(entry[key], 3) for key in ("cpu_speedup", "cpu_allowed")]
+    return [name, *spreads, share("reached_gain"), *of_cpu, share("cpu_reached_gain")]
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Throughput of every variant and where a rank's decode step goes, one row per case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # slow to import
 
     cases = result["cases"]
-    figure, axes = plt.subplots(
-        len(cases), 2, figsize=(11, 3.2 * len(cases)), squeeze=False, layout="constrained"
-    )
-    for row, case in zip(axes, cases, strict=True):
+    figure = Figure(figsize=(11, 3.2 * len(cases)), layout="constrained")
+    for row, case in zip(figure.subplots(len(cases), 2, squeeze=False), cases, strict=True):
         _draw_rates(row[0], case)
         _draw_steps(row[1], case)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+def stacked_bars(
+    axis: Any, names: Sequence[str], parts: Mapping[str, Sequence[float]], *colours: str
+) -> None:
+    """A bar for each name, first on top, made of labelled parts."""
+    left = np.zeros(len(names))
+    for (label, values), colour in zip_longest(parts.items(), colours):
+        axis.barh(names, values, left=left, color=colour, label=label)
+        left += values
+    axis.invert_yaxis()
 
 
 def _draw_rates(axis: Any, case: Mapping[str, Any]) -> None:
@@ -170,12 +171,8 @@ def _draw_steps(axis: Any, case: Mapping[str, Any]) -> None:
             compute.append(busy)
             waiting.append(wait)
             rest.append(max(metrics["decode_period_ms"]["median"] - busy - wait, 0.0))
-    left = [0.0] * len(labels)
-    parts = (("compute", compute), ("waiting", waiting), ("communication, scheduling", rest))
-    for (text, values), colour in zip(parts, ("tab:blue", "tab:red", "lightgrey"), strict=True):
-        axis.barh(labels, values, left=left, color=colour, label=text)
-        left = [a + b for a, b in zip(left, values, strict=True)]
-    axis.invert_yaxis()
+    parts = {"compute": compute, "waiting": waiting, "communication, scheduling": rest}
+    stacked_bars(axis, labels, parts, "tab:blue", "tab:red", "lightgrey")
     axis.tick_params(axis="y", labelsize=7)
     axis.set_xlabel("ms per decode step, by rank")
     if labels:

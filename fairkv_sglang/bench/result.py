@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fairkv_sglang.bench.stats import ratios, spread
-from fairkv_sglang.bench.variants import BASE, by_name
+from fairkv_sglang.bench.variants import BASE, VARIANTS
 from fairkv_sglang.bench.workload import Workload
 
 FORMAT = "fairkv-bench"
@@ -107,9 +107,9 @@ def summarise_case(
         for metric, of in METRICS.items():
             values = [value for run in runs if (value := of(run)) is not None]
             if len(values) == len(runs):
-                metrics[metric] = spread(values).model_dump()
+                metrics[metric] = spread(values)
         variants[name] = {
-            "text": by_name(name).text,
+            "text": VARIANTS[name].text,
             "metrics": metrics,
             "ranks": _per_rank(runs),
             "memory": _memory(runs[-1], workload),
@@ -124,7 +124,7 @@ def summarise_case(
         "balancing": {
             name: _balancing(rounds[BASE], runs)
             for name, runs in rounds.items()
-            if BASE in rounds and name != BASE and by_name(name).has_budget
+            if BASE in rounds and name != BASE and VARIANTS[name].has_budget
         },
     }
 
@@ -141,7 +141,7 @@ def _against(rounds: Mapping[str, Sequence[Run]], base: str) -> dict[str, Any]:
         }
         if base in known:
             table[metric] = {
-                name: ratios(values, known[base]).model_dump()  # type: ignore[arg-type]
+                name: ratios(values, known[base])  # type: ignore[arg-type]
                 for name, values in known.items()
                 if name != base
             }
@@ -167,7 +167,7 @@ def _balancing(base: Sequence[Run], runs: Sequence[Run]) -> dict[str, Any]:
     allowed = [old["allowed_speedup"] for old, _ in pairs]
     cpu = [old["cpu_slowest_ms"] / new["cpu_slowest_ms"] for old, new in pairs]
     cpu_allowed = [old["cpu_imbalance"] for old, _ in pairs]
-    result = {
+    values = {
         "speedup": speedup,
         "allowed": allowed,
         "reached": [a / b for a, b in zip(speedup, allowed, strict=True)],
@@ -175,16 +175,12 @@ def _balancing(base: Sequence[Run], runs: Sequence[Run]) -> dict[str, Any]:
         "cpu_allowed": cpu_allowed,
         "cpu_reached": [a / b for a, b in zip(cpu, cpu_allowed, strict=True)],
     }
-    gains = {
-        "reached_gain": _gain(spread(speedup).median, spread(allowed).median),
-        "cpu_reached_gain": _gain(spread(cpu).median, spread(cpu_allowed).median),
-    }
-    return {**{key: spread(values).model_dump() for key, values in result.items()}, **gains}
-
-
-def _gain(speedup: float, allowed: float) -> float | None:
-    """Part of the possible gain; None where hardly any is possible."""
-    return (speedup - 1) / (allowed - 1) if allowed > 1.01 else None
+    result: dict[str, Any] = {key: spread(value) for key, value in values.items()}
+    for kind in ("", "cpu_"):
+        gain, possible = (result[kind + key]["median"] - 1 for key in ("speedup", "allowed"))
+        # None where hardly any is possible
+        result[kind + "reached_gain"] = gain / possible if possible > 0.01 else None
+    return result
 
 
 def _per_rank(runs: Sequence[Run]) -> dict[str, list[float]]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from fairkv_sglang.bench.engines import BenchEngine, Engines, available_memory
+from fairkv_sglang.bench.gpu.report import versions
 from fairkv_sglang.bench.model import build
 from fairkv_sglang.bench.result import FORMAT, VERSION, summarise_case
 from fairkv_sglang.bench.settings import Settings
 from fairkv_sglang.bench.shares import find_profile
 from fairkv_sglang.bench.stats import rotated
-from fairkv_sglang.bench.variants import by_name
 from fairkv_sglang.bench.workload import Workload, portable
+from fairkv_sglang.placement.model import ModelShape
 
 Progress = Callable[[str], None]
 
@@ -47,15 +47,14 @@ def run_bench(settings: Settings, folder: Path | None, progress: Progress) -> di
     """
     with _workplace(folder) as place:
         if settings.model_path is None:
-            shape = settings.model.model_copy(update={"context": settings.context})
-            model = build(shape, place)
+            model = build(settings.model.model_copy(update={"context": settings.context}), place)
         else:
             model = settings.model_path
-        vocab, layers, heads = _facts(model)
+        shape, vocab = ModelShape.from_config(model), _vocabulary(model)
         profile = None
         if settings.scope == "head" or settings.profile is not None:
             profile = place / "profile.json"
-            find_profile(settings.profile, layers, heads).save(profile)
+            find_profile(settings.profile, shape.num_layers, shape.num_kv_heads).save(profile)
         cases = []
         with _ended_by_signal():
             for tp, budget in settings.cases():
@@ -86,7 +85,7 @@ def _run_case(
 
     def start(name: str) -> BenchEngine:
         progress(f"{label}: starting {name}")
-        options = settings.worker_options(by_name(name), tp, budget, model, profile)
+        options = settings.worker_options(name, tp, budget, model, profile)
         log = place / f"{name}-tp{tp}-{'-'.join(map(str, budget.values()))}.log"
         engine = BenchEngine(name, options, settings.environment(), log)
         # Compile, fill caches, touch memory: nothing of a process's first run is counted.
@@ -125,15 +124,9 @@ def _run_case(
     }
 
 
-def _facts(model: Path) -> tuple[int, int, int]:
-    """Vocabulary, layers and KV heads of a checkpoint."""
-    try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{model} is no checkpoint folder ({error.strerror})") from None
-    config = config.get("text_config", config)
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    return int(config["vocab_size"]), int(config["num_hidden_layers"]), int(heads)
+def _vocabulary(model: Path) -> int:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return int(config.get("text_config", config)["vocab_size"])
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -150,11 +143,7 @@ def machine(device: str) -> dict[str, Any]:
         "load": list(os.getloadavg()),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    for package in ("sglang", "torch", "numba", "fairkv-sglang"):
-        try:
-            result[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    result |= versions("sglang", "torch", "numba", "fairkv-sglang")
     if device == "cuda":
         import torch
 

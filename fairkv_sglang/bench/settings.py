@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fairkv_sglang.bench.model import BenchModel
-from fairkv_sglang.bench.variants import Variant, fairkv_options, stock_flags
+from fairkv_sglang.bench.variants import VARIANTS
 from fairkv_sglang.bench.workload import Workload
 
 MEASURE_VARIABLE = "FAIRKV_MEASURE_WAIT"
@@ -96,9 +96,18 @@ class Settings(BaseModel):
         return math.ceil((self.workload.longest + 64) / 256) * 256
 
     def worker_options(
-        self, variant: Variant, tp: int, budget: dict[str, Any], model: Path, profile: Path | None
+        self, name: str, tp: int, budget: dict[str, Any], model: Path, profile: Path | None
     ) -> dict[str, Any]:
-        """What the worker needs to start a variant's engine."""
+        """What the worker needs to start a variant's engine; FairKV's options are None for stock.
+
+        Args:
+            name: The variant.
+            tp: Ranks.
+            budget: ``{"budget": tokens}`` or ``{"ratio": share}``.
+            model: The checkpoint.
+            profile: Head profile of the model, for the scopes that use one.
+        """
+        variant = VARIANTS[name]
         engine: dict[str, Any] = {
             "model_path": str(model),
             "tp_size": tp,
@@ -113,18 +122,25 @@ class Settings(BaseModel):
             "random_seed": 1,
             "log_level": "warning",
         }
-        if variant.flags:
-            engine |= stock_flags(self.device == "cuda")
+        if variant.flags:  # what FairKV sets or needs, as far as stock SGLang has it
+            backend = "flashinfer" if self.device == "cuda" else "torch_native"
+            engine |= {"attention_backend": backend, "disable_prefill_cuda_graph": True}
         engine |= self.server
-        shared: dict[str, Any] = {
+        if variant.placement is None:
+            return {"fairkv": None, "engine": engine}
+        scope = variant.scope or self.scope
+        fairkv = {
             "window": self.window,
             "floor_alpha": self.floor_alpha,
             "expected_batch": self.workload.prompts,
             "expected_prompt": round(self.workload.mean_prompt),
+            "placement": variant.placement,
+            "scope": scope,
+            **({"ratio": 1.0} if variant.keep_all else budget),
         }
-        if profile is not None:
-            shared["profile"] = str(profile)
-        return {"fairkv": fairkv_options(variant, shared, budget, self.scope), "engine": engine}
+        if profile is not None and scope in ("head", "layer"):
+            fairkv["profile"] = str(profile)
+        return {"fairkv": fairkv, "engine": engine}
 
     def environment(self) -> dict[str, str]:
         """Variables of the engines: nobody's own configuration, and measuring."""

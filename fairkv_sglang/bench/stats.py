@@ -7,29 +7,10 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 Item = TypeVar("Item")
-
-
-class Spread(BaseModel):
-    """A median with what it was made from: quartiles and extremes of ``count`` values."""
-
-    model_config = ConfigDict(frozen=True)
-
-    median: float
-    quarter: float
-    three_quarters: float
-    least: float
-    most: float
-    count: int
-
-    def show(self, digits: int = 2) -> str:
-        """``median [least..most]``; the median alone where there is nothing to compare."""
-        text = f"{self.median:.{digits}f}"
-        if self.count < 2:
-            return text
-        return f"{text} [{self.least:.{digits}f}..{self.most:.{digits}f}]"
+Spread = dict[str, float]
+"""A median with what it was made from: quartiles and extremes of ``count`` values."""
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -41,15 +22,17 @@ def spread(values: Sequence[float]) -> Spread:
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0 or not np.isfinite(array).all():
         raise ValueError(f"a median needs at least one finite value, got {list(values)}")
-    quarter, median, three = (float(x) for x in np.quantile(array, (0.25, 0.5, 0.75)))
-    return Spread(
-        median=median,
-        quarter=quarter,
-        three_quarters=three,
-        least=float(array.min()),
-        most=float(array.max()),
-        count=array.size,
-    )
+    names = ("least", "quarter", "median", "three_quarters", "most")
+    found = np.quantile(array, (0, 0.25, 0.5, 0.75, 1)).tolist()
+    return {**dict(zip(names, found, strict=True)), "count": array.size}
+
+
+def show(figure: Spread, digits: int = 2) -> str:
+    """``median [least..most]``; the median alone where there is nothing to compare."""
+    text = f"{figure['median']:.{digits}f}"
+    if figure["count"] < 2:
+        return text
+    return f"{text} [{figure['least']:.{digits}f}..{figure['most']:.{digits}f}]"
 
 
 def ratios(values: Sequence[float], base: Sequence[float]) -> Spread:

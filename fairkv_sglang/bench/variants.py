@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -43,53 +42,12 @@ VARIANTS: dict[str, Variant] = {
         Variant("equal_shares", "budgets, fair-copying with equal shares", "equal_shares"),
         Variant("fair_copying", "budgets, fair-copying", "fair_copying"),
         Variant("rank_local", "each rank has its own budget", "contiguous", scope="rank"),
+        Variant("full", "FairKV's kernels, full KV", "contiguous", "uniform", keep_all=True),
     )
 }
-"""The variants of a run, by default all."""
 
-EXTRA: dict[str, Variant] = {
-    "full": Variant("full", "FairKV's kernels, full KV", "contiguous", "uniform", keep_all=True),
-}
-"""Further variants that can be named: what part of a gain over stock comes from the kernels."""
+DEFAULT = tuple(name for name in VARIANTS if name != "full")
+"""What runs if nothing is named; ``full`` tells what part of a gain over stock is the kernels'."""
 
 BASE = "contiguous"
 """Balancing is measured against this variant."""
-
-
-def by_name(name: str) -> Variant:
-    """The variant of a name that :func:`known` has."""
-    return VARIANTS.get(name) or EXTRA[name]
-
-
-def known() -> tuple[str, ...]:
-    """All names."""
-    return (*VARIANTS, *EXTRA)
-
-
-def stock_flags(on_cuda: bool) -> dict[str, Any]:
-    """Server arguments of SGLang that FairKV sets or needs, as far as stock SGLang has them."""
-    return {
-        "attention_backend": "flashinfer" if on_cuda else "torch_native",
-        "disable_prefill_cuda_graph": True,
-    }
-
-
-def fairkv_options(
-    variant: Variant, shared: dict[str, Any], budget: dict[str, Any], scope: str
-) -> dict[str, Any] | None:
-    """FairKV's options of a variant; None for stock.
-
-    Args:
-        variant: The variant.
-        shared: Options of all variants.
-        budget: ``{"budget": tokens}`` or ``{"ratio": share}``.
-        scope: The run's budget scope.
-    """
-    if variant.placement is None:
-        return None
-    chosen = {"ratio": 1.0} if variant.keep_all else budget
-    options = {**shared, **chosen, "placement": variant.placement, "scope": variant.scope or scope}
-    if options["scope"] in ("uniform", "rank"):
-        # Neither uses the profile, and plain tensor parallelism does not ask for one.
-        options.pop("profile", None)
-    return options

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from fairkv_sglang.bench.report import stacked_bars
 from fairkv_sglang.bench.sizes import PRESETS, Link
-from fairkv_sglang.bench.workload import parse_ints, parse_names
+from fairkv_sglang.bench.workload import from_flags, parse_ints, parse_names
 from fairkv_sglang.cli.output import print_json, print_table, progress
 
 COLUMNS = [
@@ -50,34 +49,18 @@ def run(args: argparse.Namespace) -> int:
     """Run, print, write."""
     from fairkv_sglang.bench.virtual import PLACEMENTS, VirtualSettings, run_virtual
 
-    device = args.device
-    if device is None:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        settings = VirtualSettings(
-            sizes=PRESETS[args.sizes],
-            profile=args.profile,
-            tp_sizes=parse_ints(args.tp, "--tp"),
-            batches=parse_ints(args.batch, "--batch"),
-            budgets=parse_ints(args.budgets or "1024", "--budgets"),
-            prompt_len=max(parse_ints(args.prompt_len or "8192", "--prompt-len")),
-            window=args.window,
-            floor_alpha=args.floor_alpha,
-            placements=parse_names(args.placements, PLACEMENTS, "--placements"),
-            layers=args.layers,
-            repeats=args.repeats,
-            link=Link(bandwidth_gb_s=args.bandwidth, latency_us=args.latency),
-            device=device,
-            dtype=args.dtype or "bfloat16",
-            decode=args.decode,
-            cost=args.cost,
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "--" + str(first["loc"][-1]).replace("_", "-")
-        raise ValueError(f"{name}: {first['msg']}, got {first['input']!r}") from None
+    settings = from_flags(
+        VirtualSettings,
+        args,
+        sizes=PRESETS[args.sizes],
+        tp_sizes=parse_ints(args.tp, "--tp"),
+        batches=parse_ints(args.batch, "--batch"),
+        budgets=parse_ints(args.budgets or "1024", "--budgets"),
+        prompt_len=max(parse_ints(args.prompt_len or "8192", "--prompt-len")),
+        placements=parse_names(args.placements, PLACEMENTS, "--placements"),
+        link=from_flags(Link, args, bandwidth_gb_s=args.bandwidth, latency_us=args.latency),
+        dtype=args.dtype or "bfloat16",
+    )
     with progress("placements", len(settings.cases()) * len(settings.placements)) as advance:
 
         def done(line: str) -> None:
@@ -118,27 +101,20 @@ def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """The parts of a step, stacked, one row of bars per placement and case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # slow to import
 
     cases = result["cases"]
-    height = 0.8 + 0.35 * sum(len(case["placements"]) for case in cases) + 0.5 * len(cases)
-    figure, axes = plt.subplots(
-        len(cases), 1, figsize=(9, height + len(cases)), squeeze=False, layout="constrained"
-    )
-    for (axis,), case in zip(axes, cases, strict=True):
-        names = list(case["placements"])
-        left = [0.0] * len(names)
-        for part in PARTS:
-            values = [case["placements"][name]["parts"][part] for name in names]
-            label = part.removesuffix("_ms").replace("_", " ")
-            axis.barh(names, values, left=left, label=label)
-            left = [a + b for a, b in zip(left, values, strict=True)]
-        axis.invert_yaxis()
+    height = 0.8 + 0.35 * sum(len(case["placements"]) for case in cases) + 1.5 * len(cases)
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axes = figure.subplots(len(cases), 1, squeeze=False)[:, 0]
+    for axis, case in zip(axes, cases, strict=True):
+        entries = case["placements"].values()
+        parts = {
+            part.removesuffix("_ms").replace("_", " "): [entry["parts"][part] for entry in entries]
+            for part in PARTS
+        }
+        stacked_bars(axis, list(case["placements"]), parts)
         axis.set_title(_title(result["settings"]["sizes"]["name"], case), fontsize=9, loc="left")
-    axes[-1][0].set_xlabel("ms per decode step of the group")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=6)
+    axes[-1].set_xlabel("ms per decode step of the group")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=6)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Model = TypeVar("Model", bound=BaseModel)
 
 FIRST_ID = 3
 """Ids below are special tokens of the models that the benchmark builds."""
@@ -92,6 +95,23 @@ def portable(settings: dict[str, Any]) -> dict[str, Any]:
         if changed.get(key):
             changed[key] = "/".join(Path(changed[key]).parts[-3:])
     return changed
+
+
+def from_flags(kind: type[Model], flags: Namespace, /, **parsed: Any) -> Model:
+    """A ``kind`` from the flags of its fields' names, and from what was made of other flags.
+
+    Raises:
+        ValueError: in one line, naming the flag.
+    """
+    same = {name: value for name, value in vars(flags).items() if name in kind.model_fields}
+    try:
+        return kind(**(same | parsed))
+    except ValidationError as error:
+        first = error.errors()[0]
+        if not first["loc"]:  # about more than one flag
+            raise ValueError(first["msg"].removeprefix("Value error, ")) from None
+        name = "--" + str(first["loc"][-1]).replace("_", "-")
+        raise ValueError(f"{name}: {first['msg']}, got {first['input']!r}") from None
 
 
 def parse_ints(text: str, name: str) -> tuple[int, ...]:

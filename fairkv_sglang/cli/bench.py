@@ -13,27 +13,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from fairkv_sglang.bench import virtual_flags
 from fairkv_sglang.bench.model import parse_model
 from fairkv_sglang.bench.settings import Settings
-from fairkv_sglang.bench.variants import VARIANTS, known
-from fairkv_sglang.bench.workload import Workload, parse_ints, parse_names
+from fairkv_sglang.bench.variants import DEFAULT, VARIANTS
+from fairkv_sglang.bench.workload import Workload, from_flags, parse_ints, parse_names
 from fairkv_sglang.cli.output import print_json, print_table, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     add = parser.add_argument
-    add("--variants", default=",".join(VARIANTS), help="of " + ", ".join(known()) + " (or all)")
+    add("--variants", default=",".join(DEFAULT), help="of " + ", ".join(VARIANTS) + " (or all)")
     add("--tp", default="2", metavar="N,N", help="tensor-parallel sizes (default 2)")
     add("--budgets", metavar="N,N", help="mean kept tokens per head, e.g. 128,512 (default 256)")
     add("--ratio", type=float, help="budget as a share of the prompt, instead of --budgets")
     add("--rounds", type=int, default=3, help="measured runs of each variant (default 3)")
     add("--prompts", type=int, default=32, help="requests of a run (default 32)")
     add("--prompt-len", metavar="N,N", help="prompt tokens (default 1024; 8192 for virtual ranks)")
-    add("--output-len", type=int, default=64, help="new tokens of a request (default 64)")
+    add(
+        "--output-len",
+        type=int,
+        default=64,
+        dest="output_length",
+        help="new tokens of a request (default 64)",
+    )
     add(
         "--shared-prefix",
         type=int,
@@ -69,6 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run, print, write."""
+    if args.device is None:
+        import torch
+
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.virtual:
         return virtual_flags.run(args)
     settings = settings_of(args)
@@ -118,49 +126,24 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """
     if args.ratio is not None and args.budgets is not None:
         raise ValueError("--budgets and --ratio exclude each other: give tokens or a share")
-    device = args.device
-    if device is None:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         server = json.loads(args.server)
     except json.JSONDecodeError as error:
         raise ValueError(f"--server is not JSON ({error})") from None
     if not isinstance(server, dict):
         raise ValueError('--server must be a JSON object, e.g. {"page_size": 1}')
-    try:
-        return Settings(
-            model_path=args.model_path,
-            model=parse_model(args.model),
-            profile=args.profile,
-            tp_sizes=parse_ints(args.tp, "--tp"),
-            budgets=parse_ints(args.budgets or "256", "--budgets"),
-            ratio=args.ratio,
-            variants=parse_names(args.variants, known(), "--variants"),
-            rounds=args.rounds,
-            workload=Workload(
-                prompts=args.prompts,
-                prompt_lengths=parse_ints(args.prompt_len or "1024", "--prompt-len"),
-                output_length=args.output_len,
-                seed=args.seed,
-                shared_prefix=args.shared_prefix,
-                request_rate=args.request_rate,
-            ),
-            scope=args.scope,
-            window=args.window,
-            floor_alpha=args.floor_alpha,
-            max_total_tokens=args.max_total_tokens,
-            chunked_prefill_size=args.chunked_prefill_size,
-            dtype=args.dtype or ("bfloat16" if device == "cuda" else "float32"),
-            device=device,
-            keep_alive=args.keep_alive,
-            measure=args.measure == "on" or (args.measure == "auto" and device == "cpu"),
-            server=server,
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        if not first["loc"]:  # about more than one flag
-            raise ValueError(first["msg"].removeprefix("Value error, ")) from None
-        name = "--" + str(first["loc"][-1]).replace("_", "-")
-        raise ValueError(f"{name}: {first['msg']}, got {first['input']!r}") from None
+    on_cpu = args.device == "cpu"
+    return from_flags(
+        Settings,
+        args,
+        model=parse_model(args.model),
+        tp_sizes=parse_ints(args.tp, "--tp"),
+        budgets=parse_ints(args.budgets or "256", "--budgets"),
+        variants=parse_names(args.variants, tuple(VARIANTS), "--variants"),
+        workload=from_flags(
+            Workload, args, prompt_lengths=parse_ints(args.prompt_len or "1024", "--prompt-len")
+        ),
+        dtype=args.dtype or ("float32" if on_cpu else "bfloat16"),
+        measure=args.measure == "on" or (args.measure == "auto" and on_cpu),
+        server=server,
+    )

@@ -18,7 +18,12 @@ def test_shape_from_a_flag() -> None:
         "layers": 2,
         "head_dim": 64,
     }
-    for text, message in (("layer=2", "layer=2"), ("layers=x", "layers=x"), ("layers=0", "layers")):
+    for text, message in (
+        ("layer=2", "'layer'"),
+        ("layers=x", "layers"),
+        ("layers=0", "layers"),
+        ("group", "group"),
+    ):
         with pytest.raises(ValueError, match=f"--model: .*{message}"):
             parse_model(text)
 
@@ -43,8 +48,3 @@ def test_an_existing_checkpoint_is_reused_and_shapes_do_not_collide(tmp_path: Pa
     assert build(shape, tmp_path) == path
     assert (path / "model.safetensors").stat().st_mtime_ns == before
     assert shape.name != shape.model_copy(update={"seed": 1}).name
-
-
-def test_bytes_of_a_token() -> None:
-    # K and V, 128 numbers of 4 bytes, 8 heads, 4 layers
-    assert BenchModel().token_bytes(4) == 2 * 128 * 4 * 8 * 4

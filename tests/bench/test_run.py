@@ -103,5 +103,5 @@ def test_an_interrupt_before_the_first_whole_round_is_an_interrupt(
 
 
 def test_a_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no checkpoint folder"):
+    with pytest.raises(ValueError, match="cannot read model config"):
         run_bench(settings(model_path=tmp_path / "no"), tmp_path, lambda line: None)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import time
@@ -29,14 +30,12 @@ def require(module: str, name: str) -> None:
         raise NotRun(f"{name} is not installed")
 
 
-def versions() -> dict[str, str]:
-    """Versions of what is checked; empty where it is not installed."""
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of the packages that are installed."""
     found = {}
-    for name in ("torch", "triton", "flashinfer-python", "sglang", "numba"):
-        try:
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = ""
     return found
 
 
