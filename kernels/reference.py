@@ -138,6 +138,11 @@ def snapkv_score(
     logits = torch.einsum("wngd,tnd->ngwt", q.float(), k.float()) * scale
     weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
     attention = weights[..., : max(total - rows, 0)].mean(2)
+    return pooled(attention, kernel, pooling)
+
+
+def pooled(attention: torch.Tensor, kernel: int, pooling: str) -> torch.Tensor:
+    """Mean over the group of ``attention [n, g, M]``, each row pooled over neighbours before."""
     if kernel > 1 and attention.shape[2]:
         pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
         attention = pool(attention, kernel, stride=1, padding=kernel // 2)

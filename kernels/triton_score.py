@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
+
+from .reference import pooled
 
 LOG2_E = math.log2(math.e)
 KEYS = 64
@@ -89,24 +90,18 @@ def _columns(  # type: ignore[no-untyped-def]
         tl.store(to, tl.sum(p, 0) / W, mask=key_at < scored)
 
 
-def window_attention(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """Mean attention of the last W queries to each token before them.
-
-    Args:
-        q: [W, n, g, D], the last W queries, with RoPE.
-        k: [N, n, D], the prompt's keys; any strides with a contiguous last dimension.
-
-    Returns:
-        float32 [n, g, N - W].
-    """
+def snapkv_score(
+    q: torch.Tensor, k: torch.Tensor, scale: float, kernel: int = 7, pooling: str = "max"
+) -> torch.Tensor:
+    """`ops.snapkv_score` on CUDA tensors; any strides with a contiguous last dimension."""
     rows, n, group, dim = q.shape
     total = k.shape[0]
     scored = max(total - rows, 0)
-    out = torch.empty((n, group, scored), dtype=torch.float32, device=q.device)
+    attention = torch.empty((n, group, scored), dtype=torch.float32, device=q.device)
     if not scored:
-        return out
+        return attention.mean(1)
     if q.stride(3) != 1 or k.stride(2) != 1:
-        raise ValueError("window_attention: q and k must be contiguous in their last dimension")
+        raise ValueError("snapkv_score: q and k must be contiguous in their last dimension")
     blocks, padded = triton.cdiv(total, KEYS), max(16, triton.next_power_of_2(rows))
     stats = torch.empty((2, n, blocks, group, padded), dtype=torch.float32, device=q.device)
     strides = (*q.stride()[:3], *k.stride()[:2], group)
@@ -115,16 +110,5 @@ def window_attention(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Te
     _statistics[grid](q, k, stats[0], stats[1], base2, total, *strides, **sizes)
     top = stats[0].amax(1, keepdim=True)
     lse = (top + (stats[1] * torch.exp2(stats[0] - top)).sum(1, keepdim=True).log2()).squeeze(1)
-    _columns[grid](q, k, lse.contiguous(), out, base2, total, scored, *strides, **sizes)
-    return out
-
-
-def snapkv_score(
-    q: torch.Tensor, k: torch.Tensor, scale: float, kernel: int = 7, pooling: str = "max"
-) -> torch.Tensor:
-    """`ops.snapkv_score` on CUDA tensors."""
-    attention = window_attention(q, k, scale)
-    if kernel > 1 and attention.shape[2]:
-        pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
-        attention = pool(attention, kernel, stride=1, padding=kernel // 2)
-    return attention.mean(1)
+    _columns[grid](q, k, lse.contiguous(), attention, base2, total, scored, *strides, **sizes)
+    return pooled(attention, kernel, pooling)

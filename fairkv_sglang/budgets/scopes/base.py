@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,7 +58,7 @@ def _read_only(function: Callable[P, IntArray]) -> Callable[P, IntArray]:
     return compute
 
 
-class BudgetScope(ABC):
+class BudgetScope:
     """Turns scores into kept tokens and says beforehand how many there can be.
 
     A prompt of N tokens has a mean budget B(N) = ``spec.tokens`` or ceil(ratio * N), at least
@@ -174,9 +173,13 @@ class BudgetScope(ABC):
             return torch.full((rows,), prompt_len, dtype=torch.int64, device=scores.device)
         return self._counts(layer, heads, scores, prompt_len)
 
-    @abstractmethod
     def _expected(self, prompt_len: int) -> IntArray:
-        """See ``expected``."""
+        """``expected``; here the same for every head."""
+        return self._alike(self.budget(prompt_len))
+
+    def _alike(self, tokens: int) -> IntArray:
+        """[L, H] of one number."""
+        return np.full((self.num_layers, self.num_heads), tokens, dtype=np.int64)
 
     def _per_head_bound(self, prompt_len: int) -> IntArray:
         return self.expected(prompt_len).copy()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -22,24 +21,19 @@ class Layer(Pooled):
     """
 
     name: ClassVar[str] = "layer"
-    input_dependent: ClassVar[bool] = True
     spans_ranks: ClassVar[bool] = True
 
+    @property
+    def group(self) -> int:
+        """See the base class."""
+        return self.num_heads
+
     def _expected(self, prompt_len: int) -> IntArray:
-        shape = (self.num_layers, self.num_heads)
         budget = self.budget(prompt_len)
         if self.profile is None or budget >= prompt_len:
-            return np.full(shape, budget, dtype=np.int64)
+            return super()._expected(prompt_len)
         low = self.window + self.floor(prompt_len)
         rows = [
             water_fill(row, budget * self.num_heads, low, prompt_len) for row in self.profile.shares
         ]
         return np.stack(rows)
-
-    def _per_head_bound(self, prompt_len: int) -> IntArray:
-        shape = (self.num_layers, self.num_heads)
-        return np.full(shape, self._most(prompt_len, 1, self.num_heads), dtype=np.int64)
-
-    def most(self, layer: int, prompt_len: int, heads: Sequence[int]) -> int:
-        """See the base class."""
-        return self._most(prompt_len, len(heads), self.num_heads)

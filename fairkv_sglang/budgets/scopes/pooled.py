@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from fairkv_sglang.budgets.scopes.base import BudgetScope
 from fairkv_sglang.budgets.selection import pooled_counts
+from fairkv_sglang.budgets.waterfill import IntArray
 
 
 def share_out(pooled: Tensor, beyond: int, floor: int, order: Sequence[int]) -> Tensor:
@@ -40,12 +43,19 @@ def share_out(pooled: Tensor, beyond: int, floor: int, order: Sequence[int]) -> 
     return torch.empty_like(caps).index_copy_(0, rows, caps)
 
 
-class Pooled(BudgetScope):
+class Pooled(BudgetScope, ABC):
     """Heads compete for n * (B - window) tokens, but for a floor of int((B - window) * alpha) each.
 
     The n heads are those given to ``counts``. The head whose attention is *dispersed* over many
     tokens wins them from heads that concentrate theirs on few.
     """
+
+    input_dependent: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def group(self) -> int:
+        """Neighbouring heads that compete among themselves."""
 
     def _counts(self, layer: int, heads: Sequence[int], scores: Tensor, prompt_len: int) -> Tensor:
         beyond = self.budget(prompt_len) - self.window
@@ -53,11 +63,19 @@ class Pooled(BudgetScope):
         pooled = pooled_counts(scores, len(heads) * beyond, order)
         return self.window + share_out(pooled, beyond, self.floor(prompt_len), order)
 
-    def _most(self, prompt_len: int, members: int, group: int) -> int:
-        """Most tokens that ``members`` of a ``group`` of heads may keep together."""
-        budget = self.budget(prompt_len)
-        if budget >= prompt_len or members == 0:
-            return members * prompt_len if budget >= prompt_len else 0
+    def _per_head_bound(self, prompt_len: int) -> IntArray:
+        return self._alike(self._most(prompt_len, 1))
+
+    def most(self, layer: int, prompt_len: int, heads: Sequence[int]) -> int:
+        """See the base class."""
+        members = np.bincount(np.asarray(heads, dtype=np.int64) // self.group)
+        return sum(self._most(prompt_len, int(n)) for n in members if n)
+
+    def _most(self, prompt_len: int, members: int) -> int:
+        """Most tokens that ``members`` of a group of heads may keep together."""
+        budget, group = self.budget(prompt_len), self.group
+        if budget >= prompt_len:
+            return members * prompt_len
         beyond, floor = budget - self.window, self.floor(prompt_len)
         scored, total = prompt_len - self.window, group * beyond
         pooled = min(members * scored, total)

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
-
 from fairkv_sglang.budgets.scopes.base import SCOPES, BudgetScope
-from fairkv_sglang.budgets.waterfill import IntArray
 
 
 @SCOPES.register
@@ -18,7 +15,3 @@ class Uniform(BudgetScope):
     name: ClassVar[str] = "uniform"
     input_dependent: ClassVar[bool] = False
     spans_ranks: ClassVar[bool] = False
-
-    def _expected(self, prompt_len: int) -> IntArray:
-        shape = (self.num_layers, self.num_heads)
-        return np.full(shape, self.budget(prompt_len), dtype=np.int64)
