@@ -107,6 +107,19 @@ class FairKVConfig(BaseModel):
     plan: Path | None = Field(
         None, description="A placement plan to use as it is, instead of making one at start."
     )
+    replan: Literal["on", "advise", "off"] = Field(
+        "on",
+        description="Plan anew from the traffic while serving; advise = say so in the log only.",
+    )
+    replan_window: int = Field(
+        64, gt=0, description="Latest prompts from whose kept tokens a new plan is made."
+    )
+    spare_lanes: int | None = Field(
+        None,
+        ge=0,
+        description="Lanes beyond its home heads that a rank has room for in each layer, so that "
+        "a new plan needs no restart (default: what the cost model justifies).",
+    )
     expected_batch: int = Field(
         32, gt=0, description="Requests decoded together, for making the plan."
     )

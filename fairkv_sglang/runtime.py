@@ -9,20 +9,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from fairkv_sglang.budgets import BudgetScope, Scorer
-from fairkv_sglang.parallel import RankHeads, TwinWeights
+from fairkv_sglang.parallel import LaneTable, RankHeads, TwinWeights
 from fairkv_sglang.placement import Plan, Router
 from fairkv_sglang.plan_file import received
-from fairkv_sglang.planning import ModelShape, budget_text, make_budgets, make_placement
+from fairkv_sglang.planning import (
+    ModelShape,
+    budget_text,
+    lane_slots,
+    load_model,
+    make_budgets,
+    make_placement,
+)
 
 if TYPE_CHECKING:
     from fairkv_sglang.attention.forward_plan import ForwardPlan
     from fairkv_sglang.config import FairKVConfig
+    from fairkv_sglang.control.replan import Replanner
     from fairkv_sglang.memory.rows import RowBook
     from fairkv_sglang.memory.sizing import MemoryDivision
 
@@ -59,6 +67,8 @@ class FairKVRuntime:
         self.hand_over_seconds = 0.0  # of it: packing, waiting for and storing what travels
         self.hand_over_bytes = 0  # kept rows that left this rank
         self.twins: TwinWeights | None = None
+        self.replanner: Replanner | None = None
+        self.plan_source = plan_source(config)
         self._book: RowBook | None = None
 
     @property
@@ -95,11 +105,16 @@ class FairKVRuntime:
         self._book = RowBook(
             heads=self.heads,
             scope=self.scope,
-            demand=PageDemand(self.scope, self.plan),
+            demand=PageDemand(
+                self.scope,
+                self.plan.shares() > 0,
+                None if self.heads.table.fixed else self.heads.table.capacity,
+            ),
             router=self.router,
             ledger=PageLedger(np.asarray(division.arena_pages)),
             pages=pages,
             pool_tokens=division.pool_tokens,
+            window=self.config.replan_window,
             verbose=self.config.log_decisions,
         )
         return self._book
@@ -111,9 +126,41 @@ class FairKVRuntime:
 
         All ranks of ``group`` call this at the same time.
         """
-        self.twins = TwinWeights(modules, self.heads, self.shape.head_dim, group)
+        on_cuda = self.shape.device.startswith("cuda")
+        self.twins = TwinWeights(
+            modules, self.heads, self.shape.head_dim, group, fixed_width=on_cuda
+        )
         self.twins.build()
         logger.info("FairKV: %s", self.twins.describe())
+
+    def start_replanning(self, share: Callable[[Any], Any]) -> None:
+        """Watch the traffic from now on, if the configuration says so.
+
+        Args:
+            share: Broadcast from rank 0; see :class:`fairkv_sglang.control.replan.Replanner`.
+        """
+        from fairkv_sglang.control.replan import Replanner
+
+        if self.heads.table.fixed or self.twins is None:
+            return
+        self.replanner = Replanner(
+            config=self.config,
+            cost=load_model(self.config, self.shape),
+            model=self.shape.name,
+            book=self.book,
+            twins=self.twins,
+            share=share,
+            adopted=self._adopted,
+        )
+
+    def _adopted(self, plan: Plan) -> None:
+        self.plan, self.plan_source = plan, "traffic"
+
+    @property
+    def planned_balancedness(self) -> float:
+        """Mean over max of the ranks' tokens, as the plan expects it."""
+        imbalance = self.plan.info.get("token_imbalance")
+        return 1.0 / imbalance if isinstance(imbalance, float) and imbalance > 0 else 1.0
 
     def describe(self) -> str:
         """One line that says what is on."""
@@ -153,7 +200,8 @@ def create_runtime(
                 "not take effect"
             )
         plan = make_placement(config, shape, scope, tp_size)
-    heads = RankHeads(plan, rank, shape.group_size)
+    slots = lane_slots(config, shape, scope, tp_size, plan)
+    heads = RankHeads(plan, rank, shape.group_size, LaneTable(plan, slots))
     scope.home_size = heads.homes.per_rank
     global _runtime
     _runtime = FairKVRuntime(
@@ -167,6 +215,11 @@ def create_runtime(
     )
     logger.info(_runtime.describe())
     return _runtime
+
+
+def plan_source(config: FairKVConfig) -> str:
+    """Where the plan at start comes from: ``file``, ``profile`` or ``even``."""
+    return "file" if config.plan else "profile" if config.profile else "even"
 
 
 _runtime: FairKVRuntime | None = None

@@ -57,7 +57,7 @@ def after_resolve_pool_config(result: Any, configurator: Any, *args: Any, **kwar
     runtime = get_runtime()
     model = configurator.model_config
     division = divide_memory(
-        plan=runtime.plan,
+        lane_slots=runtime.heads.table.capacity,
         total_tokens=result.max_total_num_tokens,
         stock_heads=model.get_num_kv_heads(get_parallel().attn_tp_size),
         head_dim=runtime.shape.head_dim,

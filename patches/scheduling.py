@@ -24,7 +24,8 @@ def after_alloc_for_extend(result: Any, batch: Any) -> None:
     for req in batch.reqs:
         setattr(req, SLOTS, req.kv.kv_allocated_len)
         setattr(req, HANDED_OVER, False)
-        book.admit(req.kv.req_pool_idx, len(req.full_untruncated_fill_ids))
+        new = book.admit(req.kv.req_pool_idx, len(req.full_untruncated_fill_ids))
+        book.readmitted += new and req.retracted_stain
 
 
 def replace_alloc_for_decode(batch: Any, token_per_req: int) -> torch.Tensor:
@@ -86,10 +87,12 @@ def around_max_new_tokens(
     if division is None or input_tokens + allocator.page_size + 1 > division.pool_tokens:
         return None
     # One page per lane more: a retracted request comes back with a longer prompt, rounded anew.
-    left = book.ledger.capacity - book.demand.lone_request(input_tokens) - book.demand.lanes
+    # A new plan may come before it ends, and a retracted request is routed by the new one.
+    lanes = book.demand.most_lanes
+    left = book.ledger.capacity - book.demand.under_any_plan(input_tokens) - lanes
     if np.any(left < 0):
         return None
-    by_pages = int((left // np.maximum(book.demand.lanes, 1)).min()) * PAGE_TOKENS
+    by_pages = int((left // np.maximum(lanes, 1)).min()) * PAGE_TOKENS
     longest_head = int(runtime.scope.per_head_bound(input_tokens).max())
     by_table = division.max_head_tokens - longest_head
     if by_table < 1:
@@ -113,7 +116,7 @@ def _longest_return(
     def fits(output: int) -> bool:
         length = input_tokens + output
         return bool(
-            np.all(book.demand.lone_request(length) <= book.ledger.capacity)
+            np.all(book.demand.under_any_plan(length) <= book.ledger.capacity)
             and runtime.scope.per_head_bound(length).max() <= division.max_head_tokens
         )
 
@@ -145,6 +148,8 @@ def before_forward_batch(
         plan = plan_forward(batch)
         runtime.book.begin_forward([span.row for span in plan.last])
         runtime.forward_plan = plan
+        if runtime.replanner is not None:
+            runtime.replanner.step()
     return None
 
 

@@ -29,6 +29,7 @@ from fairkv_sglang.patches.ledger import Hook
 
 logger = logging.getLogger(__name__)
 
+
 class _State:
     """What this process has been told; the environment is asked only when it was nothing."""
 

@@ -164,7 +164,7 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
             )
         q = q.view(batch, -1, self.head_dim)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self.decoder.decode(pages, q, self._rows, index, layer.scaling, out)
+        self.decoder.decode(pages, q, self._rows, index, heads, layer.scaling, out)
         return out.view(batch, -1)
 
     def support_triton(self) -> bool:

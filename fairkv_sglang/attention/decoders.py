@@ -35,10 +35,14 @@ class Decoder(Protocol):
         q: torch.Tensor,
         rows: torch.Tensor,
         layer: int,
+        lanes: int,
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        """Write ``out [bs, n*g, D]`` for ``q`` of the same shape; zeros for lanes not served."""
+        """Write ``out [bs, lanes*g, D]`` for ``q`` of the same shape; zeros for lanes not served.
+
+        ``lanes`` counts the layer's first slots whose queries are there.
+        """
 
 
 class PageTableDecoder:
@@ -65,12 +69,12 @@ class PageTableDecoder:
         q: torch.Tensor,
         rows: torch.Tensor,
         layer: int,
+        lanes: int,
         scale: float,
         out: torch.Tensor,
     ) -> None:
         """See :class:`Decoder`."""
-        low, high = self.lane_start[layer], self.lane_start[layer + 1]
-        self.operation(pages, q, rows, low, high - low, scale, out)
+        self.operation(pages, q, rows, self.lane_start[layer], lanes, scale, out)
 
 
 def make_decoder(runtime: FairKVRuntime, device: str) -> Decoder:

@@ -63,10 +63,11 @@ class FlashInferDecoder:
         q: torch.Tensor,
         rows: torch.Tensor,
         layer: int,
+        lanes: int,
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        """One layer; see the protocol."""
+        """One layer, all of its slots; see the protocol."""
         current = self._current
         if current is None:
             raise RuntimeError("FairKV: decode without a plan for this step")

@@ -32,6 +32,7 @@ from fairkv_sglang.budgets import BudgetScope, Kept
 from fairkv_sglang.kernels import ops
 from fairkv_sglang.kernels.pages import HeadPages
 from fairkv_sglang.parallel import RankHeads
+from fairkv_sglang.parallel.lanes import EMPTY
 
 IntArray = NDArray[np.int64]
 
@@ -218,9 +219,9 @@ class HandOver:
 
     def _columns(self, layer: int, ending: Ending) -> IntArray:
         """``[lanes of the layer]`` pool column of each lane that is owned and at home here."""
-        heads = np.asarray(self.heads.heads[layer], dtype=np.int64)
-        owned = ending.owners[layer] == self.heads.rank
-        return np.where(owned[heads], self.heads.home_column[heads], -1)
+        heads = self.heads.slots(layer)
+        owned = (ending.owners[layer][heads] == self.heads.rank) & (heads != EMPTY)
+        return np.where(owned, self.heads.home_column[heads], -1)
 
     def _moving(self, layer: int, ending: Ending, source: int, owner: int) -> IntArray:
         """Heads that go from ``source`` to ``owner``, ascending."""
@@ -284,7 +285,7 @@ class HandOver:
         # Regions come rank by rank, and prompt by prompt within.
         flat = incoming.T.ravel()
         begins = (flat.cumsum() - flat).reshape(incoming.T.shape).T
-        lane_heads = np.asarray(self.heads.heads[layer], dtype=np.int64)
+        lane_heads = self.heads.slots(layer).tolist()
         result = []
         for number, (ending, choice) in enumerate(zip(endings, choices, strict=True)):
             if not incoming[number].any():

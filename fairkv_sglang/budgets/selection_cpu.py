@@ -15,12 +15,12 @@ _COUNTS = types.Array(types.int64, 1, "A", readonly=True)
 _LOWEST = np.float32(-np.inf)
 
 
-@nb.njit(inline="always")  # type: ignore[untyped-decorator]
+@nb.njit(inline="always")
 def _sane(x):  # type: ignore[no-untyped-def]
     return x if x == x else _LOWEST
 
 
-@nb.njit(  # type: ignore[untyped-decorator]
+@nb.njit(
     types.Array(types.int64, 2, "C")(_SCORES, _COUNTS, types.int64, types.int64),
     cache=True,
     nogil=True,
@@ -57,7 +57,7 @@ def pick(scores, counts, prompt_len, width):  # type: ignore[no-untyped-def]
     return indices
 
 
-@nb.njit(  # type: ignore[untyped-decorator]
+@nb.njit(
     types.Array(types.int64, 1, "C")(_SCORES, types.int64, _COUNTS), cache=True, nogil=True
 )
 def pooled_counts(scores, total, order):  # type: ignore[no-untyped-def]

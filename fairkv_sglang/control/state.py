@@ -7,13 +7,14 @@ collective inside the handler is safe; only the first rank's answer goes back to
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
 import fairkv_sglang
-from fairkv_sglang.memory.ledger import PAGE_TOKENS
+from fairkv_sglang.control.metrics import Exporter
 from fairkv_sglang.planning import budget_text
 from fairkv_sglang.runtime import FairKVRuntime, get_runtime
 
@@ -36,8 +37,7 @@ def collect_state(scheduler: Any) -> dict[str, Any]:
         ranks = [None] * runtime.tp_size
         dist.all_gather_object(ranks, mine, group=scheduler.tp_cpu_group)
     config = runtime.config
-    loads = runtime.router.loads()
-    resident = [int(x) for x in loads.sum(axis=0)]
+    residents, replanner = runtime.book.residents, runtime.replanner
     return {
         "enabled": True,
         "scorer": config.scorer,
@@ -49,20 +49,27 @@ def collect_state(scheduler: Any) -> dict[str, Any]:
         "kept_tokens": int(runtime.book.kept_sum.sum()),
         "prompt_tokens": runtime.book.kept_prompt_tokens,
         "compactions": runtime.book.kept_prompts,
-        "balancedness": balancedness(loads),
-        "rank_loads": resident,
+        "balancedness": residents.balancedness(),
+        "balancedness_planned": runtime.planned_balancedness,
+        "rank_loads": residents.reads.sum(axis=0).tolist(),
+        "replan": config.replan if replanner else "off",
+        "replans": replanner.adopted if replanner else 0,
+        "replan_pending": bool(replanner and replanner.pending),
+        "plan_source": runtime.plan_source,
+        "profile": str(config.profile) if config.profile else None,
+        "window": config.window,
+        "traffic": runtime.book.recorder.summary(),
         "version": fairkv_sglang.__version__,
         "budget": budget_text(config),
         "copies": int(runtime.plan.copy_counts().sum()),
         "planned": _plain(runtime.plan.info),
-        "plan": runtime.plan.to_json(),
+        "plan": json.loads(runtime.plan.to_json()),
         "plan_digest": runtime.plan.digest,
         "kept": {
             "prompts": runtime.book.kept_prompts,
             "prompt_tokens": runtime.book.kept_prompt_tokens,
             "tokens": runtime.book.kept_sum.tolist(),
         },
-        "resident_tokens": resident,
         "ranks": ranks,
         "decisions_agree": len({rank["decisions"]["digest"] for rank in ranks}) == 1,
     }
@@ -76,7 +83,8 @@ def rank_state(runtime: FairKVRuntime) -> dict[str, Any]:
     ledger = book.ledger
     return {
         "rank": rank,
-        "lanes": runtime.heads.num_lanes,
+        "lanes": sum(map(len, runtime.heads.heads)),
+        "lane_slots": runtime.heads.num_lanes,
         "pool_tokens": division.pool_tokens if division else 0,
         "pool_bytes": division.pool_bytes if division else 0,
         "total_bytes": division.total_bytes if division else 0,
@@ -96,6 +104,7 @@ def rank_state(runtime: FairKVRuntime) -> dict[str, Any]:
         "hand_over_bytes": runtime.hand_over_bytes,
         "hand_over_seconds": runtime.hand_over_seconds,
         "twin_bytes": runtime.twins.bytes if runtime.twins else 0,
+        "lane_weight_bytes": runtime.twins.bytes_brought if runtime.twins else 0,
         "hooks": len(runtime.verify_hooks()),
         "decisions": {"count": book.log.count, "digest": book.log.digest},
     }
@@ -106,12 +115,6 @@ def pool_tokens_held(scheduler: Any) -> int:
     cache = scheduler.tree_cache
     free = scheduler.token_to_kv_pool_allocator.available_size() + cache.evictable_size()
     return int(scheduler.max_total_num_tokens - free)
-
-
-def balancedness(loads: np.ndarray[Any, Any]) -> float:
-    """Sum over layers of mean load over sum of max load (``loads [L, R]``); 1.0 is perfect."""
-    highest = float(loads.max(axis=1).sum())
-    return float(loads.mean(axis=1).sum()) / highest if highest > 0 else 1.0
 
 
 def _plain(value: Any) -> Any:
@@ -125,50 +128,20 @@ def _plain(value: Any) -> Any:
     return value
 
 
-class _Gauges:
-    """Gauges of this rank; created after SGLang has set up Prometheus for its processes."""
-
-    def __init__(self, labels: dict[str, str]) -> None:
-        from prometheus_client import Gauge
-
-        def gauge(name: str, text: str) -> Any:
-            made = Gauge(
-                f"fairkv:{name}", text, labelnames=list(labels), multiprocess_mode="mostrecent"
-            )
-            return made.labels(**labels)
-
-        self.used = gauge("head_pages_used", "Head pages charged to requests on this rank.")
-        self.total = gauge("head_pages_total", "Head pages of this rank's arena.")
-        self.tokens = gauge("resident_tokens", "Kept tokens that this rank reads per decode step.")
-        self.balance = gauge("balancedness", "Mean over max load of the ranks, layer by layer.")
-        self.requests = gauge("running_requests", "Requests that hold head pages.")
-        self.page_tokens = gauge("head_page_tokens", "Tokens of one head page.")
-
-    def update(self, runtime: FairKVRuntime) -> None:
-        book, rank = runtime.book, runtime.heads.rank
-        loads = runtime.router.loads()
-        self.used.set(int(book.ledger.held[rank]))
-        self.total.set(int(book.ledger.capacity[rank]))
-        self.tokens.set(int(loads[:, rank].sum()))
-        self.balance.set(balancedness(loads))
-        self.requests.set(book.live_requests)
-        self.page_tokens.set(PAGE_TOKENS)
-
-
-_gauges: _Gauges | None = None
+_exporter: Exporter | None = None
 
 
 def start_reporting(scheduler: Any) -> None:
-    """Create the gauges if the server has metrics on (``--enable-metrics``)."""
-    global _gauges
+    """Create the metrics if the server has them on (``--enable-metrics``)."""
+    global _exporter
     collector = getattr(scheduler.metrics_reporter, "metrics_collector", None)
     labels = getattr(collector, "labels", None)
     if labels:
-        _gauges = _Gauges({key: str(value) for key, value in labels.items()})
+        _exporter = Exporter({key: str(value) for key, value in labels.items()})
         update_metrics()
 
 
 def update_metrics() -> None:
-    """Set the gauges to the present state; nothing if metrics are off."""
-    if _gauges is not None:
-        _gauges.update(get_runtime())
+    """Bring the metrics up to the present state; nothing if they are off."""
+    if _exporter is not None:
+        _exporter.update(get_runtime())

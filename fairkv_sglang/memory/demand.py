@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from fairkv_sglang.budgets import BudgetScope
 from fairkv_sglang.memory.ledger import PAGE_TOKENS, Pages
-from fairkv_sglang.placement import Plan
 
 
 class PageDemand:
@@ -18,17 +17,28 @@ class PageDemand:
 
     Args:
         scope: The budget scope that decides kept counts.
-        plan: Placement of the heads.
+        served: ``[L, R, H]`` lanes to which requests may be routed.
+        capacity: ``[L, R]`` lane slots, if other lanes may take the place of these.
     """
 
-    def __init__(self, scope: BudgetScope, plan: Plan) -> None:
+    def __init__(
+        self,
+        scope: BudgetScope,
+        served: NDArray[np.bool_],
+        capacity: NDArray[np.integer] | None = None,
+    ) -> None:
         self.scope = scope
-        self.plan = plan
-        served = plan.shares() > 0  # [L, R, H]
-        self.lanes: Pages = served.sum(axis=(0, 2)).astype(np.int64)
-        self.expected_lanes: NDArray[np.float64] = plan.shares().sum(axis=(0, 2))
-        self._served = served
+        self.capacity = capacity
         self.any_owner = lru_cache(maxsize=4096)(self._any_owner)
+        self.set_lanes(served)
+
+    def set_lanes(self, served: NDArray[np.bool_]) -> None:
+        """Requests are routed to other lanes from now on."""
+        self._served = served.copy()
+        self.lanes: Pages = served.sum(axis=(0, 2)).astype(np.int64)
+        copies = served.sum(axis=1, keepdims=True)
+        self.expected_lanes: NDArray[np.float64] = (served / copies).sum(axis=(0, 2))
+        self.any_owner.cache_clear()
 
     def _any_owner(self, prompt_len: int) -> Pages:
         """``[R]`` pages of a prompt of ``prompt_len`` tokens whoever owns its copied heads."""
@@ -36,7 +46,7 @@ class PageDemand:
 
     def with_owners(self, prompt_len: int, owners: NDArray[np.integer]) -> Pages:
         """``[R]`` pages of a prompt of ``prompt_len`` tokens with ``owners [L, H]``."""
-        ranks = np.arange(self.plan.tp_size)[None, :, None]
+        ranks = np.arange(self._served.shape[1])[None, :, None]
         return self._pages(prompt_len, owners[:, None, :] == ranks)
 
     def lone_request(self, prompt_len: int) -> Pages:
@@ -44,12 +54,31 @@ class PageDemand:
         pages: Pages = self.any_owner(prompt_len) + self.lanes
         return pages
 
+    def under_any_plan(self, prompt_len: int) -> Pages:
+        """``[R]`` as :meth:`lone_request`, for whichever lanes the slots may come to hold."""
+        if self.capacity is None:
+            return self.lone_request(prompt_len)
+        # The heads that could take most, as many as there are slots.
+        order = np.argsort(-self.scope.per_head_bound(prompt_len), axis=1, kind="stable")
+        place = np.argsort(order, axis=1)  # [L, H]
+        pages: Pages = self._pages(prompt_len, place[:, None, :] < self.capacity[:, :, None])
+        return pages + self.most_lanes
+
+    @property
+    def most_lanes(self) -> Pages:
+        """``[R]`` heads that a request may have on a rank under any plan."""
+        if self.capacity is None:
+            return self.lanes
+        heads = self._served.shape[2]
+        most: Pages = np.minimum(self.capacity, heads).sum(axis=0).astype(np.int64)
+        return most
+
     def _pages(self, prompt_len: int, mine: NDArray[np.bool_]) -> Pages:
         caps = self.scope.per_head_bound(prompt_len)  # [L, H]
         each = (-(-caps // PAGE_TOKENS))[:, None, :] * mine  # [L, R, H]
         pages = each.sum(axis=2)
         if self.scope.input_dependent:
-            for rank in range(self.plan.tp_size):
+            for rank in range(mine.shape[1]):
                 heads = [np.flatnonzero(row).tolist() for row in mine[:, rank]]
                 tokens = self.scope.bound(prompt_len, heads)
                 count = mine[:, rank].sum(axis=1)

@@ -26,10 +26,15 @@ from fairkv_sglang.kernels import ops
 from fairkv_sglang.kernels.pages import HeadPages
 from fairkv_sglang.memory.demand import PageDemand
 from fairkv_sglang.memory.ledger import PageLedger
+from fairkv_sglang.memory.residents import Residents
 from fairkv_sglang.parallel import RankHeads
 from fairkv_sglang.placement import Router
+from fairkv_sglang.profiles.recorder import Recorder
 
 logger = logging.getLogger(__name__)
+
+LEAST_RECORDED = 4
+"""Prompts from which on a new one's kept tokens are expected to be like those of the last ones."""
 
 
 @dataclass
@@ -76,6 +81,7 @@ class RowBook:
         ledger: Pages of all ranks.
         pages: Device state of this rank.
         pool_tokens: Size of the prefill pool; what SGLang may schedule.
+        window: Latest prompts whose kept tokens are remembered.
         verbose: Log every decision.
     """
 
@@ -89,6 +95,7 @@ class RowBook:
         ledger: PageLedger,
         pages: HeadPages,
         pool_tokens: int,
+        window: int = 64,
         verbose: bool = False,
     ) -> None:
         self.heads = heads
@@ -98,12 +105,16 @@ class RowBook:
         self.ledger = ledger
         self.pages = pages
         self.dense_capacity = pool_tokens
+        plan = heads.plan
+        self.residents = Residents(plan.num_layers, plan.tp_size, plan.num_kv_heads)
+        self.recorder = Recorder(plan.num_layers, plan.num_kv_heads, window)
         self.log = DecisionLog(verbose)
         self.peak_requests = 0
         self.peak_pages = np.zeros_like(ledger.capacity)
         self.handed_over_tokens = 0
+        self.readmitted = 0  # requests that came back after a retraction
         # Sum of the kept counts of all prompts so far: what a profile is measured from.
-        self.kept_sum = np.zeros((heads.plan.num_layers, heads.plan.num_kv_heads), dtype=np.int64)
+        self.kept_sum = np.zeros((plan.num_layers, plan.num_kv_heads), dtype=np.int64)
         self.kept_prompts = 0
         self.kept_prompt_tokens = 0
         self._lives: dict[int, _Life] = {}
@@ -112,17 +123,27 @@ class RowBook:
 
     # -- admission ------------------------------------------------------------------------------
 
-    def admit(self, row: int, prompt_len: int) -> None:
-        """Fix the owners of a request and charge its pages; a row in its later chunks is known."""
+    def admit(self, row: int, prompt_len: int) -> bool:
+        """Fix the owners of a request and charge its pages; False for a row in a later chunk."""
         if row in self._lives:
-            return
-        owners = self.router.admit(row, self.scope.expected(prompt_len))
+            return False
+        owners = self.router.admit(row, self._expected(prompt_len))
+        self.residents.admit(row, owners)
         self.ledger.admit(row, owners, self.demand.with_owners(prompt_len, owners))
         self._lives[row] = _Life(prompt_len, torch.from_numpy(self.heads.owned(owners)))
         self.log.add("admit", row, prompt_len.to_bytes(8, "little") + owners.tobytes())
         if not self.scope.input_dependent:
             self._settle(row, self.scope.expected(prompt_len))
         self._note_peak()
+        return True
+
+    def _expected(self, prompt_len: int) -> NDArray[np.number]:
+        """``[L, H]`` tokens that a prompt is expected to keep: each layer's by the last prompts."""
+        expected = self.scope.expected(prompt_len)
+        if not self.scope.input_dependent or self.recorder.prompts < LEAST_RECORDED:
+            return expected
+        seen = self.recorder.mean()
+        return expected.sum(axis=1, keepdims=True) * (seen / seen.sum(axis=1, keepdims=True))
 
     def owners(self, row: int) -> NDArray[np.int16]:
         """``[L, H]`` owner of each head for the row."""
@@ -154,6 +175,7 @@ class RowBook:
     def grow(self, rows: list[int]) -> None:
         """Charge the next token of each row."""
         self.ledger.grow(rows)
+        self.residents.grow(rows)
         self._note_peak()
 
     # -- after the prompt -----------------------------------------------------------------------
@@ -178,6 +200,8 @@ class RowBook:
         counts = np.ascontiguousarray(kept, dtype=np.int64)
         self.ledger.settle(row, counts)
         self.router.update(row, counts)
+        self.residents.settle(row, counts)
+        self.recorder.add(counts, self._lives[row].prompt_len)
         self.kept_sum += counts
         self.kept_prompts += 1
         self.kept_prompt_tokens += self._lives[row].prompt_len
@@ -197,6 +221,7 @@ class RowBook:
             return
         self.ledger.release(row)
         self.router.release(row)
+        self.residents.release(row)
         if life.stored:
             self._to_release.append(row)
         self.log.add("free", row)
@@ -223,6 +248,8 @@ class RowBook:
             problems.append(f"FairKV: {used} head pages leaked on rank {self.heads.rank}")
         if np.any(np.abs(self.router.loads()) > 1e-6):
             problems.append("FairKV: the router still counts tokens of released requests")
+        if self.residents.count.any() or self.residents.reads.any():
+            problems.append("FairKV: lanes still count residents that have left")
         return problems
 
     @property

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from fairkv_sglang.memory.ledger import PAGE_TOKENS, Pages
-from fairkv_sglang.placement import Plan
 
 # Page tables may take this part of the KV memory; more requests than that are not admitted at once.
 TABLE_FRACTION = 1 / 16
@@ -61,7 +60,7 @@ class MemoryDivision:
 
 def divide_memory(
     *,
-    plan: Plan,
+    lane_slots: Pages,
     total_tokens: int,
     stock_heads: int,
     head_dim: int,
@@ -77,7 +76,7 @@ def divide_memory(
     """Divide the KV memory that stock SGLang would use.
 
     Args:
-        plan: Placement; its lanes per rank decide the size of page tables.
+        lane_slots: ``[L, R]`` lanes that each rank has room for; they decide the size of tables.
         total_tokens: Tokens that stock SGLang's pool would hold in this memory.
         stock_heads: KV heads per rank in stock SGLang.
         head_dim: D.
@@ -95,10 +94,10 @@ def divide_memory(
         ValueError: if the parts do not fit, with the value that would.
     """
     vector = 2 * head_dim * dtype_bytes
-    layers = plan.num_layers
+    layers = len(lane_slots)
     total_bytes = total_tokens * stock_heads * vector * layers
     page_bytes = PAGE_TOKENS * vector
-    lanes = (plan.shares() > 0).sum(axis=(0, 2)).astype(np.int64)  # [R]
+    lanes = np.asarray(lane_slots).sum(axis=0).astype(np.int64)  # [R]
 
     wanted = context_len + (chunk or 0)
     pool_tokens = prefill_pool or max(total_tokens // 8, min(wanted, total_tokens // 2))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lane slots: which head each slot of a rank holds, and how the slots get from one plan to the next.
+"""Lane slots: which head each slot of a rank holds, and the way from one plan to the next.
 
 Like the physical expert slots of an expert-parallel load balancer: the number of slots of each
 (layer, rank) is fixed when the server starts, so shapes, page tables and CUDA graphs stay as they
@@ -139,8 +139,9 @@ class LaneChanges:
         for layer in np.flatnonzero((missing | (self.open != self.aim)).any(axis=(1, 2))).tolist():
             if len(moves) >= most:
                 break
-            wanted = [Move(layer, rank, head) for rank, head in np.argwhere(missing[layer]).tolist()]
-            wanted.sort(key=lambda move: move in self._lent)  # what was closed for others comes last
+            places = np.argwhere(missing[layer]).tolist()
+            wanted = [Move(layer, rank, head) for rank, head in places]
+            wanted.sort(key=lambda move: move in self._lent)  # lanes that made room come last
             if layer in self._detour:
                 wanted.insert(0, self._detour[layer])
             found = [move for move in wanted if self._fits(move)]

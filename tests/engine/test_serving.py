@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,12 +13,16 @@ from typing import Any
 
 import pytest
 from engine_process import ServerProcess
+from prometheus_client.parser import text_string_to_metric_families
 from tiny_models import random_prompts
 from workloads import MODEL
 
+from fairkv_sglang.control.metrics import METRICS, PREFIX
+
 STABLE = {
     "enabled", "scorer", "scope", "placement", "rank", "head_pages_total", "head_pages_used",
-    "kept_tokens", "prompt_tokens", "compactions", "balancedness", "rank_loads",
+    "kept_tokens", "prompt_tokens", "compactions", "balancedness", "rank_loads", "replans",
+    "plan_digest", "plan_source", "plan", "balancedness_planned",
 }  # fmt: skip
 """Keys of ``fairkv`` in each internal state that users may rely on."""
 
@@ -46,12 +49,13 @@ def _fairkv(server: ServerProcess) -> dict[str, Any]:
 
 
 def _metrics(server: ServerProcess) -> dict[str, dict[str, float]]:
-    """FairKV's series: name -> rank -> value."""
+    """FairKV's series by the Prometheus client's own parser: name -> rank -> value."""
     found: dict[str, dict[str, float]] = {}
-    for line in server.get("/metrics").splitlines():
-        match = re.match(r'fairkv:(\w+)\{.*tp_rank="(\d)".*\} (\S+)', line)
-        if match:
-            found.setdefault(match[1], {})[match[2]] = float(match[3])
+    for family in text_string_to_metric_families(server.get("/metrics")):
+        for sample in family.samples:
+            if sample.name.startswith(PREFIX):
+                name = sample.name.removeprefix(PREFIX)
+                found.setdefault(name, {})[sample.labels["tp_rank"]] = sample.value
     return found
 
 
@@ -147,9 +151,8 @@ def test_metrics_of_both_ranks(server: ServerProcess) -> None:
     )
     metrics = _metrics(server)
     assert set(metrics) == {
-        "head_pages_used", "head_pages_total", "resident_tokens", "balancedness",
-        "running_requests", "head_page_tokens",
-    }  # fmt: skip
+        metric.name + ("_total" if metric.kind == "counter" else "") for metric in METRICS
+    }
     assert all(set(ranks) == {"0", "1"} for ranks in metrics.values())
     assert list(metrics["head_pages_total"].values()) == [
         rank["pages"] for rank in _fairkv(server)["ranks"]

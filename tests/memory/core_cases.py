@@ -148,7 +148,7 @@ def make_books(
             RowBook(
                 heads=heads,
                 scope=scope,
-                demand=PageDemand(scope, plan),
+                demand=PageDemand(scope, plan.shares() > 0),
                 router=Router(plan),
                 ledger=PageLedger(capacity),
                 pages=HeadPages.create(

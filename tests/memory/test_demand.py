@@ -35,7 +35,7 @@ def test_no_scores_need_more_pages_than_the_bound(
     heads, ranks = split
     plan = random_plan(rng, 2, ranks, heads)
     scope = random_scope(rng, name, 2, heads, ranks)
-    demand = PageDemand(scope, plan)
+    demand = PageDemand(scope, plan.shares() > 0)
     owners = random_owners(rng, plan)
     scores = [random_scores(rng, heads, prompt_len, scope.window) for _ in range(2)]
     kept = kept_counts(scope, plan, prompt_len, scores)
@@ -64,7 +64,7 @@ def test_scope_rank_is_bounded_by_home_group(
     owners = random_owners(rng, plan)
     size, budget = scope.home_size, scope.budget(prompt_len)
     floor = min(scope.window + scope.floor(prompt_len), budget)
-    bound = PageDemand(scope, plan).with_owners(prompt_len, owners)
+    bound = PageDemand(scope, plan.shares() > 0).with_owners(prompt_len, owners)
     for rank in range(ranks):
         pages = 0
         for layer in range(2):
@@ -84,7 +84,7 @@ def test_heads_of_two_homes_on_one_rank() -> None:
     spec = BudgetSpec(tokens=36, floor_alpha=0.0)
     scope = make_scope("rank", spec, 1, 4, make_scorer("streaming", sink=0, recent=4))
     scope.home_size = 2
-    demand = PageDemand(scope, plan)
+    demand = PageDemand(scope, plan.shares() > 0)
     whole = (2 * 36 + 2 * 15) // 16  # two heads of one home keep 72 tokens
     apart = 2 * 5  # one of each home: either may keep 4 + 64, 5 pages
     assert demand.with_owners(200, np.array([[0, 0, 1, 1]])).tolist() == [whole, whole]
@@ -99,7 +99,7 @@ def test_lanes_count_copies(seed: int, split: tuple[int, int]) -> None:
     rng = np.random.default_rng(seed)
     heads, ranks = split
     plan = random_plan(rng, 3, ranks, heads)
-    demand = PageDemand(random_scope(rng, "uniform", 3, heads, ranks), plan)
+    demand = PageDemand(random_scope(rng, "uniform", 3, heads, ranks), plan.shares() > 0)
     lanes = [sum(len(plan.heads(layer, rank)) for layer in range(3)) for rank in range(ranks)]
     assert demand.lanes.tolist() == lanes
     assert demand.expected_lanes.sum() == pytest.approx(3 * heads)

@@ -44,7 +44,7 @@ def held_pages(scope: BudgetScope, kept: np.ndarray, prompt_len: int) -> Iterato
     """Pages in the ledger once the counts are known, then after each of 16 new tokens."""
     plan = make_plan("contiguous", np.ones(kept.shape), 1)
     owners = np.zeros(kept.shape, dtype=np.int16)
-    bound = PageDemand(scope, plan).with_owners(prompt_len, owners)
+    bound = PageDemand(scope, plan.shares() > 0).with_owners(prompt_len, owners)
     ledger = PageLedger(np.array([1 << 40]))
     ledger.admit(1, owners, bound)
     ledger.settle(1, kept)

@@ -128,7 +128,7 @@ def test_leaks_are_reported() -> None:
     book.admit(1, 50)
     store(book, 1, 20)
     problems = book.check_idle()
-    assert len(problems) == 3 and "leaked" in " ".join(problems)
+    assert len(problems) == 4 and "leaked" in " ".join(problems)
 
 
 def test_a_prompt_cannot_end_without_counts() -> None:

@@ -25,7 +25,7 @@ def division(plan: Plan, **options: object):
         "chunk": 512,
         "max_requests": 64,
     }
-    return divide_memory(plan=plan, **{**values, **options})
+    return divide_memory(lane_slots=(plan.shares() > 0).sum(axis=2), **{**values, **options})
 
 
 @settings(QUICK, max_examples=150)

@@ -25,7 +25,7 @@ from fake_collectives import Collectives, Group, ranks_as_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairkv_sglang.parallel import RankHeads, TwinWeights, twins
+from fairkv_sglang.parallel import LaneChanges, LaneTable, RankHeads, TwinWeights, twins
 from fairkv_sglang.parallel.twins import TWIN
 from fairkv_sglang.placement import Plan
 from fairkv_sglang.placement.homes import Homes
@@ -58,8 +58,14 @@ class Case:
         q_norm: bool = False,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        slots: int | None = None,
+        fixed_width: bool = False,
         **attributes: Any,
     ) -> None:
+        self.fixed_width = fixed_width
+        self.heads = [
+            RankHeads(plan, rank, group, LaneTable(plan, slots)) for rank in range(plan.tp_size)
+        ]
         self.plan, self.group, self.dtype = plan, group, dtype
         self.kind = class_of(plan.tp_size, **attributes)
         self.options = {"bias": bias, "out_bias": out_bias, "q_norm": q_norm}
@@ -82,17 +88,40 @@ class Case:
             made.append(module)
         return made
 
-    def run(self, name: str) -> Collectives:
-        """``build`` or ``refresh`` on all ranks."""
+    def run(self, name: str, *arguments: Any) -> Collectives:
+        """``build``, ``refresh``, ``bring`` or ``settle`` on all ranks."""
 
         def work(rank: int, group: Group | None) -> None:
             if self.built[rank] is None:
-                heads = RankHeads(self.plan, rank, self.group)
-                self.built[rank] = TwinWeights(self.modules[rank], heads, DIM, group)  # type: ignore[arg-type]
-            getattr(self.built[rank], name)()
+                self.built[rank] = TwinWeights(
+                    self.modules[rank],
+                    self.heads[rank],
+                    DIM,
+                    group,  # type: ignore[arg-type]
+                    fixed_width=self.fixed_width,
+                )
+            getattr(self.built[rank], name)(*arguments)
 
         with mock.patch.object(twins, "_built_like", built_one_by_one):
             return ranks_as_threads(self.plan.tp_size, [twins], work)[1]
+
+    def check_slots(self) -> None:
+        """Every slot that holds a head, in modules whose width may follow the slots in use."""
+        for heads, modules in zip(self.heads, self.modules, strict=True):
+            for layer, module in enumerate(modules):
+                twin, slots = getattr(module, TWIN), heads.slots(layer)
+                width = twin.attn.tp_k_head_num
+                assert (twin is module) == (heads.serves_home(layer) and not self.fixed_width)
+                used = heads.table.width(layer, heads.rank)
+                assert width == (len(slots) if self.fixed_width else used)
+                for slot in np.flatnonzero(slots >= 0).tolist():
+                    want = self.references[layer].state([int(slots[slot])])
+                    for found, wanted in zip(
+                        lane_of(weights_of(twin), slot, width, self.group),
+                        lane_of(want, 0, 1, self.group),
+                        strict=True,
+                    ):
+                        assert torch.equal(found, wanted), (heads.rank, layer, slot)
 
     def check(self) -> None:
         """Every twin against slices of the full weights."""
@@ -145,6 +174,76 @@ def test_twins_have_the_weights_of_their_lanes(
     case.check()
     after = [getattr(m, TWIN).qkv_proj.weight.data_ptr() for row in case.modules for m in row]
     assert before == after, "captured graphs read the old weights"
+
+
+@settings(QUICK, max_examples=40)
+@given(
+    seed=seeds,
+    split=st.sampled_from([s for s in SPLITS if s[2] > 1]),
+    bias=st.booleans(),
+    fixed_width=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_slots_follow_new_plans(
+    seed: int, split: tuple[int, int, int], bias: bool, fixed_width: bool, dtype: torch.dtype
+) -> None:
+    """Piece by piece from plan to plan: each slot always has the weights of its head, memory
+    stays where it is, and an update of weights in between reaches every slot.
+    """
+    heads, group, ranks = split
+    rng = np.random.default_rng(seed)
+    plans = [random_plan(rng, LAYERS, ranks, heads) for _ in range(3)]
+    slots = min(heads, max(len(row) for p in plans for layer in p.layers for row in layer))
+    slots = max(slots, 1 + heads // ranks)
+    case = Case(
+        plans[0], group, bias=bias, seed=5, dtype=dtype, slots=slots, fixed_width=fixed_width
+    )
+    case.run("build")
+    case.check_slots()
+    memory = [
+        b._twins[layer][slots].qkv_proj.weight.data_ptr() for b in case.built for layer in (0, 1)
+    ]
+    changes = [LaneChanges(heads.table) for heads in case.heads]
+    nobody = np.zeros((LAYERS, ranks, heads), dtype=np.int64)
+    for plan in plans[1:]:
+        for change in changes:
+            change.set_aim(plan.shares() > 0)
+        for _ in range(40 * heads * ranks):
+            if not changes[0].pending:
+                break
+            gone = [change.release(nobody) for change in changes]
+            moves = [change.next_moves(2) for change in changes]
+            assert all(m == moves[0] for m in moves) and all(g == gone[0] for g in gone)
+            if moves[0]:
+                case.run("bring", moves[0])
+            if gone[0]:
+                case.run("settle")
+            for change, came in zip(changes, moves, strict=True):
+                change.arrived(came)
+            case.check_slots()
+            if rng.random() < 0.1:
+                layer = int(rng.integers(LAYERS))
+                case.references[layer] = case.reference(int(rng.integers(1000)))
+                for rank, modules in enumerate(case.modules):
+                    case.references[layer].load(modules[layer], rank)
+                case.run("refresh")
+                case.check_slots()
+        assert not changes[0].pending
+    assert memory == [
+        b._twins[layer][slots].qkv_proj.weight.data_ptr() for b in case.built for layer in (0, 1)
+    ]
+
+
+def lane_of(weights: Any, lane: int, count: int, group: int) -> list[torch.Tensor]:
+    """q, k and v rows (and biases) and o columns of one of ``count`` lanes."""
+    sizes = [count * group * DIM, count * DIM, count * DIM]
+    parts = [
+        part.view(count, -1, *part.shape[1:])[lane]
+        for whole in (weights.qkv, weights.bias)
+        if whole is not None
+        for part in whole.split(sizes)
+    ]
+    return [*parts, weights.o.view(HIDDEN, count, -1)[:, lane]]
 
 
 @settings(QUICK, max_examples=40)

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans anew from the traffic while serving, and leads the lanes of all ranks to the new plan.
+
+Rank 0 asks a planner's process (``proposals.py``) every ``EVERY`` prompts. An answer worth adopting
+enters SGLang's own channel as a control request, so that every rank gets it between the same two
+steps. From then on each rank takes the same small steps before its forward passes: weights of heads
+that got a slot come from their homes, new requests are routed to lanes that are loaded, lanes that
+the plan does not want drain. Running requests keep their owners and their pages.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fairkv_sglang.control.proposals import Proposals
+from fairkv_sglang.parallel import LaneChanges, TwinWeights
+from fairkv_sglang.placement import CostModel, Plan
+
+if TYPE_CHECKING:
+    from fairkv_sglang.config import FairKVConfig
+    from fairkv_sglang.memory.rows import RowBook
+
+logger = logging.getLogger(__name__)
+
+EVERY = 16
+"""Prompts between two questions to the planner."""
+FIRST = 16
+"""Prompts before the first one."""
+PIECE_BYTES = 4 << 20
+"""Weights that come to a rank before one step, at most, but for a single lane that is larger."""
+
+
+class Replanner:
+    """Re-planning on one rank; decisions are the same on all ranks.
+
+    Args:
+        config: Mode, policy, limits.
+        cost: Cost model of a decode step.
+        model: Name of the model, for the plan.
+        book: Rows of this rank: recorder, router, residents, page bounds.
+        twins: Weights of this rank's lanes.
+        share: Gives every rank what rank 0 passes to it (a broadcast); called by all ranks.
+        adopted: Called with each plan that is adopted.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: FairKVConfig,
+        cost: CostModel,
+        model: str | None,
+        book: RowBook,
+        twins: TwinWeights,
+        share: Callable[[Any], Any],
+        adopted: Callable[[Plan], None],
+    ) -> None:
+        self.mode = config.replan
+        self.adopted = 0
+        self.steps = 0  # passes before which something was done
+        self._config, self._cost, self._model = config, cost, model
+        self._book, self._twins = book, twins
+        self._share, self._tell = share, adopted
+        self._heads = book.heads
+        self._changes = LaneChanges(book.heads.table)
+        self._is_first = self._heads.rank == 0
+        self._proposals = Proposals(self._answered)
+        self._answer: dict[str, Any] | None = None  # written by the planner's thread
+        self._next = FIRST
+        self._forced = False
+        self._steps_of_change = 0
+
+    # -- rank 0: asking -------------------------------------------------------------------------
+
+    def force(self) -> None:
+        """Plan from what has been seen so far and adopt the plan whatever it gains."""
+        self._forced = True
+        self._ask()
+
+    def has_answer(self) -> bool:
+        """Rank 0: whether a plan waits for being adopted; to be asked between steps."""
+        return self._answer is not None
+
+    def _ask(self) -> None:
+        recorder = self._book.recorder
+        if not self._is_first or self._proposals.busy or not recorder.prompts:
+            return
+        forced, self._forced = self._forced, False
+        self._next = recorder.count + EVERY
+        self._proposals.ask(
+            {
+                "loads": recorder.mean().tolist(),
+                "spread": recorder.spread() if self._book.scope.input_dependent else 0.0,
+                "served": self._changes.aim.tolist(),
+                "slots": int(self._heads.table.capacity.min()),
+                "paid": self._twins.fixed_width,
+                "policy": self._config.placement,
+                "max_copies": self._config.max_copies,
+                "cost": self._cost.model_dump(),
+                "model": self._model,
+                "forced": forced,
+            }
+        )
+
+    def _answered(self, answer: dict[str, Any]) -> None:
+        """On the planner's thread."""
+        if "error" in answer:
+            logger.warning("FairKV: no new plan, %s", answer["error"])
+            return
+        said = f"{answer['gain']:.3f}x by the model, made in {answer['seconds']:.2f} s"
+        if answer["plan"] is None:
+            logger.debug("FairKV: the lanes stay, a new plan would be %s", said)
+        elif self.mode == "advise":
+            logger.info("FairKV: a new plan would be %s (--fairkv-replan advise)", said)
+        else:
+            logger.info("FairKV: new plan, %s", said)
+            self._answer = answer
+
+    # -- all ranks, between the same two steps --------------------------------------------------
+
+    def adopt(self) -> None:
+        """Take over the plan that rank 0 has; every rank calls this at the same time."""
+        answer, self._answer = self._answer, None
+        text = self._share(answer["plan"] if answer else None)
+        if text is None:
+            return
+        plan = Plan.from_json(text)
+        self._changes.set_aim(plan.shares() > 0)
+        self._route()
+        self.adopted += 1
+        self._steps_of_change = 0
+        self._book.log.add("plan", self.adopted, plan.digest.encode())
+        self._tell(plan)
+
+    def step(self) -> None:
+        """Before a forward pass, after the pages of finished requests went back."""
+        if self._is_first and (self._forced or self._book.recorder.count >= self._next):
+            self._ask()
+        if not self._changes.pending:
+            return
+        self._steps_of_change += 1
+        before = self._changes.open.copy()
+        released = self._changes.release(self._book.residents.count)
+        moves = self._changes.next_moves(max(1, PIECE_BYTES // self._twins.lane_bytes))
+        if moves:
+            self._twins.bring(moves)
+            self._changes.arrived(moves)
+            for move in moves:
+                self._book.log.add("lane", move.rank, np.array(move).tobytes())
+        elif released:
+            self._twins.settle()
+        if (before != self._changes.open).any():
+            self._route()
+        if released or moves:
+            self.steps += 1
+        if not self._changes.pending:
+            logger.info(
+                "FairKV: all lanes of plan %d are in place after %d passes, %.1f MiB of weights "
+                "came to rank %d so far",
+                self.adopted,
+                self._steps_of_change,
+                self._twins.bytes_brought / (1 << 20),
+                self._heads.rank,
+            )
+
+    @property
+    def pending(self) -> bool:
+        """Whether lanes are still under way to the last plan."""
+        return self._changes.pending
+
+    @property
+    def open_lanes(self) -> NDArray[np.bool_]:
+        """``[L, R, H]`` lanes to which new requests are routed."""
+        return self._changes.open
+
+    def _route(self) -> None:
+        self._book.router.set_lanes(self._changes.open)
+        self._book.demand.set_lanes(self._changes.open)
