@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     for name in names:  # what is not installed is said before minutes of work
         PREDICTORS[name](np.ones((args.window * 2, 1, 1)), args.window)
     starts = range(2 * args.window, (args.windows - 1) * args.window + 1, args.window // 2)
-    results = []
+    results: list[dict[str, Any]] = []
     with progress("predicting", len(traces) * len(starts) * len(names)) as step:
         for trace in traces:
             found = compare(trace, names, args.window, starts, args.tp, args.batch, step)

@@ -41,8 +41,9 @@ def server_info(url: str, api_key: str | None = None, timeout: float = 30.0) -> 
             for an answer that is not SGLang's.
     """
     address = checked_url(url)
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    request = urllib.request.Request(address + "/server_info", headers=headers)
+    request = urllib.request.Request(address + "/server_info")
+    if api_key:  # for this address alone, wherever it may lead
+        request.add_unredirected_header("Authorization", f"Bearer {api_key}")
     try:
         with urllib.request.urlopen(request, timeout=timeout) as reply:
             body = reply.read()

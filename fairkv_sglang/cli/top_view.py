@@ -86,7 +86,7 @@ def frame(view: View, width: int, height: int, blocks: bool = True) -> Text:
 
 def _head(view: View) -> list[Text]:
     state, info = view.state, view.info
-    model = info.get("served_model_name") or info.get("model_path") or MISSING
+    model = _text(info.get("served_model_name") or info.get("model_path"))
     clock = time.strftime("%H:%M:%S")
     plan = [_text(state.get("placement")), f"from {_text(state.get('plan_source'))}"]
     replans = number(state.get("replans"))
@@ -132,7 +132,7 @@ def _head(view: View) -> list[Text]:
 
 def _error(view: View) -> Text:
     ago = "" if view.seen is None else f", last seen {time.monotonic() - view.seen:.0f} s ago"
-    return _line((f"{view.error}; trying again{ago}", "bold red"))
+    return _line((f"{_text(view.error)}; trying again{ago}", "bold red"))
 
 
 def _rank_title(width: int) -> Text:
@@ -199,7 +199,8 @@ def _ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
         own = ranks[index] if index < len(ranks) else {}
         fields = {key: number(own.get(key)) for key in ("pages_charged", "pages", "lanes")}
         load = number(loads[index]) if index < len(loads) else None
-        out.append({"rank": own.get("rank", index), "load": load, **fields})
+        name = number(own.get("rank"))
+        out.append({"rank": index if name is None else int(name), "load": load, **fields})
     return out
 
 
@@ -231,7 +232,10 @@ def _kept_share(state: dict[str, Any]) -> float | None:
 
 
 def _text(value: Any) -> str:
-    return str(value) if isinstance(value, str) and value else MISSING
+    """A string without what would move a terminal's cursor, or do worse."""
+    if not isinstance(value, str) or not value:
+        return MISSING
+    return "".join(letter if letter.isprintable() else "?" for letter in value)
 
 
 def _whole(value: float | None) -> str:

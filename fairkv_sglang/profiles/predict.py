@@ -135,15 +135,17 @@ def misplaced(expected: FloatArray, found: FloatArray) -> float:
 def _shares(kept: FloatArray) -> FloatArray:
     """``[..., H]`` scaled to a sum of 1 in each layer; equal shares where nothing is kept."""
     total = kept.sum(axis=-1, keepdims=True)
-    even = np.full_like(kept, 1.0 / kept.shape[-1])
-    return np.divide(kept, total, out=even, where=total > 0)
+    shares: FloatArray = np.full_like(kept, 1.0 / kept.shape[-1])
+    np.divide(kept, total, out=shares, where=total > 0)
+    return shares
 
 
 def _tokens(shares: FloatArray, history: FloatArray, window: int) -> FloatArray:
     """Shares ``[L * H]`` of layers as tokens ``[L, H]``, layers as large as in the last window."""
     mean = window_mean(history, window)
     table = np.maximum(np.nan_to_num(shares), 0.0).reshape(mean.shape)
-    return _shares(table) * mean.sum(axis=1, keepdims=True)
+    tokens: FloatArray = _shares(table) * mean.sum(axis=1, keepdims=True)
+    return tokens
 
 
 def _forecast(model: Any, series: FloatArray) -> float:

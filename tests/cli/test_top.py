@@ -123,7 +123,11 @@ def test_refusals(locked_server: FakeServer, capsys: pytest.CaptureFixture[str])
 
 JUNK = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=200),
-    st.lists(st.none() | st.integers() | st.dictionaries(st.just("pages"), st.none()), max_size=40),
+    st.lists(
+        st.none() | st.integers()
+        | st.dictionaries(st.sampled_from(["pages", "rank", "lanes"]), st.none() | st.text()),
+        max_size=40,
+    ),
 )  # fmt: skip
 
 
@@ -144,7 +148,7 @@ def test_any_answer_gives_a_frame_that_fits(
     view.answered({"model_path": changes.get("plan", "m")}, state, 0.0)
     lines = frame(view, width, height, blocks).plain.split("\n")
     assert len(lines) <= height
-    assert all(len(line) <= width for line in lines)
+    assert all(len(line) <= width and (line + " ").isprintable() for line in lines)
 
 
 def test_what_is_missing_is_a_dash() -> None:
