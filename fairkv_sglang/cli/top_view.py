@@ -104,6 +104,7 @@ def _head(view: View) -> list[Text]:
         _line(
             ("plan     ", "dim"),
             f"{' '.join(plan)}, {_text(state.get('plan_digest'))[:16]}, {_whole(replans)} re-plans",
+            (", one under way" if state.get("replan_pending") is True else "", "yellow"),
             ("  RANKS DISAGREE" if agree is False else "", "bold red"),
         ),
         _line(

@@ -156,6 +156,9 @@ def test_what_is_missing_is_a_dash() -> None:
     text = frame(view, 80, 24).plain
     for part in ("now -", "planned -", "- requests, - prompts, - prompts/s", "- / - in use: -"):
         assert part in text
+    assert "under way" not in text and "DISAGREE" not in text
+    view.answered({}, {"replan_pending": True, "decisions_agree": False}, 0.0)
+    assert "re-plans, one under way  RANKS DISAGREE" in frame(view, 80, 24).plain
     view.answered({}, {"rank_loads": [3, 1]}, 0.0)
     text = frame(view, 80, 24).plain
     assert "1.50" in text and "-/-" in text
