@@ -8,15 +8,25 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fairkv_sglang.budgets import BudgetScope, BudgetSpec, Scorer, make_scope, make_scorer
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.placement import CostModel, Plan, make_plan
+from fairkv_sglang.placement.lanes import choose_spare, typical_skew
 from fairkv_sglang.placement.model import ModelShape
 from fairkv_sglang.placement.options import FloatArray
 from fairkv_sglang.profiles import HeadProfile, read_profile
 
-__all__ = ["REQUEST_SPREAD", "ModelShape", "budget_text", "make_budgets", "make_placement"]
+__all__ = [
+    "REQUEST_SPREAD",
+    "ModelShape",
+    "budget_text",
+    "lane_slots",
+    "load_model",
+    "make_budgets",
+    "make_placement",
+]
 
 # Coefficient of variation of a head's kept tokens between small batches, from the per-request
 # counts of Tangram's four scorers on Llama-3.1-8B (docs/placement.md).
@@ -30,8 +40,8 @@ class Traffic(Protocol):
         """Mean kept tokens ``[L, H]``."""
         ...
 
-    def spread(self) -> float:
-        """How much a head's kept tokens differ between small batches, as ``REQUEST_SPREAD``."""
+    def requests(self) -> NDArray[np.int64]:
+        """Kept tokens of each request ``[n, L, H]``."""
         ...
 
 
@@ -83,11 +93,12 @@ def make_placement(
         tp_size: Ranks.
         copies_are_free: Count neither weights nor activations of a lane.
         traffic: What requests kept, instead of plan file and expectation.
-        max_lanes: Lane slots of each (layer, rank), as of :func:`lane_slots`; None: no limit.
+        max_lanes: Lane slots of each (layer, rank). Without it a plan at start has those that the
+            server will have (:func:`lane_slots`).
 
     Raises:
-        ValueError: in one line, if a plan file is for another model or number of ranks, or needs
-            more lanes.
+        ValueError: in one line, if a plan file is for another model or number of ranks, or if heads
+            do not fit into the slots.
     """
     if config.plan is not None and traffic is None:
         plan = Plan.from_file(config.plan)
@@ -102,12 +113,16 @@ def make_placement(
     cost = load_model(config, shape)
     if copies_are_free:
         cost = cost.model_copy(update={"weight_byte_cost": 0.0, "activation_passes": 0.0})
+    elif traffic is None and max_lanes is None:
+        max_lanes = _slots(config, shape, scope, tp_size)
+    # Requests differ from the mean when scores decide; copies that pay for it leave the router room
+    # to even that out. Static budgets do not differ.
+    samples, spread = None, 0.0
     if traffic is not None:
-        loads, spread = traffic.mean(), traffic.spread()
+        loads = traffic.mean()
+        samples = traffic.requests() if scope.input_dependent else None
     else:
         loads = scope.expected(config.expected_prompt).astype(np.float64)
-        # Requests differ from a measured profile when scores decide; copies that pay for it leave
-        # the router room to even that out. Static budgets do not differ.
         spread = REQUEST_SPREAD if scope.input_dependent and scope.profile is not None else 0.0
     return make_plan(
         config.placement,
@@ -115,11 +130,45 @@ def make_placement(
         tp_size,
         cost=cost,
         model=shape.name,
+        samples=samples,
         max_copies_per_layer=config.max_copies,
         max_lanes=max_lanes,
-        paid=max_lanes is not None and shape.device != "cpu",
+        paid=max_lanes is not None and _paid(shape),
         spread=spread,
     )
+
+
+def lane_slots(
+    config: FairKVConfig, shape: ModelShape, scope: BudgetScope, tp_size: int, plan: Plan
+) -> int | None:
+    """Lane slots of each (layer, rank): home heads and spare ones, at least what ``plan`` needs.
+
+    None where lanes never change, and a rank has those of its plan: with ``replan`` off, on a
+    single rank, and for budgets that no prompt changes, whose plan is exact from the start.
+    """
+    slots = plan.info.get("lane_slots") if config.plan is None else None
+    if slots is None:
+        slots = _slots(config, shape, scope, tp_size)
+    return None if slots is None else max(slots, int((plan.shares() > 0).sum(axis=2).max()))
+
+
+def _slots(config: FairKVConfig, shape: ModelShape, scope: BudgetScope, tp_size: int) -> int | None:
+    if config.replan == "off" or tp_size == 1:
+        return None
+    spare = config.spare_lanes
+    if spare is None:
+        if not scope.input_dependent and config.plan is None:
+            return None
+        loads = scope.expected(config.expected_prompt).astype(np.float64)
+        if scope.profile is None:
+            loads *= typical_skew(*loads.shape)
+        spare = choose_spare(loads, tp_size, load_model(config, shape), paid=_paid(shape))
+    return min(-(-shape.num_kv_heads // tp_size) + spare, shape.num_kv_heads)
+
+
+def _paid(shape: ModelShape) -> bool:
+    """Whether an unused lane slot costs as much as a used one: CUDA graphs keep shapes."""
+    return shape.device != "cpu"
 
 
 def load_model(config: FairKVConfig, shape: ModelShape) -> CostModel:

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fairkv simulate``: plan from half of the recorded prompts, replay the other half."""
+"""``fairkv simulate``: plan from half of the recorded prompts, replay the other half; or, with
+``--adapt``, start without a profile and plan anew from what was seen, as a server does.
+"""
 
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
 import numpy as np
 
 from fairkv_sglang.cli.output import print_json, print_table, progress
-from fairkv_sglang.placement import POLICIES, Plan, make_plan
+from fairkv_sglang.placement import POLICIES, CostModel, Plan, make_plan
 from fairkv_sglang.placement.draw import draw_series
+from fairkv_sglang.placement.lanes import choose_spare, typical_skew
 from fairkv_sglang.placement.options import FloatArray, checked
 from fairkv_sglang.placement.requests import Requests, read_requests
 from fairkv_sglang.placement.simulate import Replay, Traffic, simulate
 
+ADAPTED = ("plain", "between", "after", "step")
 DEFAULT_POLICIES = "contiguous,best_effort,equal_shares,fair_copying"
 
 
@@ -24,8 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--policies", default=DEFAULT_POLICIES)
     parser.add_argument("--plan", help="replay this plan file instead of planning")
+    parser.add_argument(
+        "--adapt",
+        type=int,
+        metavar="PROMPTS",
+        help="start with contiguous heads and plan anew after so many prompts, while serving",
+    )
+    parser.add_argument("--spare-lanes", type=int, help="--adapt: default as the server's")
     parser.add_argument("--batch", type=int, default=32, help="requests at a time; default 32")
-    parser.add_argument("--steps", type=int, default=400, help="decode steps; default 400")
+    parser.add_argument("--steps", type=int, help="decode steps; default 400, to adapt 1200")
     parser.add_argument("--shortest", type=int, default=64, help="steps of a request, at least")
     parser.add_argument("--longest", type=int, default=512, help="steps of a request, at most")
     parser.add_argument("--length-spread", type=float, default=0.0, help="variation of lengths")
@@ -42,16 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan, replay both ways round, print."""
     requests = read_requests(args.requests, args.budget, args.window, args.floor)
+    args.steps = args.steps or (1200 if args.adapt else 400)
+    if args.adapt:
+        return _run_adapt(args, requests)
     names = ["plan"] if args.plan else [n.strip() for n in args.policies.split(",") if n.strip()]
     for name in names:
         if name not in POLICIES and not args.plan:
             raise ValueError(f"unknown policy {name!r}; choose from {', '.join(POLICIES)}")
     fixed = Plan.from_file(args.plan) if args.plan else None
     sizes = [fixed.tp_size] if fixed else args.tp
-    traffic = checked(
-        Traffic,
-        **{name: getattr(args, name) for name in Traffic.model_fields},
-    )
+    traffic = _traffic(args)
     results: list[dict[str, Any]] = []
     series: dict[str, dict[str, FloatArray]] = {}
     with progress("replaying", len(sizes) * len(names) * 2 * args.steps) as step:
@@ -80,6 +92,96 @@ def run(args: argparse.Namespace) -> int:
     if args.png:
         print(f"wrote {args.png}")
     return 0
+
+
+def _traffic(args: argparse.Namespace) -> Traffic:
+    return checked(Traffic, **{name: getattr(args, name) for name in Traffic.model_fields})
+
+
+def _run_adapt(args: argparse.Namespace, requests: Requests) -> int:
+    traffic, split = _traffic(args), "seen: half of the distinct prompts; then the other half"
+    with progress("replaying", len(args.tp) * 4 * args.steps) as step:
+        results = [
+            adapt(requests, tp, traffic, args.adapt, args.spare_lanes, step) for tp in args.tp
+        ]
+    if args.json:
+        print_json({"split": split, "traffic": traffic.model_dump(), "results": results})
+        return 0
+    print(f"{args.requests}: {split}")
+    print(f"{traffic!r}, budget {args.budget}, window {args.window}, floor {args.floor}")
+    print_table(
+        f"realised imbalance, plan from the first {args.adapt} prompts; worse of both directions",
+        ["TP", "spare lanes", "plain TP", "while old requests leave", "after", "step / plain TP",
+         "copies/layer", "planned in s"],
+        [
+            [r["tp"], r["spare"], *(f"{max(r[key]):.3f}" for key in ADAPTED),
+             f"{max(r['copies']):.2f}", f"{max(r['seconds']):.2f}"]
+            for r in results
+        ],
+    )  # fmt: skip
+    return 0
+
+
+def adapt(
+    requests: Requests,
+    tp: int,
+    traffic: Traffic,
+    prompts: int,
+    spare: int | None = None,
+    step: Any = None,
+) -> dict[str, Any]:
+    """Start contiguous, plan from the first ``prompts`` requests of one half, go on with the other
+    half; then the other way round.
+
+    Llama-3.1-8B's sizes on a GPU, where slots are paid for. ``after`` counts from when no request
+    from before the new plan is left; ``step`` is the modelled decode step then, with the weights of
+    all slots, over that of plain tensor parallelism for the same requests.
+    """
+    layers, heads = requests.kept.shape[1:]
+    cost = CostModel.for_device("cuda", batch=traffic.batch)
+    budget = float(requests.kept.mean())
+    if spare is None:
+        spare = choose_spare(budget * typical_skew(layers, heads), tp, cost, paid=True)
+    home = -(-heads // tp)
+    seconds = []
+
+    def replan(kept: FloatArray) -> Plan:
+        start = time.perf_counter()
+        plan = make_plan(
+            "fair_copying", kept.mean(axis=0), tp, cost,
+            samples=kept, max_lanes=home + spare, paid=True,
+        )  # fmt: skip
+        seconds.append(time.perf_counter() - start)
+        return plan
+
+    def step_cost(replay: Replay, slots: int) -> float:
+        tokens = replay.fullest[replay.drained :].mean()
+        return float(
+            tokens * cost.token_bytes * cost.kv_byte_cost + layers * slots * cost.lane_cost
+        )
+
+    plain = make_plan("contiguous", np.ones((layers, heads)), tp)
+    runs = []
+    for seen, later in (requests.halves(), requests.halves()[::-1]):
+        kept, expected = requests.kept[seen], np.full((layers, heads), budget)
+        ours, stock = (
+            simulate(plain, kept, expected, traffic, step, (prompts, new, requests.kept[later]))
+            for new in (replan, lambda _: plain)
+        )
+        if ours.drained == traffic.steps:
+            raise ValueError(
+                f"--steps {traffic.steps} is too few: requests from before the new plan are left"
+            )
+        parts = (
+            slice(ours.replanned), slice(ours.replanned, ours.drained), slice(ours.drained, None)
+        )  # fmt: skip
+        runs.append(
+            [*map(ours.imbalance_of, parts), stock.imbalance_of(parts[2]),
+             step_cost(ours, home + spare) / step_cost(stock, home), ours.plan.copy_counts().mean()]
+        )  # fmt: skip
+    names = ("before", "between", "after", "plain", "step", "copies")
+    figures = {name: [float(run[i]) for run in runs] for i, name in enumerate(names)}
+    return {"tp": tp, "spare": spare, **figures, "seconds": seconds}
 
 
 def both_ways(

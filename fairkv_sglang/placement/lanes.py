@@ -10,8 +10,11 @@ from scipy.sparse import coo_matrix
 
 from fairkv_sglang.placement.cost import CostModel
 from fairkv_sglang.placement.make import make_plan
-from fairkv_sglang.placement.options import check_loads
+from fairkv_sglang.placement.options import FloatArray, check_loads
 
+TYPICAL_SKEW = 0.88
+"""Standard deviation of the logarithm of a head's load within its layer, mean over layers, median
+of 20 collected profiles with a floor of 0.2 (docs/placement.md)."""
 _WORTH = 1.005  # another slot must bring so much
 
 
@@ -69,7 +72,8 @@ def modelled_step(
         ),
         bounds=Bounds(0.0, np.inf),
     )
-    return float(result.fun) * scale
+    levels = np.asarray(result.x, dtype=np.float64)[len(shares) :]
+    return float(levels.sum()) * scale
 
 
 def choose_spare(loads: ArrayLike, tp_size: int, cost: CostModel, *, paid: bool) -> int:
@@ -105,3 +109,16 @@ def choose_spare(loads: ArrayLike, tp_size: int, cost: CostModel, *, paid: bool)
             break
         chosen, best = spare, now
     return chosen
+
+
+def typical_skew(layers: int, heads: int) -> FloatArray:
+    """Factors ``[L, H]``, 1 on average in each layer, of heads as uneven as heads usually are.
+
+    Log-normal of TYPICAL_SKEW; the same in every process.
+    """
+    drawn = np.random.default_rng(0).standard_normal((layers, heads))
+    drawn -= drawn.mean(axis=1, keepdims=True)
+    drawn /= np.maximum(drawn.std(axis=1, keepdims=True), 1e-9)
+    factors = np.exp(TYPICAL_SKEW * drawn)
+    skew: FloatArray = factors / factors.mean(axis=1, keepdims=True)
+    return skew

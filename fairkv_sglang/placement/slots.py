@@ -24,11 +24,13 @@ _MIN_GAIN = 1e-4
 def within_slots(
     problem: Problem, options: PlanOptions, shares: FloatArray, *, copying: bool = True
 ) -> FloatArray:
-    """``shares [L, R, H]`` with the layers made anew in which a rank has more lanes than slots, or
-    all where slots are paid for; ``copying``: copies may be made.
+    """``shares [L, R, H]`` with the layers made anew in which a rank has more lanes than slots.
+
+    ``copying``: copies may be made; all layers are made anew then where slots are paid for.
     """
-    slots = options.slots(problem.heads)
-    over = ((shares > 0).sum(axis=2) > slots).any(axis=1) | (options.paid and copying)
+    over = ((shares > 0).sum(axis=2) > options.slots(problem.heads)).any(axis=1)
+    if options.paid and copying and problem.ranks <= MAX_RANKS:
+        over[:] = True
     out = shares.copy()
     for layer in np.flatnonzero(over):
         out[layer] = _fit(problem.costs[layer], problem, options, copying)

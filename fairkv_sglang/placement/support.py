@@ -125,19 +125,25 @@ class Support:
             useful |= np.outer(~self._in[index], inside)
         copied = served & (served.sum(axis=0) > 1)
         free, bound = served.sum() < self._most, self._slots < served.shape[1]
-        steps: list[tuple[int, int, int]] = []  # rank, head that comes, head that goes
+        steps = []
         for rank, head in np.argwhere(useful & ~served).tolist():
             if free and lanes[rank] < self._slots:
-                steps.append((rank, head, head))
+                steps.append([(rank, head)])
             elif bound:
-                steps += [(rank, head, gone) for gone in np.flatnonzero(copied[rank]).tolist()]
+                for gone in np.flatnonzero(served[rank]).tolist():
+                    step = [(rank, head), (rank, gone)]
+                    if copied[rank, gone]:
+                        steps.append(step)
+                    else:  # an exchange
+                        others = np.flatnonzero(served[:, head]).tolist()
+                        steps += [[*step, (other, head), (other, gone)] for other in others]
         if bound and self._lane > 0.0:
             relieved = self._in[self._critical].any(axis=0) & (lanes > 1)
-            steps += [(r, h, h) for r, h in np.argwhere(copied & relieved[:, None]).tolist()]
+            steps += [[(r, h)] for r, h in np.argwhere(copied & relieved[:, None]).tolist()]
         out = np.repeat(served[None], len(steps), axis=0)
-        for step, (rank, head, gone) in zip(out, steps, strict=True):
-            step[rank, gone] = False
-            step[rank, head] = not served[rank, head]
+        for support, step in zip(out, steps, strict=True):
+            for rank, head in step:
+                support[rank, head] ^= True
         return out
 
     def take(self, served: BoolArray) -> None:

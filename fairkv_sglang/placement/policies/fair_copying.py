@@ -12,10 +12,12 @@ import numpy as np
 from fairkv_sglang.placement.choose import choose_copies
 from fairkv_sglang.placement.curves import layer_curves
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
+from fairkv_sglang.placement.policies.contiguous import contiguous
 from fairkv_sglang.placement.problem import Problem
 from fairkv_sglang.placement.slots import within_slots
 from fairkv_sglang.placement.spare import add_spares
 from fairkv_sglang.placement.stay import stay_home
+from fairkv_sglang.placement.support import MAX_RANKS
 
 
 def fair_copying(problem: Problem, options: PlanOptions) -> FloatArray:
@@ -25,9 +27,10 @@ def fair_copying(problem: Problem, options: PlanOptions) -> FloatArray:
     layers of the fullest rank is at most ``options.tolerance`` times the mean. Otherwise: the
     lowest step cost, ties to fewer copies. With scenarios (samples of requests, or a spread) spare
     copies are added where requests differ from the mean, see ``spare.py``. Layers with more lanes
-    on a rank than it has slots are made anew, see ``slots.py``.
+    on a rank than it has slots, or all where slots are paid for, are made as in ``slots.py``.
     """
-    shares = within_slots(problem, options, _build(problem, options))
+    start = contiguous if options.paid and problem.ranks <= MAX_RANKS else _build
+    shares = within_slots(problem, options, start(problem, options))
     return add_spares(problem, stay_home(problem, options, shares), options)
 
 
