@@ -45,7 +45,6 @@ class BenchEngine:
         self.name = name
         self.log = log
         self._log = log.open("w")
-        self._frozen = False
         command = [sys.executable, "-m", "fairkv_sglang.bench.worker", json.dumps(options)]
         self.process = subprocess.Popen(
             command,
@@ -70,15 +69,11 @@ class BenchEngine:
 
     def freeze(self) -> None:
         """Stop all processes of the engine where they stand."""
-        if not self._frozen:
-            os.killpg(self.process.pid, signal.SIGSTOP)
-            self._frozen = True
+        os.killpg(self.process.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
         """Let them go on."""
-        if self._frozen:
-            os.killpg(self.process.pid, signal.SIGCONT)
-            self._frozen = False
+        os.killpg(self.process.pid, signal.SIGCONT)
 
     def close(self, seconds: float = 20) -> None:
         """End the engine and everything that it has started."""

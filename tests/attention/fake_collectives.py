@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
@@ -13,8 +11,9 @@ from unittest import mock
 
 import torch
 
-Group = tuple[int, int]
-TIMEOUT = 30
+from fairkv_sglang.bench.gpu.hand_over import Group, Ranks
+
+__all__ = ["Collectives", "Group", "ranks_as_threads"]
 
 
 class Work:
@@ -29,20 +28,17 @@ class Work:
         self._finish()
 
 
-class Collectives:
-    """Carries what the ranks give, and holds them to the rules of the real ones.
+class Collectives(Ranks):
+    """Holds the ranks to the rules of the real collectives, and counts.
 
     All ranks must call the same collectives in the same order with sizes that fit. Data given to an
     asynchronous one must stay as it is until ``wait``.
     """
 
     def __init__(self, ranks: int) -> None:
-        self.calls: list[list[str]] = [[] for _ in range(ranks)]
+        super().__init__(ranks)
         self.bytes_sent = [0] * ranks  # to other ranks
         self.works: list[Work] = []
-        self.broken = False
-        self._boxes: dict[int, dict[int, tuple[str, Any]]] = {}
-        self._changed = threading.Condition()
 
     def count(self, name: str) -> int:
         """Calls of the collective ``name``, the same on every rank."""
@@ -50,55 +46,18 @@ class Collectives:
         return self.calls[0].count(name)
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
-        """``work(rank)`` on all ranks at the same time; the first failure is raised."""
-
-        def guarded(rank: int) -> Any:
-            try:
-                return work(rank)
-            except BaseException:
-                with self._changed:
-                    self.broken = True
-                    self._changed.notify_all()
-                raise
-
-        with ThreadPoolExecutor(len(self.calls)) as pool:
-            tasks = [pool.submit(guarded, rank) for rank in range(len(self.calls))]
-        errors = [error for task in tasks if (error := task.exception()) is not None]
-        for error in errors:
-            if not isinstance(error, threading.BrokenBarrierError):
-                raise error
-        assert not errors
+        """``work(rank)`` on all ranks; the first failure is raised."""
+        results = super().run(work)
         assert all(work.waited == 1 for work in self.works), "an exchange that nobody waits for"
         self.count("")
-        return [task.result() for task in tasks]
-
-    def _post(self, group: Group, name: str, payload: Any) -> int:
-        rank = group[0]
-        assert group[1] == len(self.calls)
-        with self._changed:
-            number = len(self.calls[rank])
-            self.calls[rank].append(name)
-            self._boxes.setdefault(number, {})[rank] = (name, payload)
-            self._changed.notify_all()
-        return number
-
-    def _collect(self, number: int) -> list[Any]:
-        box, ranks = self._boxes[number], len(self.calls)
-        with self._changed:
-            ready = self._changed.wait_for(lambda: self.broken or len(box) == ranks, TIMEOUT)
-        if not ready or len(box) < ranks:
-            raise threading.BrokenBarrierError(f"call {number}: only ranks {sorted(box)} came")
-        names = {name for name, _ in box.values()}
-        assert len(names) == 1, f"ranks call different collectives: {names}"
-        return [box[rank][1] for rank in range(ranks)]
+        return results
 
     def all_gather_into_tensor(self, out: torch.Tensor, mine: torch.Tensor, group: Group) -> None:
+        assert group[1] == len(self.calls)
         assert out.shape == (group[1] * mine.shape[0], *mine.shape[1:])
         assert out.is_contiguous() and mine.is_contiguous() and out.dtype == mine.dtype
-        parts = self._collect(self._post(group, "all_gather", mine.clone()))
-        assert len({part.shape for part in parts}) == 1
         self.bytes_sent[group[0]] += mine.nbytes
-        out.copy_(torch.cat(parts))
+        super().all_gather_into_tensor(out, mine.clone(), group)
 
     def all_to_all_single(
         self,
@@ -110,7 +69,7 @@ class Collectives:
         async_op: bool = False,
     ) -> Work | None:
         rank, ranks = group
-        assert len(out_splits) == len(in_splits) == ranks
+        assert len(out_splits) == len(in_splits) == ranks == len(self.calls)
         assert out.numel() == sum(out_splits) and mine.numel() == sum(in_splits)
         assert out.is_contiguous() and mine.is_contiguous() and out.dtype == mine.dtype
         assert all(type(size) is int for size in [*out_splits, *in_splits])
@@ -118,15 +77,11 @@ class Collectives:
         self.bytes_sent[rank] += mine.element_size() * (sum(in_splits) - in_splits[rank])
         if out.dtype == torch.uint8:
             out.fill_(0xFF)  # NaN to whoever reads too early
-        number = self._post(group, "all_to_all", (before, list(in_splits)))
+        under_way = super().all_to_all_single(out, before, out_splits, in_splits, group, True)
 
         def finish() -> None:
             assert torch.equal(mine, before), "what is sent changed under way"
-            pieces = []
-            for other, (data, splits) in enumerate(self._collect(number)):
-                assert splits[rank] == out_splits[other], (other, rank, splits, out_splits)
-                pieces.append(data.split(splits)[rank])
-            out.copy_(torch.cat(pieces))
+            under_way.wait()
 
         work = Work(finish)
         if async_op:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +37,7 @@ from fairkv_sglang.placement import Plan
 if TYPE_CHECKING:
     from fairkv_sglang.bench.clocks import Clock
 
+Group = tuple[int, int]
 LAYERS, GROUP, WINDOW, BUDGET = 3, 4, 8, 64
 LENGTHS = (300, 40, 151)
 """Prompts of the pass; the second is within its budget."""
@@ -47,65 +48,68 @@ SPLITS = ((8, 2), (4, 4), (2, 4))
 class Ranks:
     """`torch.distributed` in memory for ranks that are threads, of which one runs at a time.
 
-    The group of a rank is its number. All ranks use one stream, so nothing waits for the device.
+    A group is (rank, number of ranks). All ranks use one stream, so nothing waits for the device.
     """
 
     def __init__(self, count: int) -> None:
-        self.count, self.failed, self.turn = count, False, threading.Condition()
-        self.calls = [0] * count
-        self.given: dict[tuple[int, int], Any] = {}  # call, rank
+        self.failed, self.turn = False, threading.Condition()
+        self.calls: list[list[str]] = [[] for _ in range(count)]
+        self.given: dict[tuple[int, int], tuple[str, Any]] = {}  # call, rank
 
-    def run(self, work: Callable[[int], None]) -> None:
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
         """`work(rank)` on all ranks; the first failure is raised."""
-        with patched(self), ThreadPoolExecutor(self.count) as pool:
-            tasks = [pool.submit(self._alone, work, rank) for rank in range(self.count)]
+        ranks = range(len(self.calls))
+        with ThreadPoolExecutor(len(ranks)) as pool:
+            tasks = [pool.submit(self._alone, work, rank) for rank in ranks]
         errors = [error for task in tasks if (error := task.exception()) is not None]
         if errors:  # a KeyError is that of a rank which another one left waiting
             raise min(errors, key=lambda error: isinstance(error, KeyError))
+        return [task.result() for task in tasks]
 
-    def _alone(self, work: Callable[[int], None], rank: int) -> None:
+    def _alone(self, work: Callable[[int], Any], rank: int) -> Any:
         with self.turn:
             try:
-                work(rank)
+                return work(rank)
             except BaseException:
                 self.failed = True
                 raise
             finally:
                 self.turn.notify_all()
 
-    def _post(self, rank: int, what: Any) -> Callable[[], list[Any]]:
-        call = self.calls[rank]
-        self.calls[rank] += 1
-        self.given[call, rank] = what
+    def _post(self, rank: int, name: str, what: Any) -> Callable[[], list[Any]]:
+        keys = [(len(self.calls[rank]), other) for other in range(len(self.calls))]
+        self.calls[rank].append(name)
+        self.given[keys[rank]] = name, what
         self.turn.notify_all()
-        keys = [(call, other) for other in range(self.count)]
 
         def collect() -> list[Any]:
             self.turn.wait_for(lambda: self.failed or self.given.keys() >= set(keys), 60)
-            return [self.given[key] for key in keys]
+            names, given = zip(*(self.given[key] for key in keys), strict=True)
+            need(len(set(names)) == 1, f"ranks call different collectives: {names}")
+            return list(given)
 
         return collect
 
-    def all_gather_into_tensor(self, out: torch.Tensor, mine: torch.Tensor, group: int) -> None:
-        out.copy_(torch.cat(self._post(group, mine)()))
+    def all_gather_into_tensor(self, out: torch.Tensor, mine: torch.Tensor, group: Group) -> None:
+        out.copy_(torch.cat(self._post(group[0], "all_gather", mine)()))
 
     def all_to_all_single(
         self,
         out: torch.Tensor,
         mine: torch.Tensor,
-        out_splits: list[int],
-        in_splits: list[int],
-        group: int,
-        async_op: bool,
+        out_splits: Sequence[int],
+        in_splits: Sequence[int],
+        group: Group,
+        async_op: bool = False,
     ) -> Any:
-        collect = self._post(group, mine.split(in_splits))
+        collect = self._post(group[0], "all_to_all", mine.split(list(in_splits)))
 
         def wait() -> None:
-            parts = [given[group] for given in collect()]
-            need([len(part) for part in parts] == out_splits, "ranks disagree about sizes")
+            parts = [given[group[0]] for given in collect()]
+            need([len(part) for part in parts] == list(out_splits), "ranks disagree about sizes")
             out.copy_(torch.cat(parts))
 
-        return SimpleNamespace(wait=wait)
+        return SimpleNamespace(wait=wait) if async_op else wait()
 
 
 @contextmanager
@@ -169,7 +173,7 @@ class Pass:
         return SimpleNamespace(
             heads=heads, pages=pages, pools=self.kv[:, :, :, list(heads.home)].to(device),
             owned=[torch.from_numpy(heads.owned(x)).to(device) for x in self.owners],
-            compressor=PromptCompressor(runtime, heads.rank),  # type: ignore[arg-type]
+            compressor=PromptCompressor(runtime, (heads.rank, heads.plan.tp_size)),  # type: ignore[arg-type]
         )  # fmt: skip
 
     def admit(self) -> None:
@@ -188,7 +192,9 @@ class Pass:
             for layer in range(LAYERS):
                 rank.compressor.layer(layer, self.q[layer], *rank.pools[:, layer], self.plan, 0.1)
 
-        Ranks(len(self.ranks)).run(work)
+        ranks = Ranks(len(self.ranks))
+        with patched(ranks):
+            ranks.run(work)
 
     def check(self) -> int:
         """Pages of all ranks against the prompts on the CPU; see `intact`."""
