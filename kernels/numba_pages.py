@@ -50,26 +50,12 @@ def _copy(typingctx: Any, dst: Any, src: Any, nbytes: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _copy_word(typingctx: Any, dst: Any, src: Any) -> Any:
-    """Copy 4 bytes between two addresses given as integers."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word_pointer = ir.IntType(32).as_pointer()
-        to = builder.inttoptr(args[0], word_pointer)
-        of = builder.inttoptr(args[1], word_pointer)
-        builder.store(builder.load(of, align=2), to, align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
 @nb.njit(inline="always")  # type: ignore[untyped-decorator]
 def _copy_key(k_pages, slot, src, row_bytes):  # type: ignore[no-untyped-def]
     """One key into its column: word w of the token is word (w, offset) of the page."""
     to = k_pages + slot // PAGE_TOKENS * (PAGE_TOKENS * row_bytes) + slot % PAGE_TOKENS * 4
     for w in range(row_bytes // 4):
-        _copy_word(to + w * (PAGE_TOKENS * 4), src + w * 4)
+        _copy(to + w * (PAGE_TOKENS * 4), src + w * 4, 4)
 
 
 @nb.njit(I64(*STATE, I64_1D, I64_2D), cache=True, nogil=True)  # type: ignore[untyped-decorator]

@@ -157,11 +157,3 @@ def fitting(before: int, after: int, reserve: float = 0.25) -> int:
     """
     each = max(before - after, 1 << 30) * 1.25
     return max(1, int(before * (1 - reserve) // each))
-
-
-def available_memory() -> int:
-    """Bytes that new processes can use without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0

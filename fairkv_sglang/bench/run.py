@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fairkv_sglang.bench.engines import BenchEngine, Engines, available_memory
+import psutil  # type: ignore[import-untyped]
+
+from fairkv_sglang.bench.engines import BenchEngine, Engines
 from fairkv_sglang.bench.gpu.report import versions
 from fairkv_sglang.bench.model import build
 from fairkv_sglang.bench.result import FORMAT, VERSION, summarise_case
@@ -95,7 +97,7 @@ def _run_case(
 
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in settings.variants}
     interrupted = False
-    engines = Engines(start, settings.keep_alive, available_memory)
+    engines = Engines(start, settings.keep_alive, lambda: psutil.virtual_memory().available)
     try:
         for index in range(settings.rounds):
             for name in rotated(settings.variants, index):

@@ -16,6 +16,7 @@ that are there in every step count as imbalance, not the machine's noise.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,38 +35,38 @@ FloatArray = NDArray[np.float64]
 
 @dataclass
 class Step:
-    """One decode step of one rank; times in seconds.
+    """One decode step of one rank.
 
     Attributes:
         batch: Requests in the step.
         forward: Number of the forward pass, prefill passes counted, for finding neighbours.
-        start: When it began.
-        marks: Ends of stretches in turn: compute 0, collective 0, compute 1, ...; the last is the
-            end of the step.
-        cpu: The calling thread's processor time at the start and at each mark.
+        marks: The clock and the calling thread's processor time, in seconds, at the start and at
+            the ends of the stretches in turn: compute 0, collective 0, compute 1, ...
     """
 
     batch: int
     forward: int
-    start: float
-    marks: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
+    marks: list[tuple[float, float]] = field(default_factory=list)
 
 
 class Recorder:
     """The steps of this rank since the last :meth:`take`."""
 
     def __init__(self) -> None:
+        self.forwards = 0
+        self._step: Step | None = None
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         self.steps: list[Step] = []
         self.prefill_seconds = 0.0
-        self.forwards = 0
         self.loads: FloatArray | None = None
         self._largest = 0
-        self._step: Step | None = None
 
     def begin(self, batch: int) -> None:
         """A decode step of ``batch`` requests begins."""
-        self._step = Step(batch, self.forwards, time.perf_counter(), cpu=[time.thread_time()])
+        self._step = Step(batch, self.forwards)
+        self.mark()
 
     @property
     def in_step(self) -> bool:
@@ -75,8 +76,7 @@ class Recorder:
     def mark(self) -> None:
         """A stretch ends here."""
         if self._step is not None:
-            self._step.cpu.append(time.thread_time())
-            self._step.marks.append(time.perf_counter())
+            self._step.marks.append((time.perf_counter(), time.thread_time()))
 
     def end(self) -> bool:
         """The step ends; True if its batch was larger than any before."""
@@ -95,23 +95,20 @@ class Recorder:
 
         Only steps with the most common number of collectives are kept.
         """
-        steps = self.steps
-        if steps:
-            sizes, counts = np.unique([len(step.marks) for step in steps], return_counts=True)
-            usual = int(sizes[counts.argmax()])
-            steps = [step for step in steps if len(step.marks) == usual]
+        usual = Counter(len(step.marks) for step in self.steps).most_common(1)
+        steps = [step for step in self.steps if len(step.marks) == usual[0][0]]
+        marks = np.array([step.marks for step in steps]) if steps else np.empty((0, 1, 2))
+        wall, cpu = np.moveaxis(np.diff(marks, axis=1), 2, 0)
         data = {
             "batch": np.array([step.batch for step in steps], dtype=np.int64),
             "forward": np.array([step.forward for step in steps], dtype=np.int64),
-            "start": np.array([step.start for step in steps], dtype=np.float64),
-            "wall": np.array(
-                [np.diff([step.start, *step.marks]) for step in steps], dtype=np.float64
-            ),
-            "cpu": np.array([np.diff(step.cpu) for step in steps], dtype=np.float64),
+            "start": marks[:, 0, 0],
+            "wall": wall,
+            "cpu": cpu,
             "prefill_seconds": self.prefill_seconds,
             "loads": self.loads,
         }
-        self.steps, self.prefill_seconds, self.loads, self._largest = [], 0.0, None, 0
+        self._start_anew()
         return data
 
 
@@ -147,14 +144,13 @@ def summarise(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     if any((rank["batch"] != ranks[0]["batch"]).any() for rank in ranks):
         raise ValueError("the ranks ran decode steps of different batches")
     chosen = steady(ranks[0]["batch"])
-    wall = np.stack([rank["wall"][chosen] for rank in ranks])  # [R, steps, 2n + 1]
-    cpu = np.stack([rank["cpu"][chosen] for rank in ranks])
+    wall = np.stack([1e3 * rank["wall"][chosen] for rank in ranks])  # ms, [R, steps, 2n + 1]
+    cpu = np.stack([1e3 * rank["cpu"][chosen] for rank in ranks])
     usual = np.median(wall, axis=1)  # [R, 2n + 1]
-    usual_cpu = np.quantile(cpu, CPU_QUANTILE, axis=1)
     compute, collective = usual[:, 0::2], usual[:, 1::2]
-    cpu_compute = usual_cpu[:, 0::2]
+    cpu_compute = np.quantile(cpu, CPU_QUANTILE, axis=1)[:, 0::2]
     least = collective.min(axis=0)
-    period = _period(ranks[0], chosen)
+    period = 1e3 * _period(ranks[0], chosen)
     slowest, even = float(compute.max(axis=0).sum()), float(compute.mean(axis=0).sum())
     cpu_slowest = float(cpu_compute.max(axis=0).sum())
     cpu_even = float(cpu_compute.mean(axis=0).sum())
@@ -165,22 +161,22 @@ def summarise(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "peak_batch": int(ranks[0]["batch"].max()),
         "collectives": int(collective.shape[1]),
         "prefill_s": prefill,
-        "period_ms": 1e3 * period,
-        "step_ms": _ms(np.median(wall.sum(axis=2), axis=1)),
-        "collective_ms": _ms(collective.sum(axis=1)),
-        "communication_ms": 1e3 * float(least.sum()),
-        "waiting_ms": _ms((collective - least).sum(axis=1)),
-        "compute_ms": _ms(compute.sum(axis=1)),
-        "cpu_ms": _ms(cpu_compute.sum(axis=1)),
-        "stretches_ms": [_ms(row) for row in compute],
-        "cpu_stretches_ms": [_ms(row) for row in cpu_compute],
-        "slowest_ms": 1e3 * slowest,
-        "even_ms": 1e3 * even,
-        "removable_ms": 1e3 * removable,
+        "period_ms": period,
+        "step_ms": np.median(wall.sum(axis=2), axis=1).tolist(),
+        "collective_ms": collective.sum(axis=1).tolist(),
+        "communication_ms": float(least.sum()),
+        "waiting_ms": (collective - least).sum(axis=1).tolist(),
+        "compute_ms": compute.sum(axis=1).tolist(),
+        "cpu_ms": cpu_compute.sum(axis=1).tolist(),
+        "stretches_ms": compute.tolist(),
+        "cpu_stretches_ms": cpu_compute.tolist(),
+        "slowest_ms": slowest,
+        "even_ms": even,
+        "removable_ms": removable,
         "imbalance": slowest / even,
         "allowed_speedup": period / (period - removable),
-        "cpu_slowest_ms": 1e3 * cpu_slowest,
-        "cpu_even_ms": 1e3 * cpu_even,
+        "cpu_slowest_ms": cpu_slowest,
+        "cpu_even_ms": cpu_even,
         "cpu_imbalance": cpu_slowest / cpu_even if cpu_even > 0 else 1.0,
         **_load(ranks[0].get("loads")),
     }
@@ -192,7 +188,7 @@ def _load(loads: FloatArray | None) -> dict[str, Any]:
         return {}
     highest = float(loads.max(axis=1).sum())
     return {
-        "rank_tokens": [float(x) for x in loads.sum(axis=0)],
+        "rank_tokens": loads.sum(axis=0, dtype=np.float64).tolist(),
         "balancedness": float(loads.mean(axis=1).sum()) / highest if highest > 0 else 1.0,
     }
 
@@ -212,7 +208,3 @@ def _period(rank: dict[str, Any], chosen: NDArray[np.bool_]) -> float:
     if len(gaps):
         return float(np.median(gaps))
     return float(np.median(rank["wall"][chosen].sum(axis=1)))
-
-
-def _ms(seconds: FloatArray) -> list[float]:
-    return [1e3 * float(x) for x in seconds]

@@ -276,7 +276,8 @@ def random_plans(device: str, gather: Callable[..., None] | None = None, rounds:
             for layer, of_layer in enumerate(folded.tolist()):
                 _same_plan(made, layer, of_layer, longest_first)
         starts = plan.csr_starts(made.pages)
-        table, held, want, first_of = pages.page_table.cpu(), pages.lens.cpu(), [], []
+        table, held = pages.page_table.cpu(), pages.lens.cpu()
+        want, first_of = list[int](), list[int]()
         for (first, end), of_layer in zip(itertools.pairwise(lane_start), starts, strict=True):
             for row, lane in itertools.product(rows.tolist(), range(first, end)):
                 first_of.append(len(want))
