@@ -114,6 +114,75 @@ def generate_and_abort(
     return list(engine.loop.run_until_complete(run()))
 
 
+def serve_while_replanning(
+    engine: Any,
+    prompts: list[list[int]],
+    new_tokens: list[int],
+    abort_after: list[int | None],
+    replans: int,
+) -> dict[str, Any]:
+    """All prompts at once, again and again, while the administrator asks for one plan after another.
+
+    After each round the prefix cache is flushed.
+
+    Args:
+        engine: The engine.
+        prompts: Token ids.
+        new_tokens: Length of each output.
+        abort_after: Per prompt, abort it when it has that many new tokens, or None.
+        replans: Plans that have to be adopted before the last round ends.
+
+    Returns:
+        ``rounds``: of each the outputs, None for a request that was aborted; ``replans`` adopted.
+    """
+    from sglang.srt.managers.io_struct import SetInternalStateReq
+
+    manager = engine.tokenizer_manager
+
+    async def one(number: int) -> list[int] | None:
+        def seen(name: str, tokens: int) -> None:
+            limit = abort_after[number]
+            if limit is not None and tokens >= limit:
+                manager.abort_request(name)
+
+        sampling = {"max_new_tokens": new_tokens[number], "ignore_eos": True}
+        try:
+            last = await _stream(engine, prompts[number], sampling, seen)
+        except ValueError:  # aborted before its first token
+            return None
+        ended = last["meta_info"]["finish_reason"]["type"]
+        return None if ended == "abort" else list(last["output_ids"])
+
+    async def adopted() -> int:
+        return int((await manager.get_internal_state())[0]["fairkv"]["replans"])
+
+    async def ask(done: asyncio.Event) -> None:
+        while not done.is_set():
+            before = await adopted()
+            updated = await manager.set_internal_state(
+                SetInternalStateReq(server_args={"fairkv_replan": 1})
+            )
+            if updated != [True]:
+                raise RuntimeError("the server does not plan anew")
+            while not done.is_set() and await adopted() == before:
+                await asyncio.sleep(STEP)
+
+    async def round_of_requests() -> list[list[int] | None]:
+        done = asyncio.Event()
+        asking = asyncio.create_task(ask(done))
+        try:
+            return list(await asyncio.gather(*map(one, range(len(prompts)))))
+        finally:
+            done.set()
+            await asking
+
+    rounds = []
+    while not rounds or engine.loop.run_until_complete(adopted()) < replans:
+        rounds.append(engine.loop.run_until_complete(round_of_requests()))
+        empty_cache(engine)
+    return {"rounds": rounds, "replans": engine.loop.run_until_complete(adopted())}
+
+
 def abort_in_prefill(engine: Any, prompt: list[int], log: str, sign: str) -> str:
     """Send one prompt and abort it as soon as ``sign`` turns up once more in the file ``log``.
 
@@ -189,6 +258,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     for function in (
         states_while_running,
         generate_and_abort,
+        serve_while_replanning,
         abort_in_prefill,
         update_from_tensors,
         empty_cache,
