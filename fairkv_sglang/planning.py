@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fairkv_sglang.budgets import BudgetScope, BudgetSpec, Scorer, make_scope, make_scorer
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.placement import CostModel, Plan, make_plan
-from fairkv_sglang.placement.lanes import choose_spare, typical_skew
+from fairkv_sglang.placement.lanes import SPARE
 from fairkv_sglang.placement.model import ModelShape
 from fairkv_sglang.placement.options import FloatArray
 from fairkv_sglang.profiles import HeadProfile, read_profile
@@ -146,23 +146,15 @@ def lane_slots(
     None where lanes never change, and a rank has those of its plan: with ``replan`` off, on a
     single rank, and for budgets that no prompt changes, whose plan is exact from the start.
     """
-    slots = plan.info.get("lane_slots") if config.plan is None else None
-    if slots is None:
-        slots = _slots(config, shape, scope, tp_size)
+    slots = _slots(config, shape, scope, tp_size)
     return None if slots is None else max(slots, int((plan.shares() > 0).sum(axis=2).max()))
 
 
 def _slots(config: FairKVConfig, shape: ModelShape, scope: BudgetScope, tp_size: int) -> int | None:
-    if config.replan == "off" or tp_size == 1:
+    exact = config.plan is None and config.spare_lanes is None and not scope.input_dependent
+    if config.replan == "off" or tp_size <= 1 or exact:
         return None
-    spare = config.spare_lanes
-    if spare is None:
-        if not scope.input_dependent and config.plan is None:
-            return None
-        loads = scope.expected(config.expected_prompt).astype(np.float64)
-        if scope.profile is None:
-            loads *= typical_skew(*loads.shape)
-        spare = choose_spare(loads, tp_size, load_model(config, shape), paid=_paid(shape))
+    spare = SPARE if config.spare_lanes is None else config.spare_lanes
     return min(-(-shape.num_kv_heads // tp_size) + spare, shape.num_kv_heads)
 
 

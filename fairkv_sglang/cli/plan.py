@@ -194,6 +194,7 @@ def _settings(
         "device": args.device,
         "scope": config.scope,
         "budget": f"{budget_text(config)}, prompts of {config.expected_prompt}",
+        "lane slots of a rank": plan.info.get("lane_slots", "as the plan needs"),
         "load model": plan.info.get("cost_model", "none"),
         "plan digest": plan.digest,
     }

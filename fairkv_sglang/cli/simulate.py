@@ -14,7 +14,7 @@ import numpy as np
 from fairkv_sglang.cli.output import print_json, print_table, progress
 from fairkv_sglang.placement import POLICIES, CostModel, Plan, make_plan
 from fairkv_sglang.placement.draw import draw_series
-from fairkv_sglang.placement.lanes import choose_spare, typical_skew
+from fairkv_sglang.placement.lanes import SPARE
 from fairkv_sglang.placement.options import FloatArray, checked
 from fairkv_sglang.placement.requests import Requests, read_requests
 from fairkv_sglang.placement.simulate import Replay, Traffic, simulate
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PROMPTS",
         help="start with contiguous heads and plan anew after so many prompts, while serving",
     )
-    parser.add_argument("--spare-lanes", type=int, help="--adapt: default as the server's")
+    parser.add_argument("--spare-lanes", type=int, default=SPARE, help=f"default {SPARE}")
     parser.add_argument("--batch", type=int, default=32, help="requests at a time; default 32")
     parser.add_argument("--steps", type=int, help="decode steps; default 400, to adapt 1200")
     parser.add_argument("--shortest", type=int, default=64, help="steps of a request, at least")
@@ -127,7 +127,7 @@ def adapt(
     tp: int,
     traffic: Traffic,
     prompts: int,
-    spare: int | None = None,
+    spare: int = SPARE,
     step: Any = None,
 ) -> dict[str, Any]:
     """Start contiguous, plan from the first ``prompts`` requests of one half, go on with the other
@@ -140,8 +140,6 @@ def adapt(
     layers, heads = requests.kept.shape[1:]
     cost = CostModel.for_device("cuda", batch=traffic.batch)
     budget = float(requests.kept.mean())
-    if spare is None:
-        spare = choose_spare(budget * typical_skew(layers, heads), tp, cost, paid=True)
     home = -(-heads // tp)
     seconds = []
 
@@ -172,14 +170,12 @@ def adapt(
             raise ValueError(
                 f"--steps {traffic.steps} is too few: requests from before the new plan are left"
             )
-        parts = (
-            slice(ours.replanned), slice(ours.replanned, ours.drained), slice(ours.drained, None)
-        )  # fmt: skip
+        between, after = slice(ours.replanned, ours.drained), slice(ours.drained, None)
         runs.append(
-            [*map(ours.imbalance_of, parts), stock.imbalance_of(parts[2]),
+            [stock.imbalance_of(after), ours.imbalance_of(between), ours.imbalance_of(after),
              step_cost(ours, home + spare) / step_cost(stock, home), ours.plan.copy_counts().mean()]
         )  # fmt: skip
-    names = ("before", "between", "after", "plain", "step", "copies")
+    names = (*ADAPTED, "copies")
     figures = {name: [float(run[i]) for run in runs] for i, name in enumerate(names)}
     return {"tp": tp, "spare": spare, **figures, "seconds": seconds}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What given lanes cost under given loads, and how many spare lanes to have."""
+"""What given lanes cost under given loads, and how many lanes to have room for."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix
 
 from fairkv_sglang.placement.cost import CostModel
-from fairkv_sglang.placement.make import make_plan
-from fairkv_sglang.placement.options import FloatArray, check_loads
+from fairkv_sglang.placement.options import check_loads
 
-TYPICAL_SKEW = 0.88
-"""Standard deviation of the logarithm of a head's load within its layer, mean over layers, median
-of 20 collected profiles with a floor of 0.2 (docs/placement.md)."""
-_WORTH = 1.005  # another slot must bring so much
+SPARE = 1
+"""Spare lanes of a (layer, rank) beside its home heads. With one no more than 1 % of the modelled
+step is left to gain, and the next slot's weights cost more than that (docs/placement.md)."""
 
 
 def modelled_step(
@@ -74,51 +72,3 @@ def modelled_step(
     )
     levels = np.asarray(result.x, dtype=np.float64)[len(shares) :]
     return float(levels.sum()) * scale
-
-
-def choose_spare(loads: ArrayLike, tp_size: int, cost: CostModel, *, paid: bool) -> int:
-    """Spare lanes of each (layer, rank) beside its home heads: the fewest after which another one
-    takes less than 0.5 % off the modelled decode time.
-
-    At least 1 (without a free slot nothing can move) where there are several ranks, and at most as
-    many as there are other heads.
-
-    Args:
-        loads: Expected kept tokens ``[L, H]``.
-        tp_size: Ranks.
-        cost: Load model.
-        paid: A slot costs a lane, used or not.
-
-    Raises:
-        ValueError: in one line, for loads that cannot be placed.
-    """
-    tokens = check_loads(loads, tp_size)
-    heads = int(tokens.shape[1])
-    home = -(-heads // tp_size)
-    most = heads - home
-
-    def step(spare: int) -> float:
-        plan = make_plan("fair_copying", tokens, tp_size, cost, max_lanes=home + spare, paid=paid)
-        return float(plan.info["step_cost"])
-
-    chosen = min(most, 1)
-    best = step(chosen) if most > 1 else 0.0
-    for spare in range(chosen + 1, most + 1):
-        now = step(spare)
-        if now * _WORTH > best:
-            break
-        chosen, best = spare, now
-    return chosen
-
-
-def typical_skew(layers: int, heads: int) -> FloatArray:
-    """Factors ``[L, H]``, 1 on average in each layer, of heads as uneven as heads usually are.
-
-    Log-normal of TYPICAL_SKEW; the same in every process.
-    """
-    drawn = np.random.default_rng(0).standard_normal((layers, heads))
-    drawn -= drawn.mean(axis=1, keepdims=True)
-    drawn /= np.maximum(drawn.std(axis=1, keepdims=True), 1e-9)
-    factors = np.exp(TYPICAL_SKEW * drawn)
-    skew: FloatArray = factors / factors.mean(axis=1, keepdims=True)
-    return skew

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fairkv_sglang.placement import make_plan
+from fairkv_sglang.placement import Plan, make_plan
 from fairkv_sglang.placement.requests import read_requests
 from fairkv_sglang.placement.simulate import Traffic, simulate
 
@@ -100,6 +100,31 @@ def test_same_seed_same_replay(exact: bool, growth: bool) -> None:
     np.testing.assert_array_equal(one.mean, two.mean)
     other = simulate(plan, kept, mean, traffic.model_copy(update={"seed": 1}))
     assert not np.array_equal(one.fullest, other.fullest)
+
+
+def test_a_new_plan_takes_over_as_residents_leave() -> None:
+    """Two kinds of requests: the plan is made from the first, its lanes serve the second."""
+    kinds = np.random.default_rng(0).lognormal(0, 1.0, (2, 3, 8)) * 100
+    first, later = (np.repeat(kind[None], 5, axis=0) for kind in kinds)
+    plain = make_plan("contiguous", np.ones((3, 8)), 4)
+    seen = []
+
+    def replan(requests: np.ndarray) -> Plan:
+        seen.append(requests)
+        return make_plan("fair_copying", later[0], 4, max_lanes=3, samples=later)
+
+    traffic = TRAFFIC.model_copy(update={"steps": 120})
+    replay = simulate(plain, first, first[0], traffic, None, (20, replan, later))
+    assert [len(requests) for requests in seen] == [20]
+    np.testing.assert_array_equal(seen[0], np.repeat(first[:1], 20, axis=0))
+    stock = simulate(plain, first, first[0], traffic, None, (20, lambda _: plain, later))
+    before, after = slice(replay.replanned), slice(replay.drained, None)
+    assert 0 < replay.replanned < replay.drained <= replay.replanned + traffic.longest
+    assert (stock.replanned, stock.drained) == (replay.replanned, replay.drained)
+    np.testing.assert_array_equal(replay.fullest[before], stock.fullest[before])
+    np.testing.assert_allclose(replay.mean, stock.mean)  # the same requests
+    assert replay.imbalance_of(after) < 1.15 < stock.imbalance_of(after)
+    assert replay.plan.policy == "fair_copying" and stock.plan is plain
 
 
 def test_growth_adds_one_token_per_head_and_step() -> None:
