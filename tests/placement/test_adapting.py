@@ -120,12 +120,12 @@ def test_simulate_starts_even_and_adapts(
     samples = [[1000 + i, 32, 1032 + i, 4096] for i in range(6)]
     path = tmp_path / "requests.json"
     path.write_text(json.dumps({"kept": kept, "samples": samples}))
-    words = ["simulate", str(path), "--tp", "4", "--batch", "8", "--longest", "100"]
-    assert main([*words, "--adapt", "16", "--steps", "300", "--json"]) == 0
+    words = ["simulate", str(path), "--tp", "4", "--budget", "8192", "--longest", "100"]
+    assert main([*words, "--adapt", "48", "--steps", "300", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["results"]
     assert max(row["after"]) < min(row["between"]) < min(row["plain"])
     assert row["spare"] == 1 and max(row["step"]) < 1.0
-    assert main([*words, "--adapt", "16", "--spare-lanes", "2"]) == 0
-    assert "plan from the first 16 prompts" in capsys.readouterr().out
-    assert main([*words, "--adapt", "16", "--steps", "20"]) == 2
+    assert main([*words, "--adapt", "48", "--spare-lanes", "2"]) == 0
+    assert "plan from the first 48 prompts" in capsys.readouterr().out
+    assert main([*words, "--adapt", "48", "--steps", "20"]) == 2
     assert "--steps 20 is too few" in capsys.readouterr().err
