@@ -34,8 +34,9 @@ def propose(question: dict[str, Any]) -> dict[str, Any]:
     """Answer one question.
 
     Args:
-        question: ``loads [L][H]``, ``served [L][R][H]`` (lanes now), ``slots`` and whether they are
-            ``paid`` for when empty, ``policy``, ``spread``, ``cost`` (fields of
+        question: ``requests [N][L][H]`` (kept tokens of the last prompts) and whether all prompts
+            are ``alike`` (static budgets), ``served [L][R][H]`` (lanes now), ``slots`` and whether
+            they are ``paid`` for when empty, ``policy``, ``cost`` (fields of
             :class:`CostModel`), ``max_copies``, ``model``, ``forced``.
 
     Returns:
@@ -43,7 +44,8 @@ def propose(question: dict[str, Any]) -> dict[str, Any]:
         that of the plan), ``seconds``.
     """
     started = time.perf_counter()
-    loads = np.asarray(question["loads"], dtype=np.float64)
+    requests = np.asarray(question["requests"], dtype=np.float64)
+    loads = requests.mean(axis=0)
     served = np.asarray(question["served"], dtype=bool)
     cost = CostModel.model_validate(question["cost"])
     if os.environ.get(RANDOM):
@@ -57,7 +59,7 @@ def propose(question: dict[str, Any]) -> dict[str, Any]:
             cost=cost,
             model=question["model"],
             max_copies_per_layer=question["max_copies"],
-            spread=question["spread"],
+            samples=None if question["alike"] else requests,
             max_lanes=question["slots"],
             paid=question["paid"],
         )

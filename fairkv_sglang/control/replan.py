@@ -11,6 +11,7 @@ the plan does not want drain. Running requests keep their owners and their pages
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,9 @@ class Replanner:
     ) -> None:
         self.mode = config.replan
         self.adopted = 0
-        self.steps = 0  # passes before which something was done
+        self.passes = 0  # before which lanes changed
+        self.seconds = 0.0  # spent on that, before all passes
+        self.longest = 0.0  # before one of them
         self._config, self._cost, self._model = config, cost, model
         self._book, self._twins = book, twins
         self._share, self._tell = share, adopted
@@ -93,8 +96,8 @@ class Replanner:
         self._next = recorder.count + EVERY
         self._proposals.ask(
             {
-                "loads": recorder.mean().tolist(),
-                "spread": recorder.spread() if self._book.scope.input_dependent else 0.0,
+                "requests": recorder.requests().tolist(),
+                "alike": not self._book.scope.input_dependent,
                 "served": self._changes.aim.tolist(),
                 "slots": int(self._heads.table.capacity.min()),
                 "paid": self._twins.fixed_width,
@@ -142,6 +145,7 @@ class Replanner:
             self._ask()
         if not self._changes.pending:
             return
+        started = time.perf_counter()
         self._steps_of_change += 1
         before = self._changes.open.copy()
         released = self._changes.release(self._book.residents.count)
@@ -156,7 +160,10 @@ class Replanner:
         if (before != self._changes.open).any():
             self._route()
         if released or moves:
-            self.steps += 1
+            took = time.perf_counter() - started
+            self.passes += 1
+            self.seconds += took
+            self.longest = max(self.longest, took)
         if not self._changes.pending:
             logger.info(
                 "FairKV: all lanes of plan %d are in place after %d passes, %.1f MiB of weights "

@@ -80,7 +80,7 @@ def rank_state(runtime: FairKVRuntime) -> dict[str, Any]:
     book, division = runtime.book, runtime.division
     rank = runtime.heads.rank
     pages = book.pages
-    ledger = book.ledger
+    ledger, replanner = book.ledger, runtime.replanner
     return {
         "rank": rank,
         "lanes": sum(map(len, runtime.heads.heads)),
@@ -104,6 +104,9 @@ def rank_state(runtime: FairKVRuntime) -> dict[str, Any]:
         "hand_over_bytes": runtime.hand_over_bytes,
         "hand_over_seconds": runtime.hand_over_seconds,
         "twin_bytes": runtime.twins.bytes if runtime.twins else 0,
+        "replan_passes": replanner.passes if replanner else 0,
+        "replan_seconds": replanner.seconds if replanner else 0.0,
+        "replan_longest_seconds": replanner.longest if replanner else 0.0,
         "lane_weight_bytes": runtime.twins.bytes_brought if runtime.twins else 0,
         "hooks": len(runtime.verify_hooks()),
         "decisions": {"count": book.log.count, "digest": book.log.digest},
