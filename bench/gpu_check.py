@@ -12,6 +12,7 @@ checked. Exit status 0 only if everything that ran passed. UNTESTED ON A GPU so 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -69,14 +70,33 @@ CPU_FLOAT32, CPU_BFLOAT16, CUDA_BFLOAT16 = 3e-6, 1e-2, 2e-2
 attention weights to bfloat16 too."""
 
 
-# ---- without a GPU
+# ---- what is checked, imported when its check runs
+
+
+def load(module: str, package: str, name: str) -> Any:
+    """A module of ours that needs a package."""
+    require(package, name)
+    return importlib.import_module(f"fairkv_sglang.{module}")
 
 
 def numba_kernels() -> Any:
-    require("numba", "numba")
-    from fairkv_sglang.kernels import numba_cpu
+    return load("kernels.numba_cpu", "numba", "numba")
 
-    return numba_cpu
+
+def triton_kernels() -> Any:
+    return load("kernels.triton_ops", "triton", "Triton")
+
+
+def score() -> Any:
+    return load("kernels.triton_score", "triton", "Triton").snapkv_score
+
+
+def page_lists() -> Any:
+    return load("kernels.flashinfer_decode", "triton", "Triton").gather_pages
+
+
+def planned_steps() -> Any:
+    return load("bench.gpu.steps", "flashinfer", "FlashInfer")
 
 
 def hand_over() -> Any:
@@ -86,6 +106,9 @@ def hand_over() -> Any:
     except ModuleNotFoundError as error:
         raise NotRun(f"{error.name} is not installed") from None
     return hand_over
+
+
+# ---- without a GPU
 
 
 def hand_over_on_cpu() -> Any:
@@ -119,7 +142,7 @@ def check_on_cpu(report: Report) -> None:
 def check_interpreted(report: Report) -> None:
     """Triton's kernels on CPU tensors; needs TRITON_INTERPRET=1 before Triton is imported."""
     from fairkv_sglang.bench.gpu import steps
-    from fairkv_sglang.kernels import flashinfer_decode, triton_ops, triton_score
+    from fairkv_sglang.kernels import triton_ops
     from fairkv_sglang.kernels.flashinfer_model import FlashInferModel
 
     f32, model = torch.float32, {"module": FlashInferModel(), "spare": 9}
@@ -137,11 +160,11 @@ def check_interpreted(report: Report) -> None:
     )
     report.check(
         "SnapKV score, Triton interpreted, against torch",
-        lambda: checks.snapkv_equals_torch(triton_score.snapkv_score, "cpu"),
+        lambda: checks.snapkv_equals_torch(score(), "cpu"),
     )
     report.check(
         "page lists, Triton interpreted, against the tables",
-        lambda: checks.random_plans("cpu", flashinfer_decode.gather_pages, rounds=4),
+        lambda: checks.random_plans("cpu", page_lists(), rounds=4),
     )
     report.check(
         "planned decode, model of FlashInfer, against torch",
@@ -213,33 +236,8 @@ def more_tests() -> None:
 
 
 def check_on_gpu(report: Report) -> None:
-    """Correctness on CUDA. Imports happen inside the checks: without a GPU none is needed."""
+    """Correctness on CUDA."""
     bf16 = torch.bfloat16
-
-    def kernels() -> Any:
-        require("triton", "Triton")
-        from fairkv_sglang.kernels import triton_ops
-
-        return triton_ops
-
-    def score() -> Any:
-        require("triton", "Triton")
-        from fairkv_sglang.kernels import triton_score
-
-        return triton_score.snapkv_score
-
-    def page_lists() -> Any:
-        require("triton", "Triton")
-        from fairkv_sglang.kernels.flashinfer_decode import gather_pages
-
-        return gather_pages
-
-    def steps() -> Any:
-        require("flashinfer", "FlashInfer")
-        from fairkv_sglang.bench.gpu import steps
-
-        return steps
-
     on_gpu = partial(report.check, gpu=True)
     on_gpu("golden plan, CUDA", lambda: checks.golden_plan("cuda"))
     on_gpu(
@@ -248,34 +246,39 @@ def check_on_gpu(report: Report) -> None:
     )
     on_gpu(
         "page operations (append, grow, store_kept, release)",
-        lambda: checks.page_operations(kernels(), "cuda", bf16, by_columns=False),
+        lambda: checks.page_operations(triton_kernels(), "cuda", bf16, by_columns=False),
     )
-    on_gpu("full arena, Triton", lambda: checks.full_arena(kernels(), "cuda", False))
+    on_gpu("full arena, Triton", lambda: checks.full_arena(triton_kernels(), "cuda", False))
     on_gpu("SnapKV score, Triton", lambda: checks.snapkv_equals_torch(score(), "cuda"))
     on_gpu(
         CHECKED_BY["our Triton"],
-        lambda: checks.decode_equals_torch(kernels().decode, "cuda", bf16, CUDA_BFLOAT16, DIM),
+        lambda: checks.decode_equals_torch(
+            triton_kernels().decode, "cuda", bf16, CUDA_BFLOAT16, DIM
+        ),
     )
     on_gpu(
         "plan equals FlashInfer's own planner",
-        lambda: steps().flashinfer_plan(DIM),
+        lambda: planned_steps().flashinfer_plan(DIM),
         seconds=COMPILE_SECONDS,
     )
     on_gpu(
         OURS,
         lambda: checks.decode_equals_torch(
-            steps().planned_decode(), "cuda", bf16, CUDA_BFLOAT16, DIM
+            planned_steps().planned_decode(), "cuda", bf16, CUDA_BFLOAT16, DIM
         ),
     )
-    on_gpu("tile order and spare tiles", lambda: steps().orders_agree("cuda", DIM))
-    on_gpu("no host synchronisation", lambda: steps().no_host_synchronisation(DIM))
+    on_gpu("tile order and spare tiles", lambda: planned_steps().orders_agree("cuda", DIM))
+    on_gpu("no host synchronisation", lambda: planned_steps().no_host_synchronisation(DIM))
     on_gpu("hand-over of kept rows", lambda: hand_over().owners_hold_what_is_kept("cuda", DIM))
     on_gpu(
         "no host synchronisation, hand-over",
         lambda: hand_over().no_host_synchronisation("cuda", DIM),
     )
     on_gpu("NCCL all-to-all, one rank", lambda: hand_over().group_of_one("cuda"))
-    on_gpu("CUDA graph replayed over changing batches", lambda: steps().replayed_step("cuda", DIM))
+    on_gpu(
+        "CUDA graph replayed over changing batches",
+        lambda: planned_steps().replayed_step("cuda", DIM),
+    )
     for name in ("stock", "BatchAttention", "SGLang Triton"):
         on_gpu(
             CHECKED_BY[name],
@@ -289,16 +292,14 @@ def check_on_gpu(report: Report) -> None:
 def check_last(report: Report) -> None:
     """What is worth the time that is left."""
 
-    def other_dim() -> str:
-        require("flashinfer", "FlashInfer")
-        from fairkv_sglang.bench.gpu.steps import planned_decode
-
-        return checks.decode_equals_torch(
-            planned_decode(), "cuda", torch.bfloat16, CUDA_BFLOAT16, OTHER_DIM
-        )
-
-    name = f"FlashInfer decode, head dimension {OTHER_DIM}"
-    report.check(name, other_dim, gpu=True, seconds=COMPILE_SECONDS)
+    report.check(
+        f"FlashInfer decode, head dimension {OTHER_DIM}",
+        lambda: checks.decode_equals_torch(
+            planned_steps().planned_decode(), "cuda", torch.bfloat16, CUDA_BFLOAT16, OTHER_DIM
+        ),
+        gpu=True,
+        seconds=COMPILE_SECONDS,
+    )
     report.check("more tests of the Triton kernels", more_tests, gpu=True, seconds=60)
 
 
@@ -320,10 +321,8 @@ def measure(report: Report) -> dict[str, Any]:
     chosen = makers(report)
 
     def planner() -> str:
-        require("flashinfer", "FlashInfer")
-        from fairkv_sglang.bench.gpu.timing import planner
-
-        figures["planner"] = planner(CudaClock())
+        timing = load("bench.gpu.timing", "flashinfer", "FlashInfer")
+        figures["planner"] = timing.planner(CudaClock())
         return ", ".join(f"{name} {value:.0f}" for name, value in figures["planner"].items())
 
     def moves() -> str:
@@ -335,10 +334,8 @@ def measure(report: Report) -> dict[str, Any]:
         )
 
     def sweep() -> None:
-        require("triton", "Triton")
-        from fairkv_sglang.bench.gpu.timing import sweep
-
-        peak, points = sweep(CudaClock(), chosen, lambda: report.left > 0)
+        timing = load("bench.gpu.timing", "triton", "Triton")
+        peak, points = timing.sweep(CudaClock(), chosen, lambda: report.left > 0)
         figures.update(copy_bytes_per_s=peak, bandwidth=points)
         over_uniform(points)
         cells = [x for point in points for x in point["kernels"].values()]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import numba_decode, numba_pages, simd
+from . import numba_decode, numba_pages, numba_score, simd
 from .pages import ERROR_ROW_NOT_EMPTY, PADDING_ROW, PAGE_TOKENS, HeadPages, describe_error
 
 CODES = {torch.float32: simd.F32, torch.bfloat16: simd.BF16, torch.float16: simd.F16}
@@ -165,3 +165,6 @@ def decode(
     run(*head, *first, *tail, scale)
     for job in waiting:
         job.result()
+
+
+snapkv_score = numba_score.snapkv_score

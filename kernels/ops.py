@@ -132,13 +132,8 @@ def snapkv_score(
         float32 [n, N - W]; higher = keep. The attention of the W rows is averaged, pooled, then
         averaged over the group.
     """
-    if q.device.type == "cpu":
-        from . import numba_score
-
-        return numba_score.snapkv_score(q, k, scale, kernel, pooling)
-    from . import triton_score
-
-    return triton_score.snapkv_score(q, k, scale, kernel, pooling)
+    scores: torch.Tensor = backend(q.device).snapkv_score(q, k, scale, kernel, pooling)
+    return scores
 
 
 def warm_up(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import triton_decode
+from . import triton_decode, triton_score
 from .pages import (
     ERROR_INDEX,
     ERROR_NO_FREE_PAGE,
@@ -228,3 +228,4 @@ def append(pages: HeadPages, slots: torch.Tensor, k: torch.Tensor, v: torch.Tens
 
 
 decode = triton_decode.decode
+snapkv_score = triton_score.snapkv_score
