@@ -26,8 +26,9 @@ from fairkv_sglang.placement.lanes import modelled_step
 GAIN = 1.02
 """A plan must be so much faster, by the model, than the best use of the lanes that there are."""
 
-RANDOM = "FAIRKV_TEST_RANDOM_PLANS"
-"""Environment variable for tests: any valid placement is proposed instead of the best."""
+TEST_PLANS = "FAIRKV_TEST_PLANS"
+"""Environment variable for tests: a plan file to propose instead of the best plan, as it is at the
+time of the question, or ``random`` for any valid placement."""
 
 
 def propose(question: dict[str, Any]) -> dict[str, Any]:
@@ -48,9 +49,9 @@ def propose(question: dict[str, Any]) -> dict[str, Any]:
     loads = requests.mean(axis=0)
     served = np.asarray(question["served"], dtype=bool)
     cost = CostModel.model_validate(question["cost"])
-    if os.environ.get(RANDOM):
-        plan = random_plan(loads, served.shape[1], question["slots"], int(time.time_ns()))
-        gain = 1.0
+    source = os.environ.get(TEST_PLANS)
+    if source:
+        plan, gain = _test_plan(source, served, question["slots"]), 1.0
     else:
         plan = make_plan(
             question["policy"],
@@ -74,10 +75,12 @@ def propose(question: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def random_plan(loads: np.ndarray[Any, Any], ranks: int, slots: int, seed: int) -> Plan:
-    """Any valid placement with at most ``slots`` lanes on a rank."""
-    rng = np.random.default_rng(seed)
-    layers, heads = loads.shape
+def _test_plan(source: str, served: np.ndarray[Any, Any], slots: int) -> Plan:
+    """See :data:`TEST_PLANS`; a random placement has at most ``slots`` lanes on a rank."""
+    if source != "random":
+        return Plan.from_file(source)
+    rng = np.random.default_rng()
+    layers, ranks, heads = served.shape
     shares = np.zeros((layers, ranks, heads))
     for layer in shares:
         order = rng.permutation(ranks * min(slots, heads))

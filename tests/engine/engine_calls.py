@@ -114,6 +114,28 @@ def generate_and_abort(
     return list(engine.loop.run_until_complete(run()))
 
 
+def adopt_plan(engine: Any, digest: str) -> None:
+    """Ask for the plan of this digest until it is adopted, then wait for all of its lanes."""
+    from sglang.srt.managers.io_struct import SetInternalStateReq
+
+    manager = engine.tokenizer_manager
+
+    def state() -> dict[str, Any]:
+        states = engine.loop.run_until_complete(manager.get_internal_state())
+        return dict(states[0]["fairkv"])
+
+    while (now := state())["plan_digest"] != digest:
+        request = SetInternalStateReq(server_args={"fairkv_replan": 1})
+        engine.loop.run_until_complete(manager.set_internal_state(request))
+        for _ in range(100):
+            if state()["plan_digest"] == digest:
+                break
+            time.sleep(STEP)
+    while now["replan_pending"]:  # lanes come before forward passes
+        engine.generate(input_ids=[[5, 6, 7]], sampling_params={"max_new_tokens": 16})
+        now = state()
+
+
 def serve_while_replanning(
     engine: Any,
     prompts: list[list[int]],
@@ -121,7 +143,7 @@ def serve_while_replanning(
     abort_after: list[int | None],
     replans: int,
 ) -> dict[str, Any]:
-    """All prompts at once, again and again, while the administrator asks for one plan after another.
+    """All prompts at once, again and again, while one new plan after the other is asked for.
 
     After each round the prefix cache is flushed.
 
@@ -258,6 +280,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     for function in (
         states_while_running,
         generate_and_abort,
+        adopt_plan,
         serve_while_replanning,
         abort_in_prefill,
         update_from_tensors,

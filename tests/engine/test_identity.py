@@ -29,21 +29,22 @@ from workloads import (
     write_plan,
 )
 
-from fairkv_sglang.placement import POLICIES
+from fairkv_sglang.placement import POLICIES, Plan
 
-FULL = {"ratio": 1.0}
+FULL = {"ratio": 1.0, "replan": "off"}
 SHORTER = [i for i, length in enumerate(LENGTHS) if length in (1, 33, 64, 300, 511, 513, 1200)]
 """Prompts of most cases of the sweep."""
 
 
 def _outputs(engine: EngineProcess, plan: str, prompts: list[list[int]]) -> list[list[int]]:
     """Tokens of the batch, twice (the second time from the prefix cache), and what must be on."""
+    before = engine.fairkv()["ranks"][0]["handed_over_tokens"]
     outputs = engine.generate(prompts, NEW_TOKENS)
     assert engine.generate(prompts, NEW_TOKENS) == outputs
     state = engine.fairkv()
     assert state["placement"].startswith(plan)
     assert [rank["handed_over_tokens"] for rank in state["ranks"]] == (
-        [2 * sum(map(len, prompts))] * len(state["ranks"])
+        [before + 2 * sum(map(len, prompts))] * len(state["ranks"])
     )
     return outputs
 
@@ -113,7 +114,7 @@ def test_other_architectures_equal_the_model_itself(
     start: dict[str, Any] = {"fairkv": {**FULL, "plan": plan}}
     if architecture == "mistral":
         file = tmp_path / "fairkv.yaml"
-        file.write_text(f"ratio: 1.0\nplan: {plan}\n")
+        file.write_text(f"ratio: 1.0\nplan: {plan}\nreplan: 'off'\n")
         start = {"environment": {"FAIRKV_CONFIG": str(file)}}
     engine = EngineProcess(model, tmp_path / "log", tp_size=2, **start, **ENGINE)
     try:
@@ -129,7 +130,7 @@ AWAY = 3
 
 @dataclass(frozen=True)
 class Case:
-    """One start of the sweep.
+    """One placement of the sweep.
 
     Attributes:
         model: Architecture, and what differs from the model of the other tests.
@@ -186,7 +187,8 @@ def report() -> SweepReport:
         "Token identity with stock SGLang",
         "Budgets at the prompt length (`--fairkv-ratio 1.0`), greedy, float32, CPU, tiny random "
         f"models ({MODEL['layers']} layers, {MODEL['q_heads']} query and {MODEL['kv_heads']} KV "
-        f"heads, or {FEW['q_heads']} and {FEW_HEADS}). A case is one start of the engine: a batch "
+        f"heads, or {FEW['q_heads']} and {FEW_HEADS}). A case is one placement, which a running "
+        "engine adopts with as many lane slots as there are heads: a batch "
         f"of {len(BATCH)} prompts of {min(LENGTHS)} to {max(LENGTHS)} tokens, or {len(SHORTER)} of "
         f"them up to {max(LENGTHS[i] for i in SHORTER)}, {NEW_TOKENS} new tokens each, all "
         "compared with stock SGLang at TP 1, then all once more from the prefix cache. Policies "
@@ -196,18 +198,46 @@ def report() -> SweepReport:
     )
 
 
+_GROUPS = list(dict.fromkeys((case.model, case.tp_size) for case in _cases()))
+
+
 @pytest.mark.sweep
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("case", list(_cases()), ids=str)
-def test_sweep(stock: Callable[..., Any], tmp_path: Path, report: SweepReport, case: Case) -> None:
-    """Every policy and many random placements, against stock SGLang of the same architecture."""
-    few = "2 KV heads" in case.model
-    reference = stock(case.model.split(",")[0], **(FEW if few else MODEL))
-    which = list(range(len(BATCH))) if case.long else SHORTER
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("model", "tp_size"), _GROUPS)
+def test_sweep(
+    stock: Callable[..., Any], tmp_path: Path, report: SweepReport, model: str, tp_size: int
+) -> None:
+    """Every policy and many random placements, against stock SGLang of the same architecture.
+
+    One engine goes from placement to placement as a server does that plans anew.
+    """
+    few = "2 KV heads" in model
+    reference = stock(model.split(",")[0], **(FEW if few else MODEL))
     heads = FEW_HEADS if few else MODEL["kv_heads"]
-    plan = write_plan(tmp_path, case.tp_size, case.placement, heads, case.away)
-    name = case.placement if isinstance(case.placement, str) else "random"
-    outputs = _run(reference.model, tmp_path, case.tp_size, plan, name, [BATCH[i] for i in which])
-    equal = outputs == [reference.outputs[i] for i in which]
-    report.add((case.model, str(case.tp_size), case.kind), str(case), equal)
-    assert equal
+    proposal = tmp_path / "proposal.json"
+    engine = EngineProcess(
+        reference.model,
+        tmp_path / "log",
+        fairkv={"ratio": 1.0, "spare_lanes": heads},
+        environment={**CHECKS, "FAIRKV_TEST_PLANS": str(proposal)},
+        tp_size=tp_size,
+        **ENGINE,
+    )
+    different = []
+    try:
+        for case in [c for c in _cases() if (c.model, c.tp_size) == (model, tp_size)]:
+            which = list(range(len(BATCH))) if case.long else SHORTER
+            name = case.placement if isinstance(case.placement, str) else "random"
+            if tp_size > 1:
+                path = write_plan(tmp_path, tp_size, case.placement, heads, case.away)
+                plan = Plan.from_file(path)
+                proposal.write_text(plan.to_json())
+                engine.call("adopt_plan", digest=plan.digest)
+            outputs = _outputs(engine, name, [BATCH[i] for i in which])
+            equal = outputs == [reference.outputs[i] for i in which]
+            report.add((model, str(tp_size), case.kind), str(case), equal)
+            if not equal:
+                different.append(str(case))
+    finally:
+        engine.close()
+    assert not different

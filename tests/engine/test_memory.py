@@ -124,6 +124,7 @@ def stress(stock: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
         fairkv={
             "ratio": 1.0,
             "plan": write_plan(folder, 2, 21),
+            "replan": "off",
             "arena_pages": 1400,
             "prefill_pool": 1600,
             "log_decisions": True,
@@ -265,6 +266,7 @@ def test_stress_under_other_options(
         fairkv={
             "ratio": 1.0,
             "plan": write_plan(tmp_path, tp_size, 21),
+            "replan": "off",
             "arena_pages": 2800 // tp_size,
             "prefill_pool": 1600,
             "log_decisions": True,

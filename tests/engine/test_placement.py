@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from engine_process import EngineProcess
 from sweep_report import SweepReport
@@ -28,7 +29,7 @@ from workloads import (
     write_profile,
 )
 
-from fairkv_sglang.placement import POLICIES
+from fairkv_sglang.placement import POLICIES, Plan
 
 QUARTER = 0.25
 NEW_TOKENS = 48
@@ -44,10 +45,11 @@ passes hold a piece of a prompt and running requests."""
 
 @dataclass(frozen=True)
 class Run:
-    """One engine's answers, and its state afterwards."""
+    """One engine's answers, kept tokens ``[L][H]`` and prompt tokens."""
 
     outputs: list[list[int]]
-    state: dict[str, Any]
+    kept: list[list[int]]
+    prompt_tokens: int
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def _run(model: Path, folder: Path, case: Case) -> Run:
         "window": WINDOW,
         "profile": write_profile(folder, case.heads),
         "placement": case.placement,
+        "replan": "off",
     }
     if isinstance(case.placement, int):
         del options["placement"]
@@ -105,15 +108,22 @@ def _run(model: Path, folder: Path, case: Case) -> Run:
         **{**ENGINE, **(MIXED if case.mixed else {})},
     )
     try:
-        outputs = engine.generate(BATCH, NEW_TOKENS)
-        # Chunks, batches and cached prefixes differ now, kept sets must not.
-        assert engine.generate(BATCH[::-1], NEW_TOKENS)[::-1] == outputs
-        longer = engine.generate(LONGER, NEW_TOKENS)
-        engine.call("empty_cache")
-        assert engine.generate(LONGER, NEW_TOKENS) == longer
-        return Run(outputs + longer, engine.fairkv())
+        return _answers(engine)
     finally:
         engine.close()
+
+
+def _answers(engine: EngineProcess) -> Run:
+    before = engine.fairkv()
+    outputs = engine.generate(BATCH, NEW_TOKENS)
+    # Chunks, batches and cached prefixes differ now, kept sets must not.
+    assert engine.generate(BATCH[::-1], NEW_TOKENS)[::-1] == outputs
+    longer = engine.generate(LONGER, NEW_TOKENS)
+    engine.call("empty_cache")
+    assert engine.generate(LONGER, NEW_TOKENS) == longer
+    after = engine.fairkv()
+    kept = np.array(after["kept"]["tokens"]) - np.array(before["kept"]["tokens"])
+    return Run(outputs + longer, kept.tolist(), after["prompt_tokens"] - before["prompt_tokens"])
 
 
 def _model(tiny_model: Callable[..., Path], heads: int) -> Path:
@@ -143,20 +153,16 @@ def reference(
 
 def _same(run: Run, reference: Run) -> bool:
     """Equal tokens, and equal kept counts of every head over all prompts."""
-    return (
-        run.outputs == reference.outputs
-        and run.state["kept"]["tokens"] == reference.state["kept"]["tokens"]
-    )
+    return run.outputs == reference.outputs and run.kept == reference.kept
 
 
 def _check_compressed(run: Run, heads: int) -> None:
     """About a quarter is kept: more only of prompts that are not much longer than the window."""
-    state = run.state
     lengths = LENGTHS + list(map(len, LONGER))
-    assert state["prompt_tokens"] == 2 * sum(lengths)
-    full = state["prompt_tokens"] * LAYERS * heads
+    assert run.prompt_tokens == 2 * sum(lengths)
+    full = run.prompt_tokens * LAYERS * heads
     allowed = 2 * sum(min(n, n * QUARTER + WINDOW + 1) for n in lengths) * LAYERS * heads
-    assert QUARTER * full * 0.99 <= state["kept_tokens"] <= allowed < 0.4 * full
+    assert QUARTER * full * 0.99 <= np.sum(run.kept) <= allowed < 0.4 * full
 
 
 @pytest.mark.parametrize(
@@ -222,19 +228,53 @@ _CASES = [
 ]
 
 
+_GROUPS = list(dict.fromkeys((c.scope, c.tp_size, c.heads, c.mixed) for c in _CASES))
+
+
 @pytest.mark.sweep
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("case", _CASES, ids=str)
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("scope", "tp_size", "heads", "mixed"), _GROUPS)
 def test_sweep(
     tiny_model: Callable[..., Path],
     reference: Callable[[Case], Run],
     tmp_path: Path,
     report: SweepReport,
-    case: Case,
+    scope: str,
+    tp_size: int,
+    heads: int,
+    mixed: bool,
 ) -> None:
-    """Every policy and random placements, all scopes."""
-    run = _run(_model(tiny_model, case.heads), tmp_path, case)
-    equal = _same(run, reference(case))
-    report.add((case.scope, str(case.heads), str(case.tp_size), case.kind), str(case), equal)
-    assert equal
-    _check_compressed(run, case.heads)
+    """Every policy and random placements, all scopes; one engine goes from one to the next."""
+    proposal = tmp_path / "proposal.json"
+    engine = EngineProcess(
+        _model(tiny_model, heads),
+        tmp_path / "log",
+        fairkv={
+            "ratio": QUARTER,
+            "scope": scope,
+            "window": WINDOW,
+            "profile": write_profile(tmp_path, heads),
+            "spare_lanes": heads,
+        },
+        environment={**CHECKS, "FAIRKV_TEST_PLANS": str(proposal)},
+        tp_size=tp_size,
+        **{**ENGINE, **(MIXED if mixed else {})},
+    )
+    different = []
+    try:
+        for case in _CASES:
+            if (case.scope, case.tp_size, case.heads, case.mixed) != (scope, tp_size, heads, mixed):
+                continue
+            path = write_plan(tmp_path, tp_size, case.placement, heads, case.away)
+            plan = Plan.from_file(path)
+            proposal.write_text(plan.to_json())
+            engine.call("adopt_plan", digest=plan.digest)
+            run = _answers(engine)
+            equal = _same(run, reference(case))
+            report.add((scope, str(heads), str(tp_size), case.kind), str(case), equal)
+            if not equal:
+                different.append(str(case))
+            _check_compressed(run, heads)
+    finally:
+        engine.close()
+    assert not different

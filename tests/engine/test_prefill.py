@@ -59,7 +59,8 @@ def seen(
     """Both engines: with FairKV's part of the memory on top, so that the pools are equal."""
     model, folder = tiny_model(**MODEL), tmp_path_factory.mktemp("prefill")
     assert far_from_home(random_plan(TP, SEED))
-    fairkv = {"ratio": 1.0, "plan": write_plan(folder, TP, SEED), "prefill_pool": POOL}
+    plan = write_plan(folder, TP, SEED)
+    fairkv = {"ratio": 1.0, "plan": plan, "replan": "off", "prefill_pool": POOL}
     return {
         "fairkv": _seen(model, folder / "fairkv", fairkv, 2 * POOL),
         "stock": _seen(model, folder / "stock", None, POOL),

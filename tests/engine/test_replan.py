@@ -111,7 +111,7 @@ def test_no_plan_changes_an_answer(
             "prefill_pool": 2600,
             "arena_pages": arena_pages,
         },
-        environment={**CHECKS, "FAIRKV_TEST_RANDOM_PLANS": "1"},
+        environment={**CHECKS, "FAIRKV_TEST_PLANS": "random"},
         tp_size=tp_size,
         max_total_tokens=16_384,
         max_running_requests=24,
