@@ -41,7 +41,7 @@ def stay_home(
     same = SAME if costly else 1 + _NOTHING
     plans = []
     for costs, own in zip(problem.costs, shares, strict=True):
-        layer = [plain, own]
+        layer = [own, plain]
         lowest = min(float(rank_loads(plan, costs, lane).max()) for plan in layer)
         copies = int((own > 0).sum()) - heads
         if copying and costly:

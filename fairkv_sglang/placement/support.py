@@ -52,13 +52,12 @@ class Support:
         # Whole multiples of a power of two: sums are exact, so BLAS may add in any order.
         unit = 2.0 ** (np.frexp(rows.sum(axis=1).max())[1] - 50)
         self._rows = np.rint(rows / unit) * unit
-        mean = scenarios.mean(axis=0)
-        self._order = np.argsort(-mean, kind="stable")
-        self._mean = mean[self._order]
-        self._half = _WASTE * self._mean / batch if batch else np.zeros_like(mean)
+        self._mean = scenarios.mean(axis=0)
+        self._order = np.argsort(self._mean, kind="stable")
+        self._half = _WASTE * self._mean / batch if batch else np.zeros_like(self._mean)
         ranks = len(served)
-        self._masks = np.arange(1, 1 << ranks)
-        self._bits = 1 << np.arange(ranks)
+        self._masks = np.arange(1, 1 << ranks).astype(np.uint8)
+        self._bits = (1 << np.arange(ranks)).astype(np.uint8)
         self._in = (self._masks[:, None] & self._bits) > 0  # [U, R]
         self._size = self._in.sum(axis=1)
         self._refresh()
@@ -72,7 +71,7 @@ class Support:
 
     def _values(self, served: BoolArray, sets: slice | NDArray[np.int64]) -> FloatArray:
         """``[C, U, 1 + S]``: load over size of rank ``sets`` for supports ``[C, R, H]``."""
-        holders = (served * self._bits[:, None]).sum(axis=1)  # [C, H]
+        holders = (served * self._bits[:, None]).sum(axis=1, dtype=np.uint8)  # [C, H]
         inside = (holders[:, None] & ~self._masks[sets, None]) == 0  # [C, U, H]
         load = inside.astype(np.float64) @ self._rows.T
         load += self._lane * (served.sum(axis=2) @ self._in[sets].T)[:, :, None]
@@ -83,12 +82,12 @@ class Support:
 
     def _waste(self, inside: BoolArray, size: NDArray[np.int64]) -> FloatArray:
         """Load ``[C, U]`` that whole requests leave unfilled, from ``inside [C, U, H]``."""
-        present = inside[:, :, self._order]
-        held = np.where(present, self._mean, 0.0)
-        smaller = held[:, :, ::-1].cumsum(axis=2)[:, :, ::-1] - held
-        waste = np.where(present, self._half * size[:, None] - smaller, 0.0)
-        total: FloatArray = np.maximum(waste.max(axis=2), 0.0)
-        return total
+        waste, smaller = np.zeros(inside.shape[:2]), np.zeros(inside.shape[:2])
+        for head in self._order:
+            present = inside[:, :, head]
+            np.maximum(waste, present * (self._half[head] * size - smaller), out=waste)
+            smaller += present * self._mean[head]
+        return waste
 
     def next_step(self) -> tuple[float, BoolArray]:
         """The support ``[R, H]`` one step away with the lowest mean level, and the gain; 0 if
@@ -118,7 +117,7 @@ class Support:
     def _steps(self) -> BoolArray:
         """Supports ``[C, R, H]`` that relieve a critical rank set."""
         served, lanes = self.served, self.served.sum(axis=1)
-        holders = (served * self._bits[:, None]).sum(axis=0)
+        holders = (served * self._bits[:, None]).sum(axis=0, dtype=np.uint8)
         useful = np.zeros(served.shape, dtype=bool)
         for index in self._critical:
             inside = (holders & ~self._masks[index]) == 0
@@ -155,12 +154,14 @@ class Support:
 def _mean_level(values: FloatArray) -> FloatArray:
     """Mean over scenarios of the highest value ``[C]`` of ``[C, U, 1 + S]``.
 
-    Of equal ones that with fewer rank sets at the level is a little lower: relieving one of
-    several fullest ranks is progress.
+    Of a single one's equal levels that with fewer rank sets there is a little lower: relieving one
+    of several fullest ranks is progress.
     """
     level = values[:, :, 1:].max(axis=1)
-    ties = (values[:, :, 1:] >= level[:, None] * (1 - _TIE)).sum(axis=1)
-    mean: FloatArray = (level * (1 + 1e-7 * ties)).mean(axis=1)
+    if level.shape[1] == 1:
+        ties = (values[:, :, 1:] >= level[:, None] * (1 - _TIE)).sum(axis=1)
+        level = level * (1 + 1e-7 * ties)
+    mean: FloatArray = level.mean(axis=1)
     return mean
 
 

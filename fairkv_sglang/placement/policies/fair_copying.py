@@ -29,9 +29,12 @@ def fair_copying(problem: Problem, options: PlanOptions) -> FloatArray:
     copies are added where requests differ from the mean, see ``spare.py``. Layers with more lanes
     on a rank than it has slots, or all where slots are paid for, are made as in ``slots.py``.
     """
-    start = contiguous if options.paid and problem.ranks <= MAX_RANKS else _build
-    shares = within_slots(problem, options, start(problem, options))
-    return add_spares(problem, stay_home(problem, options, shares), options)
+    if options.paid and problem.ranks <= MAX_RANKS:
+        shares = within_slots(problem, options, contiguous(problem, options))
+    else:
+        shares = within_slots(problem, options, _build(problem, options))
+        shares = stay_home(problem, options, shares)
+    return add_spares(problem, shares, options)
 
 
 def _build(problem: Problem, options: PlanOptions) -> FloatArray:
