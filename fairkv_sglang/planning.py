@@ -22,14 +22,16 @@ __all__ = [
     "REQUEST_SPREAD",
     "ModelShape",
     "budget_text",
+    "is_another_method",
     "lane_slots",
     "load_model",
     "make_budgets",
     "make_placement",
+    "start_text",
 ]
 
-# Coefficient of variation of a head's kept tokens between small batches, from the per-request
-# counts of Tangram's four scorers on Llama-3.1-8B (docs/placement.md).
+# Coefficient of variation of a head's share of its layer's kept tokens between requests, from the
+# per-request counts of Tangram's four scorers on Llama-3.1-8B: 0.24 to 0.31 (docs/placement.md).
 REQUEST_SPREAD = 0.3
 
 
@@ -152,6 +154,7 @@ def lane_slots(
 
 def _slots(config: FairKVConfig, shape: ModelShape, scope: BudgetScope, tp_size: int) -> int | None:
     exact = config.plan is None and config.spare_lanes is None and not scope.input_dependent
+    exact = exact or config.placement == "contiguous"  # there is but one such plan
     if config.replan == "off" or tp_size <= 1 or exact:
         return None
     spare = SPARE if config.spare_lanes is None else config.spare_lanes
@@ -161,6 +164,38 @@ def _slots(config: FairKVConfig, shape: ModelShape, scope: BudgetScope, tp_size:
 def _paid(shape: ModelShape) -> bool:
     """Whether an unused lane slot costs as much as a used one: CUDA graphs keep shapes."""
     return shape.device != "cpu"
+
+
+def is_another_method(config: FairKVConfig, profile: HeadProfile | None) -> bool:
+    """Whether a profile was measured with another scorer or scope than the server runs.
+
+    What other heads keep under another method is a guess. Scope ``head`` takes its budgets from the
+    profile, whatever it was measured with.
+    """
+    if profile is None or config.scope == "head":
+        return False
+    return (profile.meta.get("scorer"), profile.meta.get("scope")) != (config.scorer, config.scope)
+
+
+def start_text(config: FairKVConfig, profile: HeadProfile | None, adapts: bool) -> str:
+    """Where the plan at start comes from and what becomes of it, as a person would say it."""
+    if config.plan is not None:
+        start = f"the plan of {config.plan}"
+    elif profile is None:
+        start = "SGLang's even split, as there is no profile"
+    elif is_another_method(config, profile):
+        method = profile.meta.get("scorer") or profile.meta.get("source") or "something else"
+        start = (
+            f"the profile {config.profile}, a first guess only: it was measured with {method}, "
+            f"this server runs {config.scorer} with scope {config.scope}"
+        )
+    else:
+        start = f"the profile {config.profile}"
+    if not adapts:
+        return start
+    if config.replan == "advise":
+        return f"{start}; better plans for the traffic are logged (--fairkv-replan advise)"
+    return f"{start}; then plans follow the traffic (--fairkv-replan off to keep it)"
 
 
 def load_model(config: FairKVConfig, shape: ModelShape) -> CostModel:

@@ -21,10 +21,12 @@ from fairkv_sglang.plan_file import received
 from fairkv_sglang.planning import (
     ModelShape,
     budget_text,
+    is_another_method,
     lane_slots,
     load_model,
     make_budgets,
     make_placement,
+    start_text,
 )
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ class FairKVRuntime:
         self.twins: TwinWeights | None = None
         self.replanner: Replanner | None = None
         self.plan_source = plan_source(config)
+        self.start = start_text(config, scope.profile, not heads.table.fixed)
         self._book: RowBook | None = None
 
     @property
@@ -149,6 +152,7 @@ class FairKVRuntime:
             model=self.shape.name,
             book=self.book,
             twins=self.twins,
+            guessed=is_another_method(self.config, self.scope.profile),
             share=share,
             adopted=self._adopted,
         )
@@ -171,8 +175,8 @@ class FairKVRuntime:
             f"FairKV on: scorer {self.config.scorer}, scope {self.config.scope}, budget "
             f"{budget_text(self.config)}, placement {self.plan.policy} over {self.tp_size} ranks "
             f"with {int(self.plan.copy_counts().sum())} copies{planned}, plan "
-            f"{self.plan.digest[:12]}; rank {self.heads.rank} "
-            f"serves {self.heads.num_lanes} lanes"
+            f"{self.plan.digest[:12]} from {self.start}; rank {self.heads.rank} "
+            f"serves {sum(map(len, self.heads.heads))} lanes"
         )
 
 

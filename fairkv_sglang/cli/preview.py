@@ -64,9 +64,10 @@ def describe(config: FairKVConfig, model: ModelFacts, plan: Plan) -> dict[str, A
         model: The model's facts.
         plan: The plan that the ranks get.
     """
-    from fairkv_sglang.planning import budget_text, make_budgets
+    from fairkv_sglang.planning import budget_text, lane_slots, make_budgets, start_text
 
-    _, scope, _ = make_budgets(config, model.layers, model.kv_heads)
+    _, scope, profile = make_budgets(config, model.layers, model.kv_heads)
+    slots = lane_slots(config, model.shape("cpu"), scope, plan.tp_size, plan)
     expected = scope.expected(config.expected_prompt)
     tokens = np.einsum("lrh,lh->lr", plan.shares(), expected)
     fullest = float(tokens.max(axis=1).sum() / tokens.mean(axis=1).sum())
@@ -83,6 +84,8 @@ def describe(config: FairKVConfig, model: ModelFacts, plan: Plan) -> dict[str, A
         ),
         "profile": str(config.profile) if config.profile else "none: all heads alike",
         "placement": plan.policy,
+        "plan": start_text(config, profile, slots is not None),
+        "lane slots of a rank in a layer": slots or "those of the plan",
         "copies": int(plan.copy_counts().sum()),
         "fullest rank over mean": round(fullest, 4),
         "rows that stay at home": _shown(plan, "home_rows", 1.0, "{:.1%}"),

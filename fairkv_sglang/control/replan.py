@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 EVERY = 16
 """Prompts between two questions to the planner."""
-FIRST = 16
-"""Prompts before the first one."""
+FIRST, FIRST_GUESSED = 16, 8
+"""Prompts before the first one; and if the plan at start is from another method's profile."""
 PIECE_BYTES = 4 << 20
 """Weights that come to a rank before one step, at most, but for a single lane that is larger."""
 
@@ -45,6 +45,7 @@ class Replanner:
         model: Name of the model, for the plan.
         book: Rows of this rank: recorder, router, residents, page bounds.
         twins: Weights of this rank's lanes.
+        guessed: The plan at start is from a profile of another method.
         share: Gives every rank what rank 0 passes to it (a broadcast); called by all ranks.
         adopted: Called with each plan that is adopted.
     """
@@ -57,6 +58,7 @@ class Replanner:
         model: str | None,
         book: RowBook,
         twins: TwinWeights,
+        guessed: bool,
         share: Callable[[Any], Any],
         adopted: Callable[[Plan], None],
     ) -> None:
@@ -73,7 +75,7 @@ class Replanner:
         self._is_first = self._heads.rank == 0
         self._proposals = Proposals(self._answered)
         self._answer: dict[str, Any] | None = None  # written by the planner's thread
-        self._next = FIRST
+        self._next = FIRST_GUESSED if guessed else FIRST
         self._forced = False
         self._steps_of_change = 0
 
