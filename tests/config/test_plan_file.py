@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairkv_sglang.config import FairKVConfig
@@ -24,6 +24,7 @@ def some_plan(seed: int = 0, ranks: int = 2) -> Plan:
     return make_plan("fair_copying", loads, ranks, CostModel(batch=64), model="m", spread=0.3)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([1, 2, 4, 8]))
 def test_ranks_get_what_the_parent_made(seed: int, ranks: int) -> None:
     plan = some_plan(seed, ranks)
