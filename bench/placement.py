@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmark of the placement policies and the router on every head profile of a folder.
 
-    python bench/placement.py [--profiles FOLDER] [--out docs/results] [--exact-seconds 0.5]
+    python bench/placement.py [--profiles FOLDER] [--out docs/results] [--quick] [--adapt]
 
 Writes placement.json, placement.md and pictures to --out, prints the tables and one line per
 requirement (met or not), and exits with 1 if one is not met. Without the folder it runs on
-synthetic profiles. --quick leaves out `exact` and shortens the replay.
+synthetic profiles. --quick leaves out `exact` and shortens the replay. --adapt makes anew only the
+rows of a server that adapts (lane slots, re-planning), and keeps the others of the file there is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from fairkv_sglang.cli.output import progress, quiet_stdout
-from fairkv_sglang.cli.simulate import both_ways, summary
+from fairkv_sglang.cli.simulate import ADAPTED, adapt, both_ways, summary
 from fairkv_sglang.placement import CostModel, Plan, make_plan
 from fairkv_sglang.placement.curves import layer_curves
 from fairkv_sglang.placement.draw import draw_plan, draw_series
@@ -39,6 +40,7 @@ ROUTED = ["contiguous", "best_effort", "equal_shares", "fair_copying"]
 BUDGET, BATCH = 1024.0, 64.0
 MEAN_COPIES = {2: 0.6, 4: 2.3, 8: 6.2}
 ROUTER_LIMIT = {2: 1.05, 4: 1.05, 8: 1.08}
+ADAPT_LIMIT = {2: 1.05, 4: 1.07, 8: 1.10}
 # group, head_dim, hidden_size: public model configs
 SIZES = {
     "Llama-2-7B": (1, 128, 4096),
@@ -55,6 +57,10 @@ class Case:
     name: str
     loads: np.ndarray
     cost: CostModel
+
+    @property
+    def heads(self) -> int:
+        return int(self.loads.shape[1])
 
 
 def find_cases(folder: Path) -> list[Case]:
@@ -169,6 +175,46 @@ def router_rows(folder: Path, steps: int) -> tuple[list[dict[str, Any]], dict[st
     return rows, series
 
 
+def adapt_rows(folder: Path, steps: int) -> list[dict[str, Any]]:
+    """Replays that start without a profile and plan anew after 64 prompts; two seeds each."""
+    rows = []
+    files = find_requests(folder, 0.2)
+    with progress("adapting", len(files) * 3) as step:
+        for scorer, requests in files.items():
+            for tp in (2, 4, 8):
+                runs = [
+                    adapt(requests, tp, Traffic(batch=32, steps=steps, seed=seed), 64)
+                    for seed in (0, 1)
+                ]
+                worst = {key: max(max(run[key]) for run in runs) for key in (*ADAPTED, "copies")}
+                rows.append({"scorer": scorer, "tp": tp, "spare": runs[0]["spare"], **worst})
+                step()
+    return rows
+
+
+def slot_rows(cases: list[Case]) -> list[dict[str, Any]]:
+    """Modelled step with 1, 2 and 3 spare lanes that are paid for, over contiguous heads without
+    any, on splits that SGLang has.
+    """
+    rows = []
+    splits = [
+        (c, tp) for c in cases for tp in (2, 4, 8) if max(c.heads, tp) % min(c.heads, tp) == 0
+    ]
+    with progress("slots", len(splits)) as step:
+        for case, tp in splits:
+            base = make_plan("contiguous", case.loads, tp, case.cost).info["step_cost"]
+            row: dict[str, Any] = {"profile": case.name, "tp": tp}
+            for spare in (1, 2, 3):
+                slots = min(max(case.heads // tp, 1) + spare, case.heads)
+                plan = make_plan(
+                    "fair_copying", case.loads, tp, case.cost, max_lanes=slots, paid=True
+                )
+                row[str(spare)] = plan.info["step_cost"] / base
+            rows.append(row)
+            step()
+    return rows
+
+
 def speed_rows() -> list[dict[str, Any]]:
     """CPU time of planning large models, the slower of free and costed copies; one thread."""
     rows = []
@@ -186,10 +232,9 @@ def speed_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def check(
-    plans: list[dict[str, Any]], routes: list[dict[str, Any]], speed: list[dict[str, Any]]
-) -> list[tuple[bool, str]]:
+def check(data: dict[str, Any]) -> list[tuple[bool, str]]:
     """The requirements, with the measured figure."""
+    plans, routes, speed = data["plans"], data["router"], data["speed"]
     out: list[tuple[bool, str]] = []
     ours = [r for r in plans if r["policy"] == "fair_copying"]
     free = [r for r in ours if r["free"]]
@@ -238,6 +283,19 @@ def check(
             if r["tp"] == tp and r["policy"] == "fair_copying" and r["floor"] == 0.2
         ]
         out.append((max(values) <= limit, f"router, TP {tp}: worst {max(values):.3f} (<= {limit})"))
+    for tp, limit in ADAPT_LIMIT.items():
+        rows = [r for r in data["adapt"] if r["tp"] == tp]
+        worst, plain = (max(r[key] for r in rows) for key in ("after", "plain"))
+        text = f"started without a profile, TP {tp}: worst {worst:.3f} after the first new plan"
+        out.append((worst <= limit, f"{text}, plain TP {plain:.3f} (<= {limit})"))
+    lost = [r["1"] / min(r["1"], r["2"], r["3"]) for r in data["slots"]]
+    out.append(
+        (
+            max(lost) <= 1.01,
+            f"one spare lane: best of 1, 2, 3 on {lost.count(1.0)} of {len(lost)} profiles and "
+            f"splits, else worse by at most {max(lost) - 1:.2%} (<= 1 %)",
+        )
+    )
     for r in speed:
         out.append(
             (
@@ -270,7 +328,7 @@ def markdown(data: dict[str, Any]) -> str:
         ]  # fmt: skip
         for r in data["plans"]:
             if r["free"] == free:
-                note, home = "", "-" if r["home"] is None else f"{r['home']:.1%}"
+                note, home = "", "-" if r.get("home") is None else f"{r['home']:.1%}"
                 if "proved" in r:
                     note = (
                         f"{r['proved']}/{r['layers']} proved, gap <= {r['gap']:.3f}, fair_copying "
@@ -293,6 +351,30 @@ def markdown(data: dict[str, Any]) -> str:
         f"{np.mean(r['imbalance']):.3f} | {r['worst_step']:.3f} | {r['copies_per_layer']:.2f} | "
         f"{r['max_copies_in_a_layer']} |"
         for r in data["router"]
+    ]
+    lines += [
+        "", "## Started without a profile", "",
+        "Contiguous heads at first; a new plan from the first 64 prompts of one half, after which "
+        "the prompts are of the other half, then swapped; two seeds each; batch 32; the worst of "
+        "the four runs. leaving: until the last request from before the plan has left; after: from "
+        "then on; step: modelled step then, all slots' weights counted, over plain TP.", "",
+        "| scorer | TP | spare lanes | plain TP | leaving | after | step | copies/layer |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [
+        f"| {r['scorer']} | {r['tp']} | {r['spare']} | {r['plain']:.3f} | {r['between']:.3f} | "
+        f"{r['after']:.3f} | {r['step']:.3f} | {r['copies']:.2f} |"
+        for r in data["adapt"]
+    ]
+    lines += [
+        "", "## Spare lanes", "",
+        f"Modelled step over contiguous heads without spare lanes, batch {BATCH:.0f}; all slots' "
+        "weights counted.", "",
+        "| profile | TP | 1 | 2 | 3 |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [
+        f"| {r['profile']} | {r['tp']} | {r['1']:.3f} | {r['2']:.3f} | {r['3']:.3f} |"
+        for r in data["slots"]
     ]
     return "\n".join(lines) + "\n"
 
@@ -333,25 +415,30 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--exact-seconds", type=float, default=0.5, help="per layer; 0: skip")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--adapt", action="store_true", help="only the rows of adapting")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     cases = find_cases(args.profiles)
-    plans = plan_rows(cases, 0.0 if args.quick else args.exact_seconds)
-    routes, series = router_rows(args.profiles, 100 if args.quick else 400)
-    speed = speed_rows()
-    checks = check(plans, routes, speed)
-    data = {
-        "command": "python " + " ".join(["bench/placement.py", *sys.argv[1:]]),
-        "machine": {
-            "CPU": f"{platform.machine()}, {os.cpu_count()} cores, one thread used",
-            "Python": platform.python_version(),
-            "numpy": np.__version__,
-        },
-        "checks": checks, "plans": plans, "router": routes, "speed": speed,
-    }  # fmt: skip
+    if args.adapt:
+        data = json.loads((args.out / "placement.json").read_text(encoding="utf-8"))
+    else:
+        routes, series = router_rows(args.profiles, 100 if args.quick else 400)
+        data = {
+            "command": "python " + " ".join(["bench/placement.py", *sys.argv[1:]]),
+            "machine": {
+                "CPU": f"{platform.machine()}, {os.cpu_count()} cores, one thread used",
+                "Python": platform.python_version(),
+                "numpy": np.__version__,
+            },
+            "plans": plan_rows(cases, 0.0 if args.quick else args.exact_seconds),
+            "router": routes, "speed": speed_rows(),
+        }  # fmt: skip
+        pictures(cases, series, args.out)
+    data["adapt"] = adapt_rows(args.profiles, 1200)
+    data["slots"] = slot_rows(cases)
+    checks = data["checks"] = check(data)
     (args.out / "placement.json").write_text(compact(data), encoding="utf-8")
     (args.out / "placement.md").write_text(markdown(data), encoding="utf-8")
-    pictures(cases, series, args.out)
     for ok, text in checks:
         print(f"{'met    ' if ok else 'NOT MET'}  {text}")
     return 0 if all(ok for ok, _ in checks) else 1
