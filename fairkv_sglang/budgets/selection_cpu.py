@@ -57,9 +57,7 @@ def pick(scores, counts, prompt_len, width):  # type: ignore[no-untyped-def]
     return indices
 
 
-@nb.njit(
-    types.Array(types.int64, 1, "C")(_SCORES, types.int64, _COUNTS), cache=True, nogil=True
-)
+@nb.njit(types.Array(types.int64, 1, "C")(_SCORES, types.int64, _COUNTS), cache=True, nogil=True)
 def pooled_counts(scores, total, order):  # type: ignore[no-untyped-def]
     """Entries of each row among the `total` best, 0 < total < n * M; see `selection`."""
     n, m = scores.shape

@@ -82,6 +82,7 @@ class BudgetScope:
     """Whether kept counts depend on the scores; False: known from the prompt length alone."""
     spans_ranks: ClassVar[bool]
     """Whether ``counts`` needs the scores of all heads of the layer."""
+    needs_profile: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -97,6 +98,11 @@ class BudgetScope:
         # Neighbouring heads that are at home on one rank; all of them until a rank says otherwise.
         self.home_size = num_heads
         self.least = window + max(sink, 1)
+        if profile is None and self.needs_profile:
+            raise ValueError(
+                f"budget scope {self.name!r} takes its caps from a head profile: give one, "
+                "or use scope uniform, layer or rank"
+            )
         if profile is not None:
             profile.require_shape(num_layers, num_heads)
         if spec.tokens is not None and spec.tokens < self.least:

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from fairkv_sglang.budgets.scopes.base import SCOPES, BudgetScope, BudgetSpec
+from fairkv_sglang.budgets.scopes.base import SCOPES, BudgetScope
 from fairkv_sglang.budgets.waterfill import IntArray, water_fill
-from fairkv_sglang.profiles import HeadProfile
 
 
 @SCOPES.register
@@ -23,26 +22,11 @@ class Head(BudgetScope):
     name: ClassVar[str] = "head"
     input_dependent: ClassVar[bool] = False
     spans_ranks: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        spec: BudgetSpec,
-        num_layers: int,
-        num_heads: int,
-        window: int,
-        profile: HeadProfile | None = None,
-        sink: int = 0,
-    ) -> None:
-        if profile is None:
-            raise ValueError(
-                "budget scope 'head' takes its caps from a head profile: give one, "
-                "or use scope uniform, layer or rank"
-            )
-        self._shares = profile.shares
-        super().__init__(spec, num_layers, num_heads, window, profile, sink)
+    needs_profile: ClassVar[bool] = True
 
     def _expected(self, prompt_len: int) -> IntArray:
-        budget = self.budget(prompt_len)
+        assert self.profile is not None  # made sure of by the constructor
+        shares, budget = self.profile.shares, self.budget(prompt_len)
         low = min(max(self.least, self.window + self.floor(prompt_len)), budget)
-        caps = water_fill(self._shares.ravel(), budget * self._shares.size, low, prompt_len)
-        return caps.reshape(self._shares.shape)
+        caps = water_fill(shares.ravel(), budget * shares.size, low, prompt_len)
+        return caps.reshape(shares.shape)
