@@ -118,7 +118,7 @@ def _from_server(args: argparse.Namespace) -> HeadProfile:
     info = server_info(args.url, args.api_key)
     state = fairkv_state(info, args.url)
     url = checked_url(args.url)
-    kept = state.get("kept")
+    kept = state.get("traffic")  # the last prompts, so that a profile is of one kind of traffic
     if not isinstance(kept, dict) or not {"prompts", "prompt_tokens", "tokens"} <= kept.keys():
         raise ValueError(f"{url} does not say what its heads kept: another version of FairKV?")
     if not kept["prompts"]:

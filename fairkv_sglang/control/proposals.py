@@ -118,6 +118,7 @@ class Proposals:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                start_new_session=True,  # Ctrl-C is the server's; this one ends with its input
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             )
             threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()

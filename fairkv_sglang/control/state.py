@@ -58,7 +58,10 @@ def collect_state(scheduler: Any) -> dict[str, Any]:
         "plan_source": runtime.plan_source,
         "profile": str(config.profile) if config.profile else None,
         "window": config.window,
-        "traffic": runtime.book.recorder.summary(),
+        "traffic": {
+            **runtime.book.recorder.summary(),
+            "tokens": runtime.book.recorder.tokens.tolist(),
+        },
         "version": fairkv_sglang.__version__,
         "budget": budget_text(config),
         "copies": int(runtime.plan.copy_counts().sum()),

@@ -59,6 +59,11 @@ class Recorder:
         """Tokens of the prompts in the window."""
         return int(self._lengths.sum())
 
+    @property
+    def tokens(self) -> IntArray:
+        """Int64 [L, H], kept tokens of the prompts in the window; a copy."""
+        return self._sum.copy()
+
     def add(self, kept: npt.NDArray[np.integer[Any]], prompt_len: int) -> None:
         """Record one prompt; the oldest leaves a full window.
 

@@ -34,7 +34,7 @@ def test_served_counts_become_a_profile(
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["prompts"] == 64
     profile = read_profile(out)
-    kept = np.array(STATE["kept"]["tokens"], dtype=float)
+    kept = np.array(STATE["traffic"]["tokens"], dtype=float)
     np.testing.assert_allclose(profile.shares, kept / kept.sum())
     assert profile.model == "models/tiny"
     assert profile.meta == {
@@ -70,9 +70,9 @@ def test_servers_that_have_nothing_to_say(
     out = tmp_path / "p.json"
     words = ["--url", server.url, "--out", str(out)]
     assert server.state is not None
-    server.state["kept"] = {"prompts": 0, "prompt_tokens": 0, "tokens": [[0, 0], [0, 0]]}
+    server.state["traffic"] = {"prompts": 0, "prompt_tokens": 0, "tokens": [[0, 0], [0, 0]]}
     assert "no prompt yet" in _refused(words, capsys)
-    del server.state["kept"]
+    del server.state["traffic"]
     assert "another version of FairKV?" in _refused(words, capsys)
     server.state = None
     assert "FairKV is off" in _refused(words, capsys)

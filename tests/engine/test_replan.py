@@ -78,6 +78,7 @@ def _while_decoding(engine: EngineProcess, prompts: list[list[int]]) -> float:
     return 1 / float(state["balancedness"])
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("tp_size", "ratio", "arena_pages", "replans"),
     [
