@@ -27,7 +27,8 @@ STATE: dict[str, Any] = {
     "kept_tokens": 102_400,
     "prompt_tokens": 51_200,
     "compactions": 64,
-    "traffic": {"prompts": 64, "prompt_tokens": 51_200, "tokens": [[9600, 3200], [25_600, 64_000]]},
+    "kept": {"prompts": 64, "prompt_tokens": 51_200, "tokens": [[9600, 3200], [25_600, 64_000]]},
+    "traffic": {"prompts": 32, "prompt_tokens": 25_600, "tokens": [[4800, 1700], [12_000, 32_000]]},
     "ranks": [
         {"rank": 0, "pages": 4096, "pages_charged": 2600, "requests": 12, "lanes": 3},
         {"rank": 1, "pages": 4096, "pages_charged": 2400, "requests": 12, "lanes": 2},

@@ -32,7 +32,7 @@ def test_served_counts_become_a_profile(
     out, png = tmp_path / f"served.{ending}", tmp_path / "served.png"
     words = ["profile", "--url", server.url, "--out", str(out), "--plot", str(png), "--json"]
     assert main(words) == 0
-    assert json.loads(capsys.readouterr().out)["prompts"] == 64
+    assert json.loads(capsys.readouterr().out)["prompts"] == 32
     profile = read_profile(out)
     kept = np.array(STATE["traffic"]["tokens"], dtype=float)
     np.testing.assert_allclose(profile.shares, kept / kept.sum())
@@ -43,7 +43,7 @@ def test_served_counts_become_a_profile(
         "scope": "layer",
         "budget": "25% of the prompt",
         "version": "0.1.0",
-        "prompts": 64,
+        "prompts": 32,
         "mean_prompt_tokens": 800.0,
     }
     assert png.read_bytes()[:4] == b"\x89PNG"
@@ -54,7 +54,7 @@ def test_address_without_scheme_and_a_table(
 ) -> None:
     out = tmp_path / "p.json"
     assert main(["profile", "--url", f"127.0.0.1:{server.port}/", "--out", str(out)]) == 0
-    assert f"64 prompts -> {out}" in capsys.readouterr().out
+    assert f"32 prompts -> {out}" in capsys.readouterr().out
 
 
 def test_key(locked_server: FakeServer, tmp_path: Path, capsys: Capture) -> None:
