@@ -144,7 +144,7 @@ class Plan(BaseModel):
         return np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
 
     def copies(self) -> list[list[tuple[int, ...]]]:
-        """``[layer][head]`` -> the ranks that serve the head, ascending; the first is primary."""
+        """``[layer][head]`` -> the ranks that serve the head, ascending."""
         out: list[list[list[int]]] = [
             [[] for _ in range(self.num_kv_heads)] for _ in range(self.num_layers)
         ]
@@ -153,11 +153,6 @@ class Plan(BaseModel):
                 for lane in lanes:
                     out[index][lane.head].append(rank)
         return [[tuple(ranks) for ranks in layer] for layer in out]
-
-    def primary(self) -> NDArray[np.int16]:
-        """``[L, H]``: the lowest rank that serves each head."""
-        first: NDArray[np.int16] = (self.shares() > 0).argmax(axis=1).astype(np.int16)
-        return first
 
     def copy_counts(self) -> NDArray[np.int64]:
         """``[L]``: lanes beyond one per head, the extra weight slices of each layer."""

@@ -32,7 +32,6 @@ def test_reading() -> None:
     assert plan.lane_start(0).tolist() == [0, 2, 3]
     assert plan.lane_start(1).tolist() == [0, 1, 2]
     assert plan.copies() == [[(0,), (0, 1)], [(1,), (0,)]]
-    assert plan.primary().tolist() == [[0, 0], [1, 0]]
     assert plan.copy_counts().tolist() == [1, 0]
     np.testing.assert_array_equal(plan.shares()[0], [[1.0, 0.25], [0.0, 0.75]])
 
