@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The planner beside the server: when a plan is worth adopting, and the process that makes it."""
+
+from __future__ import annotations
+
+import queue
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fairkv_sglang.control.proposals import GAIN, TEST_PLANS, Proposals, propose
+from fairkv_sglang.placement import CostModel, Plan
+from fairkv_sglang.placement.lanes import modelled_step
+
+LAYERS, RANKS, HEADS = 3, 2, 8
+COST = CostModel.for_device(
+    "cpu", head_dim=64, hidden_size=64, group=2, weight_bytes=4, kv_bytes=4, batch=32
+)
+
+
+def question(skew: float, **changes: Any) -> dict[str, Any]:
+    """Requests whose first heads keep more, on SGLang's own split."""
+    rng = np.random.default_rng(1)
+    shares = np.exp(skew * np.linspace(1, -1, HEADS)) * rng.uniform(0.95, 1.05, (16, LAYERS, HEADS))
+    served = np.zeros((LAYERS, RANKS, HEADS), dtype=bool)
+    served[:, 0, :4] = served[:, 1, 4:] = True
+    return {
+        "requests": np.rint(500 * shares).tolist(),
+        "alike": False,
+        "served": served.tolist(),
+        "slots": 5,
+        "paid": False,
+        "policy": "fair_copying",
+        "cost": COST.model_dump(),
+        "max_copies": None,
+        "model": "m",
+        "forced": False,
+        **changes,
+    }
+
+
+def test_even_traffic_needs_no_new_plan() -> None:
+    answer = propose(question(0.0))
+    assert answer["plan"] is None and 0.9 < answer["gain"] < GAIN
+
+
+def test_a_plan_is_proposed_when_it_is_faster_than_the_best_use_of_the_lanes() -> None:
+    asked = question(1.0)
+    answer = propose(asked)
+    plan = Plan.from_json(answer["plan"])
+    served = plan.shares() > 0
+    assert served.sum(axis=2).max() <= asked["slots"]
+    loads = np.mean(asked["requests"], axis=0)
+    before = modelled_step(np.array(asked["served"]), loads, COST)
+    assert answer["gain"] == pytest.approx(before / modelled_step(served, loads, COST))
+    assert answer["gain"] > 1.2
+    # With the lanes that it proposes there is nothing to gain any more, unless one insists.
+    assert propose({**asked, "served": served.tolist()})["plan"] is None
+    again = propose({**asked, "served": served.tolist(), "forced": True})
+    assert Plan.from_json(again["plan"]).layers == plan.layers
+
+
+def test_the_process_answers_in_order_and_outlives_a_bad_question() -> None:
+    answers: queue.Queue[dict[str, Any]] = queue.Queue()
+    proposals = Proposals(answers.put)
+    proposals.ask(question(1.0))
+    assert proposals.busy
+    first = answers.get(timeout=60)
+    assert first["gain"] > 1.2 and not proposals.busy
+    proposals.ask({"requests": [[[1.0]]]})
+    assert "KeyError" in answers.get(timeout=60)["error"]
+    proposals.ask(question(1.0))
+    assert answers.get(timeout=60)["plan"] == first["plan"], "the same plan for the same traffic"
+    process = proposals._process
+    assert process is not None and process.stdin is not None
+    process.stdin.close()
+    assert process.wait(20) == 0
+
+
+def test_any_valid_placement_for_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TEST_PLANS, "random")
+    texts = {propose(question(0.0, forced=True))["plan"] for _ in range(20)}
+    assert len(texts) > 1
+    for text in texts:
+        served = Plan.from_json(text).shares() > 0
+        assert served.sum(axis=2).max() <= 5 and served.any(axis=1).all()
