@@ -17,7 +17,6 @@ import torch
 from fairkv_sglang.budgets import BudgetScope, Scorer
 from fairkv_sglang.parallel import LaneTable, RankHeads, TwinWeights
 from fairkv_sglang.placement import Plan, Router
-from fairkv_sglang.plan_file import received
 from fairkv_sglang.planning import (
     ModelShape,
     budget_text,
@@ -25,7 +24,6 @@ from fairkv_sglang.planning import (
     lane_slots,
     load_model,
     make_budgets,
-    make_placement,
     start_text,
 )
 
@@ -183,28 +181,17 @@ class FairKVRuntime:
 def create_runtime(
     config: FairKVConfig,
     shape: ModelShape,
-    tp_size: int,
+    plan: Plan,
     rank: int,
     verify_hooks: Callable[[], list[str]],
 ) -> FairKVRuntime:
     """Build the state of this rank before its model is loaded, with the plan that the parent made.
 
-    Without one, as in tests, a single rank or a plan file of the configuration is as good.
-
     Raises:
         ValueError: in one line, for anything in the configuration that does not fit the model.
-        RuntimeError: if several ranks would have to make the plan, each for itself.
     """
     scorer, scope, _ = make_budgets(config, shape.num_layers, shape.num_kv_heads)
-    plan = received()
-    if plan is None:
-        if tp_size > 1 and config.plan is None:
-            raise RuntimeError(
-                "FairKV: the parent handed over no plan; its hook on SGLang's server arguments did "
-                "not take effect"
-            )
-        plan = make_placement(config, shape, scope, tp_size)
-    slots = lane_slots(config, shape, scope, tp_size, plan)
+    slots = lane_slots(config, shape, scope, plan.tp_size, plan)
     heads = RankHeads(plan, rank, shape.group_size, LaneTable(plan, slots))
     scope.home_size = heads.homes.per_rank
     global _runtime

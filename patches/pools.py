@@ -11,13 +11,18 @@ import torch
 from fairkv_sglang.memory.sizing import divide_memory
 from fairkv_sglang.model_facts import ModelFacts
 from fairkv_sglang.patches.ledger import Hook, HookError
+from fairkv_sglang.plan_file import received
 from fairkv_sglang.runtime import create_runtime, get_runtime
 
 logger = logging.getLogger(__name__)
 
 
 def before_load_model(runner: Any) -> None:
-    """Build this rank's state, with the plan, before the first attention layer exists."""
+    """Build this rank's state, with the plan, before the first attention layer exists.
+
+    Raises:
+        HookError: if the parent's hook is missing.
+    """
     from fairkv_sglang.config import from_environment
     from fairkv_sglang.patches import verify_hooks
 
@@ -25,29 +30,16 @@ def before_load_model(runner: Any) -> None:
     config = from_environment()
     if config is None:
         raise RuntimeError("FairKV: no configuration in this process's environment")
-    _require_settled_arguments()
+    plan = received()
+    if plan is None:
+        raise HookError(
+            "FairKV cannot run: the parent handed over no plan, so its hook "
+            "sglang.srt.server_args.ServerArgs.resolve_once did not take effect"
+        )
     shape = ModelFacts.of(runner.model_config).shape(str(runner.device))
     # Attention classes fall back to hidden_size // heads, which a twin's counts would change.
     runner.model_config.hf_text_config.head_dim = shape.head_dim
-    create_runtime(config, shape, runner.tp_size, runner.tp_rank, verify_hooks)
-
-
-def _require_settled_arguments() -> None:
-    """The parent must have chosen FairKV's backends; it has not if its hooks are missing.
-
-    Raises:
-        HookError: naming the hook of the parent.
-    """
-    from sglang.srt.runtime_context import get_memory
-
-    from fairkv_sglang.memory.prefix_cache import BACKEND_NAME
-
-    found = get_memory().radix_cache_backend
-    if found != BACKEND_NAME:
-        raise HookError(
-            "FairKV cannot run: hook sglang.srt.server_args.ServerArgs.resolve_once did not take "
-            f"effect in the parent process, which chose the prefix cache {found!r}"
-        )
+    create_runtime(config, shape, plan, runner.tp_rank, verify_hooks)
 
 
 def after_resolve_pool_config(result: Any, configurator: Any, *args: Any, **kwargs: Any) -> Any:

@@ -18,8 +18,6 @@ from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
 from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, IntArray
 from fairkv_sglang.budgets import Kept, pick
-from fairkv_sglang.budgets.scorers.snapkv import SnapKV
-from fairkv_sglang.kernels import ops
 from fairkv_sglang.runtime import FairKVRuntime
 
 
@@ -184,11 +182,7 @@ class PromptCompressor:
             window = keys.new_empty(
                 (0, keys.shape[1], self.runtime.heads.group_size, keys.shape[2])
             )
-        scorer = self.runtime.scorer
-        if isinstance(scorer, SnapKV) and keys.shape[0] > scorer.window:
-            # A fused kernel; tests compare it with the scorer itself.
-            return ops.snapkv_score(window, keys, scale, scorer.kernel, scorer.pooling)
-        return scorer.score(window, keys, scale=scale)
+        return self.runtime.scorer.score(window, keys, scale=scale)
 
     def _finish(self) -> None:
         """After the last layer: kept counts of all heads to the host, equal on all ranks."""

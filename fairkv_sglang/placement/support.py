@@ -133,7 +133,7 @@ class Support:
                     step = [(rank, head), (rank, gone)]
                     if copied[rank, gone]:
                         steps.append(step)
-                    else:  # an exchange
+                    elif len(self._rows) == 2:  # an exchange; too many to try in scenarios
                         others = np.flatnonzero(served[:, head]).tolist()
                         steps += [[*step, (other, head), (other, gone)] for other in others]
         if bound and self._lane > 0.0:

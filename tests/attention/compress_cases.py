@@ -24,7 +24,7 @@ from fairkv_sglang.kernels import reference
 from fairkv_sglang.memory import MemoryDivision
 from fairkv_sglang.placement import Plan
 from fairkv_sglang.placement.homes import Homes
-from fairkv_sglang.planning import ModelShape
+from fairkv_sglang.planning import ModelShape, make_budgets, make_placement
 from fairkv_sglang.profiles import HeadProfile
 from fairkv_sglang.runtime import create_runtime
 
@@ -116,7 +116,9 @@ class Rank:
     def __init__(
         self, config: FairKVConfig, model: Model, tp_size: int, rank: int, group: Group | None
     ) -> None:
-        self.runtime = create_runtime(config, model.shape, tp_size, rank, lambda: [])
+        _, scope, _ = make_budgets(config, model.shape.num_layers, model.shape.num_kv_heads)
+        plan = make_placement(config, model.shape, scope, tp_size)
+        self.runtime = create_runtime(config, model.shape, plan, rank, lambda: [])
         division = MemoryDivision(
             total_bytes=0,
             pool_tokens=SLOTS,

@@ -19,13 +19,16 @@ from core_cases import random_plan
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+import fairkv_sglang.config as config_module
+import fairkv_sglang.patches as patches
 import fairkv_sglang.runtime
 from fairkv_sglang.attention.backend import FairKVAttnBackend
 from fairkv_sglang.attention.decoders import PageTableDecoder
-from fairkv_sglang.memory.prefix_cache import BACKEND_NAME
+from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.patches import pools, registries
 from fairkv_sglang.patches.ledger import HookError
 from fairkv_sglang.placement import Plan
+from fairkv_sglang.plan_file import PLAN_VARIABLE
 
 
 @pytest.fixture(autouse=True)
@@ -101,15 +104,14 @@ def test_sglangs_pool_gets_a_part_of_the_memory(tp_size: int, tmp_path: Path) ->
     assert parts.pool_bytes == (parts.pool_tokens + 1) * row
 
 
-def test_a_parent_without_hooks_is_found_out() -> None:
+def test_a_parent_without_hooks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PLAN_VARIABLE, raising=False)
     with (
-        mock.patch.object(context, "get_memory", lambda: SimpleNamespace(radix_cache_backend=None)),
-        pytest.raises(HookError, match="resolve_once did not take effect in the parent"),
+        mock.patch.object(patches, "verify_hooks", list),
+        mock.patch.object(config_module, "from_environment", FairKVConfig),
+        pytest.raises(HookError, match="resolve_once did not take effect"),
     ):
-        pools._require_settled_arguments()
-    memory = SimpleNamespace(radix_cache_backend=BACKEND_NAME)
-    with mock.patch.object(context, "get_memory", lambda: memory):
-        pools._require_settled_arguments()
+        pools.before_load_model(SimpleNamespace())
 
 
 class Prefill(AttentionBackend):

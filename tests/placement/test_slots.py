@@ -84,10 +84,11 @@ def test_slots_that_do_not_bind_change_nothing(
     assert bound.info == {**free.info, "lane_slots": loads.shape[1]}
 
 
+@pytest.mark.parametrize("spare", [0, 1])
 @pytest.mark.parametrize("batch", [32.0, 300.0])
 @pytest.mark.parametrize("paid", [True, False])
-def test_one_spare_lane_is_nearly_as_good_as_the_exact_solver_finds(
-    batch: float, paid: bool
+def test_slots_are_filled_nearly_as_well_as_the_exact_solver_does(
+    spare: int, batch: float, paid: bool
 ) -> None:
     """Splits that SGLang has, heads from even to very uneven."""
     ratios = []
@@ -95,7 +96,7 @@ def test_one_spare_lane_is_nearly_as_good_as_the_exact_solver_finds(
         rng = np.random.default_rng(seed)
         heads, ranks = [(4, 2), (6, 3), (4, 4), (2, 4), (6, 2), (3, 3)][seed % 6]
         loads = rng.lognormal(6.0, rng.uniform(0.3, 1.8), (1, heads))
-        options = {"max_lanes": -(-heads // ranks) + 1, "paid": paid, "time_limit": 20.0}
+        options = {"max_lanes": -(-heads // ranks) + spare, "paid": paid, "time_limit": 20.0}
         ours, exact = (
             make_plan(name, loads, ranks, CostModel(batch=batch), **options).info
             for name in ("fair_copying", "exact")
