@@ -102,11 +102,12 @@ class LaneChanges:
         # that were closed to make room.
         self._detour: dict[int, Move] = {}
         self._lent: set[Move] = set()
+        self.pending = False
+        """Whether any lane is still to come or to go; asked before every forward pass."""
 
-    @property
-    def pending(self) -> bool:
-        """Whether any lane is still to come or to go."""
-        return bool((self.open != self.aim).any() or (self.table.served() != self.aim).any())
+    def _note(self) -> None:
+        served = self.table.served()
+        self.pending = bool((self.open != self.aim).any() or (served != self.aim).any())
 
     def set_aim(self, served: BoolArray) -> None:
         """Aim at the lanes ``[L, R, H]``; those that are loaded and were closing open again.
@@ -123,12 +124,14 @@ class LaneChanges:
         self._lent.clear()
         self.open |= self.table.served() & self.aim
         self._close()
+        self._note()
 
     def release(self, residents: NDArray[np.integer]) -> bool:
         """Empty the slots of closed lanes without residents ``[L, R, H]``; whether any was."""
         gone = np.argwhere(self.table.served() & ~self.open & (residents == 0))
         for layer, rank, head in gone.tolist():
             self.table.take(layer, rank, head)
+        self._note()
         return len(gone) > 0
 
     def next_moves(self, most: int) -> list[Move]:
@@ -161,6 +164,7 @@ class LaneChanges:
         for move in moves:
             self.open[move] = True
         self._close()
+        self._note()
 
     def _fits(self, move: Move) -> bool:
         return self.table.free(move.layer, move.rank) > 0
