@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Llama with random weights whose heads keep what a table says, and other heads on other prompts.
+
+Ada-KV over a layer gives most tokens to the head whose attention is most dispersed. Here the
+dispersion of each head is one number. The hidden state has three parts:
+
+    task   a constant, in one dimension on prompts of task A, in the other on those of task B
+    noise  random, of the token
+    out    what attention and MLP write; only the language-model head reads it
+
+Queries read the task alone and keys the noise alone, along one dimension that RoPE hardly turns. So
+every query of a prompt of task A gives token t the logit ``scale[A, head] * n(head, t)`` with n
+about normal: attention is even at scale 0 and sits on a few tokens at scale 10. :func:`calibrate`
+finds the scales with the scorer of the product.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from fairkv_sglang.bench.model import BenchModel
+from fairkv_sglang.bench.shares import map_profile, synthetic_profile
+from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
+from fairkv_sglang.profiles import read_profile
+
+FloatArray = NDArray[np.float64]
+
+TASKS = ("A", "B")
+PROMPT, WINDOW, RATIO, FLOOR = 1024, 32, 0.125, 0.2
+"""Tokens of a prompt and the budget for which heads are calibrated."""
+LEVEL = 0.4
+"""Threshold of a layer's pooled top-k, in times the mean score. Below 1, so that a head without any
+preference keeps everything, and keeps less the larger its scale."""
+STEEPEST = 60.0
+LEAST = 0.1
+"""Least share of a head: its best token brings its neighbours (pooling of 7)."""
+SHAPE = BenchModel(
+    layers=4, kv_heads=8, group=2, head_dim=128, hidden=128, vocab=2048, context=2048
+)
+OUT = 32  # dimensions that are written
+SPECIAL = 3  # ids below are never in a prompt
+
+Weights = dict[str, torch.Tensor]
+
+
+def targets(
+    profile: Path | None, layers: int = SHAPE.layers, heads: int = SHAPE.kv_heads
+) -> FloatArray:
+    """``[task, L, H]`` shares of what the heads of a layer compete for, mean 1 over each layer.
+
+    Four layers of the profile (log-normal shares without one). Task B has the heads in reverse, so
+    that other heads are hot and other ranks are full.
+    """
+    if profile is not None and profile.exists():
+        shares = map_profile(read_profile(profile), layers, heads).shares
+    else:
+        shares = synthetic_profile(layers, heads).shares
+    relative = np.maximum(shares / shares.mean(axis=1, keepdims=True), LEAST)
+    relative /= relative.mean(axis=1, keepdims=True)
+    return np.stack([relative, relative[:, ::-1]])
+
+
+def expected_kept(target: FloatArray, prompt_len: int = PROMPT) -> FloatArray:
+    """Tokens that heads of these shares keep of a prompt: window, floor, and their share."""
+    beyond = RATIO * prompt_len - WINDOW
+    return WINDOW + beyond * (FLOOR + (1 - FLOOR) * target)
+
+
+def prompts(task: str, count: int, seed: int, length: int = PROMPT) -> list[list[int]]:
+    """Random prompts of a task: each has half of the vocabulary."""
+    middle = SHAPE.vocab // 2
+    low, high = (SPECIAL, middle) if task == "A" else (middle, SHAPE.vocab)
+    rng = np.random.default_rng([seed, TASKS.index(task)])
+    return rng.integers(low, high, (count, length)).tolist()  # type: ignore[no-any-return]
+
+
+def build_skewed(target: FloatArray, folder: Path, seed: int = 0) -> Path:
+    """Write the checkpoint (float32 safetensors, no tokenizer) to ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    weights = _weights(generator)
+    for task, scales in enumerate(calibrate(weights, target)):
+        _set_scales(weights, task, scales)
+    config = SHAPE.config()
+    # The dimension that is read is the slowest of the rotary embedding: it stands still.
+    config["rope_parameters"] = {"rope_theta": 1e9, "rope_type": "default"}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def calibrate(weights: Weights, target: FloatArray, samples: int = 8) -> FloatArray:
+    """Scales ``[task, L, H]`` with which heads keep their share, by bisection.
+
+    At a given threshold the part of its tokens that a head has above it falls with its scale, so
+    that each head can be set alone; parts that add up to the budget make it the layer's threshold.
+    """
+    beyond, scored = RATIO * PROMPT - WINDOW, PROMPT - WINDOW
+    part = target * beyond / scored
+    if part.max() > 1:
+        raise ValueError(f"a head cannot keep {part.max():.2f} times its prompt")
+    low, high = np.zeros(target.shape), np.full(target.shape, STEEPEST)
+    noise = [_noise(weights, task, samples) for task in range(len(TASKS))]
+    for _ in range(16):
+        middle = (low + high) / 2
+        found = np.stack(
+            [
+                np.mean(
+                    [(_scores(n, s) > LEVEL / PROMPT).mean(axis=2) for n in noise[task]], axis=0
+                )
+                for task, s in enumerate(middle)
+            ]
+        )
+        low, high = np.where(found > part, middle, low), np.where(found > part, high, middle)
+    return (low + high) / 2
+
+
+def offline_kept(weights: Weights, scales: FloatArray, task: int, samples: int = 8) -> FloatArray:
+    """``[samples, L, H]`` tokens that heads of these scales ``[L, H]`` keep, without an engine."""
+    scorer = make_scorer("snapkv", window=WINDOW)
+    spec = BudgetSpec(ratio=RATIO, floor_alpha=FLOOR)
+    scope = make_scope("layer", spec, SHAPE.layers, SHAPE.kv_heads, scorer)
+    kept = []
+    for noise in _noise(weights, task, samples):
+        scores = torch.from_numpy(_scores(noise, scales))
+        heads = range(SHAPE.kv_heads)
+        kept.append(
+            [scope.counts(i, heads, layer, PROMPT).numpy() for i, layer in enumerate(scores)]
+        )
+    return np.array(kept, dtype=np.float64)
+
+
+def _noise(weights: Weights, task: int, samples: int) -> list[FloatArray]:
+    """What the heads' keys read of the tokens of some prompts, each ``[L, H, N]``."""
+    table = weights["model.embed_tokens.weight"]
+    keys = torch.stack(
+        [weights[_name(i, "k_proj")][_slow(SHAPE.kv_heads)] for i in range(SHAPE.layers)]
+    )
+    ids = torch.tensor(prompts(TASKS[task], samples, seed=1 << 20))
+    return [np.asarray((keys @ table[row].T).numpy(), dtype=np.float64) for row in ids]
+
+
+def _scores(noise: FloatArray, scales: FloatArray) -> NDArray[np.float32]:
+    """SnapKV's scores ``[L, H, N - window]`` of one prompt, all layers in one call."""
+    layers, heads, length = noise.shape
+    keys = torch.from_numpy(noise.reshape(layers * heads, length).T).float()[:, :, None]
+    queries = torch.from_numpy(scales.reshape(1, -1)).float().expand(WINDOW, -1)[:, :, None, None]
+    wide = torch.nn.functional.pad
+    scorer = make_scorer("snapkv", window=WINDOW)
+    # One dimension counts; kernels have a least width.
+    scores = scorer.score(wide(queries, (0, 15)), wide(keys, (0, 15)), scale=1.0)
+    return np.asarray(scores.reshape(layers, heads, -1).numpy())
+
+
+def _weights(generator: torch.Generator) -> Weights:
+    """Everything but the rows of the queries that depend on the scales."""
+
+    def matrix(rows: int, columns: int, part: slice, size: float = 1.0) -> torch.Tensor:
+        """Random rows that read ``part`` of the columns, results of the given size."""
+        out = torch.zeros((rows, columns))
+        width = len(range(*part.indices(columns)))
+        out[:, part] = torch.randn((rows, width), generator=generator) * size * width**-0.5
+        return out
+
+    hidden, inner = SHAPE.hidden, SHAPE.intermediate
+    noise, out, everything = slice(2, hidden - OUT), slice(hidden - OUT, hidden), slice(None)
+    q, kv = SHAPE.q_heads * SHAPE.head_dim, SHAPE.kv_heads * SHAPE.head_dim
+    table = torch.zeros((SHAPE.vocab, hidden))
+    width = hidden - OUT - 2
+    random = torch.randn((SHAPE.vocab, width), generator=generator)
+    table[:, noise] = random / random.norm(dim=1, keepdim=True) * width**0.5
+    # All rows have the norm that RMSNorm gives them, so that it changes nothing.
+    table[: SHAPE.vocab // 2, 0] = table[SHAPE.vocab // 2 :, 1] = (hidden - width) ** 0.5
+    weights = {
+        "model.embed_tokens.weight": table,
+        "model.norm.weight": torch.ones(hidden),
+        # Next tokens depend as much on what attention read as on the last token.
+        "lm_head.weight": matrix(SHAPE.vocab, hidden, noise)
+        + matrix(SHAPE.vocab, hidden, out, 100.0),
+    }
+    for i in range(SHAPE.layers):
+        keys = matrix(kv, hidden, noise)
+        slow = _slow(SHAPE.kv_heads)
+        keys[slow] *= (width / (keys[slow].norm(dim=1, keepdim=True) ** 2 * width)) ** 0.5
+        written = torch.zeros((hidden, q)), torch.zeros((hidden, inner))
+        written[0][out] = matrix(OUT, q, everything, 0.1)
+        written[1][out] = matrix(OUT, inner, everything, 0.05)
+        weights |= {
+            _name(i, "q_proj"): torch.zeros((q, hidden)),
+            _name(i, "k_proj"): keys,
+            _name(i, "v_proj"): matrix(kv, hidden, noise, float(width) ** 0.5),
+            _name(i, "o_proj"): written[0],
+            f"model.layers.{i}.mlp.gate_proj.weight": matrix(inner, hidden, everything),
+            f"model.layers.{i}.mlp.up_proj.weight": matrix(inner, hidden, everything),
+            f"model.layers.{i}.mlp.down_proj.weight": written[1],
+            f"model.layers.{i}.input_layernorm.weight": torch.ones(hidden),
+            f"model.layers.{i}.post_attention_layernorm.weight": torch.ones(hidden),
+        }
+    return weights
+
+
+def _set_scales(weights: Weights, task: int, scales: FloatArray) -> None:
+    """Queries of a task: its dimension times the scale, before attention divides by sqrt(D)."""
+    constant = weights["model.embed_tokens.weight"][:, task].max()
+    for i, row in enumerate(scales):
+        per_query = torch.from_numpy(np.repeat(row, SHAPE.group)).float()
+        weights[_name(i, "q_proj")][_slow(SHAPE.q_heads), task] = (
+            per_query * SHAPE.head_dim**0.5 / constant
+        )
+
+
+def _slow(heads: int) -> torch.Tensor:
+    """Rows of a projection that hold the heads' slowest rotary dimension."""
+    return torch.arange(heads) * SHAPE.head_dim + SHAPE.head_dim // 2 - 1
+
+
+def _name(layer: int, projection: str) -> str:
+    return f"model.layers.{layer}.self_attn.{projection}.weight"
