@@ -22,6 +22,7 @@ import numpy as np
 
 from fairkv_sglang.placement import CostModel, Plan, make_plan
 from fairkv_sglang.placement.lanes import modelled_step
+from fairkv_sglang.profiles.change import since_change
 
 GAIN = 1.02
 """A plan must be so much faster, by the model, than the best use of the lanes that there are."""
@@ -42,10 +43,12 @@ def propose(question: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``plan`` (JSON text, or None if the lanes are good enough), ``gain`` (modelled step now over
-        that of the plan), ``seconds``.
+        that of the plan), ``requests`` (how many of the last ones it was made from), ``seconds``.
     """
     started = time.perf_counter()
     requests = np.asarray(question["requests"], dtype=np.float64)
+    if not question["alike"]:
+        requests = since_change(requests)
     loads = requests.mean(axis=0)
     served = np.asarray(question["served"], dtype=bool)
     cost = CostModel.model_validate(question["cost"])
@@ -61,6 +64,7 @@ def propose(question: dict[str, Any]) -> dict[str, Any]:
             model=question["model"],
             max_copies_per_layer=question["max_copies"],
             samples=None if question["alike"] else requests,
+            lanes=served,
             max_lanes=question["slots"],
             paid=question["paid"],
         )
@@ -69,6 +73,7 @@ def propose(question: dict[str, Any]) -> dict[str, Any]:
         gain = now / modelled_step(plan.shares() > 0, loads, cost, slots)
     wanted = question["forced"] or gain >= GAIN
     return {
+        "requests": len(requests),
         "plan": plan.to_json() if wanted else None,
         "gain": gain,
         "seconds": time.perf_counter() - started,

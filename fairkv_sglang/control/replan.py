@@ -116,7 +116,10 @@ class Replanner:
         if "error" in answer:
             logger.warning("FairKV: no new plan, %s", answer["error"])
             return
-        said = f"{answer['gain']:.3f}x by the model, made in {answer['seconds']:.2f} s"
+        said = (
+            f"{answer['gain']:.3f}x by the model, from {answer['requests']} prompts, made in "
+            f"{answer['seconds']:.2f} s"
+        )
         if answer["plan"] is None:
             logger.debug("FairKV: the lanes stay, a new plan would be %s", said)
         elif self.mode == "advise":

@@ -54,13 +54,15 @@ def make_plan(
     cost: CostModel | None = None,
     model: str | None = None,
     samples: ArrayLike | None = None,
+    lanes: ArrayLike | None = None,
     **options: Any,
 ) -> Plan:
     """Place heads with expected kept tokens ``loads [L, H]`` on ``tp_size`` ranks.
 
     ``cost`` turns tokens into step cost; without it a copy costs nothing. ``samples [N, L, H]``,
     kept tokens of sampled requests, let ``fair_copying`` add spare copies where requests differ
-    from ``loads``. ``options`` are fields of :class:`PlanOptions`. Raises ValueError with one
+    from ``loads``. ``lanes [L, R, H]``, those of a running server, are kept where they are as good
+    as others, so that little has to move. ``options`` are fields of :class:`PlanOptions`. Raises ValueError with one
     line for an unknown policy, for a limit that cannot be met and for loads that are not finite,
     negative or not two-dimensional.
     """
@@ -78,7 +80,8 @@ def make_plan(
         problem = replace(problem, lane=0.0, fixed=slots * problem.lane)
     shares = POLICIES[policy](problem, checked_options)
     if policy != "contiguous":
-        shares = deal(problem, [[layer] for layer in shares])
+        served = None if lanes is None else np.asarray(lanes, dtype=bool)
+        shares = deal(problem, [[layer] for layer in shares], served)
     info = figures(problem, shares)
     if slots is not None:
         info["lane_slots"] = slots
