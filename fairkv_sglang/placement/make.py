@@ -62,9 +62,10 @@ def make_plan(
     ``cost`` turns tokens into step cost; without it a copy costs nothing. ``samples [N, L, H]``,
     kept tokens of sampled requests, let ``fair_copying`` add spare copies where requests differ
     from ``loads``. ``lanes [L, R, H]``, those of a running server, are kept where they are as good
-    as others, so that little has to move. ``options`` are fields of :class:`PlanOptions`. Raises ValueError with one
-    line for an unknown policy, for a limit that cannot be met and for loads that are not finite,
-    negative or not two-dimensional.
+    as others, so that little has to move. ``options`` are fields of :class:`PlanOptions`.
+
+    Raises ValueError with one line for an unknown policy, for a limit that cannot be met and for
+    loads that are not finite, negative or not two-dimensional.
     """
     if policy not in POLICIES:
         choices = ", ".join(POLICIES)
