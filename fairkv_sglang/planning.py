@@ -158,7 +158,10 @@ def _slots(config: FairKVConfig, shape: ModelShape, scope: BudgetScope, tp_size:
     if config.replan == "off" or tp_size <= 1 or exact:
         return None
     spare = SPARE if config.spare_lanes is None else config.spare_lanes
-    return min(-(-shape.num_kv_heads // tp_size) + spare, shape.num_kv_heads)
+    heads = shape.num_kv_heads
+    slots = min(-(-heads // tp_size) + spare, heads)
+    # Without a free slot, and without a copy to take one from, no head could ever move.
+    return slots if slots * tp_size > heads else None
 
 
 def _paid(shape: ModelShape) -> bool:

@@ -49,8 +49,10 @@ class FairKVRuntime:
         scope: BudgetScope,
         scorer: Scorer,
         heads: RankHeads,
+        slots: int | None,
         verify_hooks: Callable[[], list[str]],
     ) -> None:
+        self.slots = slots  # of a rank in a layer, for plans to come; None: there are none
         self.config = config
         self.shape = shape
         self.plan = plan
@@ -69,7 +71,7 @@ class FairKVRuntime:
         self.twins: TwinWeights | None = None
         self.replanner: Replanner | None = None
         self.plan_source = plan_source(config)
-        self.start = start_text(config, scope.profile, not heads.table.fixed)
+        self.start = start_text(config, scope.profile, slots is not None)
         self._book: RowBook | None = None
 
     @property
@@ -142,7 +144,7 @@ class FairKVRuntime:
         """
         from fairkv_sglang.control.replan import Replanner
 
-        if self.heads.table.fixed or self.twins is None:
+        if self.slots is None or self.twins is None:
             return
         self.replanner = Replanner(
             config=self.config,
@@ -150,6 +152,7 @@ class FairKVRuntime:
             model=self.shape.name,
             book=self.book,
             twins=self.twins,
+            slots=self.slots,
             guessed=is_another_method(self.config, self.scope.profile),
             share=share,
             adopted=self._adopted,
@@ -192,7 +195,9 @@ def create_runtime(
     """
     scorer, scope, _ = make_budgets(config, shape.num_layers, shape.num_kv_heads)
     slots = lane_slots(config, shape, scope, plan.tp_size, plan)
-    heads = RankHeads(plan, rank, shape.group_size, LaneTable(plan, slots))
+    # Advice alone changes no lane and needs no room for one.
+    table = LaneTable(plan, None if config.replan == "advise" else slots)
+    heads = RankHeads(plan, rank, shape.group_size, table)
     scope.home_size = heads.homes.per_rank
     global _runtime
     _runtime = FairKVRuntime(
@@ -202,6 +207,7 @@ def create_runtime(
         scope=scope,
         scorer=scorer,
         heads=heads,
+        slots=slots,
         verify_hooks=verify_hooks,
     )
     logger.info(_runtime.describe())

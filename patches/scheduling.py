@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fairkv_sglang.attention.forward_plan import plan_forward
+from fairkv_sglang.control.state import update_metrics
 from fairkv_sglang.memory.ledger import PAGE_TOKENS
 from fairkv_sglang.memory.sizing import MemoryDivision
 from fairkv_sglang.patches.ledger import Hook
@@ -131,6 +132,7 @@ def _longest_return(
 
 def after_verify_byte_accounting(result: list[str], allocator: Any) -> list[str]:
     """SGLang's idle check reports leaked head pages like leaked slots."""
+    update_metrics()
     return [*result, *get_runtime().book.check_idle()]
 
 
@@ -150,6 +152,7 @@ def before_forward_batch(
         runtime.forward_plan = plan
         if runtime.replanner is not None:
             runtime.replanner.step()
+        update_metrics()
     return None
 
 

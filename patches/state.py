@@ -49,7 +49,12 @@ def after_pull_requests(result: list[Any] | None, receiver: Any) -> list[Any] | 
     from fairkv_sglang.runtime import get_runtime
 
     replanner = get_runtime().replanner
-    if result is not None and replanner is not None and replanner.has_answer():
+    if result is None:
+        return result
+    for request in result:
+        if isinstance(request, SetInternalStateReq):  # nobody but rank 0 may say so
+            request.server_args.pop(ADOPT, None)
+    if replanner is not None and replanner.take_answer():
         result.append(SetInternalStateReq(server_args={ADOPT: 1}))
     return result
 
@@ -65,19 +70,12 @@ def around_set_internal_state(original: Any, scheduler: Any, recv_req: Any) -> A
         if replanner is not None:
             replanner.adopt()
         return None  # nobody waits for an answer
-    if REPLAN in recv_req.server_args:
+    if list(recv_req.server_args) == [REPLAN]:
         able = replanner is not None and replanner.mode == "on"
         if replanner is not None and able:
             replanner.force()
         return SetInternalStateReqOutput(updated=able)
     return original(scheduler, recv_req)
-
-
-def after_log_stats(_: Any, *args: Any, **kwargs: Any) -> None:
-    """Refresh the gauges when SGLang refreshes its own."""
-    from fairkv_sglang.control.state import update_metrics
-
-    update_metrics()
 
 
 _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver"
@@ -116,13 +114,5 @@ HOOKS: tuple[Hook, ...] = (
         since="0.5.17",
         upstream="sglang/srt/managers/scheduler.py",
         test="tests/engine/test_replan.py",
-    ),
-    Hook(
-        target=("sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.log_stats"),
-        kind="after",
-        function=after_log_stats,
-        why="head-page use and balance are exported with SGLang's metrics",
-        since="0.5.17",
-        upstream="sglang/srt/observability/metrics_collector.py",
     ),
 )

@@ -9,8 +9,10 @@ and no SGLang, runs at the lowest priority, and ends when its input does.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -46,11 +48,11 @@ def propose(question: dict[str, Any]) -> dict[str, Any]:
         that of the plan), ``requests`` (how many of the last ones it was made from), ``seconds``.
     """
     started = time.perf_counter()
-    requests = np.asarray(question["requests"], dtype=np.float64)
+    requests = _unpacked(question["requests"]).astype(np.float64)
     if not question["alike"]:
         requests = since_change(requests)
     loads = requests.mean(axis=0)
-    served = np.asarray(question["served"], dtype=bool)
+    served = _unpacked(question["served"]).astype(bool)
     cost = CostModel.model_validate(question["cost"])
     source = os.environ.get(TEST_PLANS)
     if source:
@@ -102,21 +104,56 @@ def _test_plan(source: str, served: np.ndarray[Any, Any], slots: int) -> Plan:
     return Plan.from_shares(shares / shares.sum(axis=1, keepdims=True), "random")
 
 
+def _packed(array: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """An array for JSON, quickly: the thread that does it holds the interpreter's lock."""
+    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+    return {"shape": array.shape, "type": array.dtype.str, "data": data}
+
+
+def _unpacked(value: Any) -> np.ndarray[Any, Any]:
+    if not isinstance(value, dict):
+        return np.asarray(value)
+    flat = np.frombuffer(base64.b64decode(value["data"]), dtype=value["type"])
+    return flat.reshape(value["shape"])
+
+
 class Proposals:
-    """The planner's process, started with the first question.
+    """The planner's process and a thread that talks to it, so that nobody waits for either.
 
     Args:
-        answered: Called with each answer, on a thread of this object.
+        answered: Called with each answer, on the thread.
     """
 
     def __init__(self, answered: Callable[[dict[str, Any]], None]) -> None:
         self._answered = answered
+        self._questions: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._process: subprocess.Popen[str] | None = None
+        self._thread: threading.Thread | None = None
         self.busy = False
 
     def ask(self, question: dict[str, Any]) -> None:
-        """Send a question; the one before must have been answered."""
+        """Pass a question on; the one before must have been answered. Arrays may be numpy's."""
         self.busy = True
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._talk, daemon=True)
+            self._thread.start()
+        self._questions.put(question)
+
+    def _talk(self) -> None:
+        while True:
+            question = self._questions.get()
+            try:
+                answer = self._exchange(question)
+            except Exception as error:  # a server must outlive its planner
+                answer = {"error": f"{type(error).__name__}: {error}"}
+                if self._process is not None:
+                    self._process.kill()
+                    self._process.wait()
+                self._process = None
+            self.busy = False
+            self._answered(answer)
+
+    def _exchange(self, question: dict[str, Any]) -> dict[str, Any]:
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__],
@@ -126,34 +163,28 @@ class Proposals:
                 start_new_session=True,  # Ctrl-C is the server's; this one ends with its input
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             )
-            threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
-        stdin = self._process.stdin
-        if stdin is not None:
-            try:
-                stdin.write(json.dumps(question) + "\n")
-                stdin.flush()
-            except OSError as error:  # it has ended: the thread that listens says so
-                self._answered({"error": f"the planner's process has ended ({error})"})
-                self.busy = False
-
-    def _listen(self, process: subprocess.Popen[str]) -> None:
-        for line in process.stdout or ():
-            self.busy = False
-            self._answered(json.loads(line))
-        if self.busy:
-            self.busy = False
-            self._answered({"error": f"the planner's process ended with {process.wait()}"})
+        if self._process.stdin is None or self._process.stdout is None:
+            raise RuntimeError("the planner's process has no pipes")
+        self._process.stdin.write(json.dumps(question, default=_packed) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the planner's process ended with {self._process.wait()}")
+        return dict(json.loads(line))
 
 
 def main() -> int:
     """Questions from standard input, answers to standard output."""
     os.nice(19)
+    # Answers alone on the pipe: a library that prints, prints to the server's log.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     for line in sys.stdin:
         try:
             answer = propose(json.loads(line))
         except Exception as error:  # a server must outlive its planner
             answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=out, flush=True)
     return 0
 
 

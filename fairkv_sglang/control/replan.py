@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairkv_sglang.control.proposals import Proposals
+from fairkv_sglang.memory.rows import LEAST_RECORDED
 from fairkv_sglang.parallel import LaneChanges, TwinWeights
 from fairkv_sglang.placement import CostModel, Plan
 
@@ -45,6 +46,7 @@ class Replanner:
         model: Name of the model, for the plan.
         book: Rows of this rank: recorder, router, residents, page bounds.
         twins: Weights of this rank's lanes.
+        slots: Lane slots of a rank in a layer, for the planner.
         guessed: The plan at start is from a profile of another method.
         share: Gives every rank what rank 0 passes to it (a broadcast); called by all ranks.
         adopted: Called with each plan that is adopted.
@@ -58,6 +60,7 @@ class Replanner:
         model: str | None,
         book: RowBook,
         twins: TwinWeights,
+        slots: int,
         guessed: bool,
         share: Callable[[Any], Any],
         adopted: Callable[[Plan], None],
@@ -70,14 +73,16 @@ class Replanner:
         self._config, self._cost, self._model = config, cost, model
         self._book, self._twins = book, twins
         self._share, self._tell = share, adopted
-        self._heads = book.heads
+        self._heads, self._slots = book.heads, slots
         self._changes = LaneChanges(book.heads.table)
         self._is_first = self._heads.rank == 0
         self._proposals = Proposals(self._answered)
         self._answer: dict[str, Any] | None = None  # written by the planner's thread
+        self._announced = False
         self._next = FIRST_GUESSED if guessed else FIRST
         self._forced = False
         self._steps_of_change = 0
+        self._waits = False
 
     # -- rank 0: asking -------------------------------------------------------------------------
 
@@ -86,22 +91,27 @@ class Replanner:
         self._forced = True
         self._ask()
 
-    def has_answer(self) -> bool:
-        """Rank 0: whether a plan waits for being adopted; to be asked between steps."""
-        return self._answer is not None
+    def take_answer(self) -> bool:
+        """Rank 0, between steps: whether all ranks are to adopt a plan; true once for each."""
+        if self._answer is None or self._announced:
+            return False
+        self._announced = True
+        return True
 
     def _ask(self) -> None:
         recorder = self._book.recorder
-        if not self._is_first or self._proposals.busy or not recorder.prompts:
+        if not self._is_first or self._proposals.busy or self._answer is not None:
+            return
+        if recorder.prompts < LEAST_RECORDED:
             return
         forced, self._forced = self._forced, False
         self._next = recorder.count + EVERY
         self._proposals.ask(
             {
-                "requests": recorder.requests().tolist(),
+                "requests": recorder.requests(),
                 "alike": not self._book.scope.input_dependent,
-                "served": self._changes.aim.tolist(),
-                "slots": int(self._heads.table.capacity.min()),
+                "served": self._changes.aim.copy(),
+                "slots": self._slots,
                 "paid": self._twins.fixed_width,
                 "policy": self._config.placement,
                 "max_copies": self._config.max_copies,
@@ -132,12 +142,18 @@ class Replanner:
 
     def adopt(self) -> None:
         """Take over the plan that rank 0 has; every rank calls this at the same time."""
-        answer, self._answer = self._answer, None
+        answer, self._answer, self._announced = self._answer, None, False
         text = self._share(answer["plan"] if answer else None)
         if text is None:
             return
-        plan = Plan.from_json(text)
-        self._changes.set_aim(plan.shares() > 0)
+        try:  # the same text on all ranks, so that they fail alike
+            plan = Plan.from_json(text)
+            self._changes.set_aim(plan.shares() > 0)
+        except ValueError as error:
+            logger.warning("FairKV: the new plan is not adopted: %s", error)
+            return
+        self._waits = False
+        self._book.router.lane_tokens = int(plan.info.get("lane_tokens", 0))
         self._route()
         self.adopted += 1
         self._steps_of_change = 0
@@ -154,14 +170,17 @@ class Replanner:
         self._steps_of_change += 1
         before = self._changes.open.copy()
         released = self._changes.release(self._book.residents.count)
+        if self._waits and not released:  # for requests to leave: nothing else has changed
+            return
         moves = self._changes.next_moves(max(1, PIECE_BYTES // self._twins.lane_bytes))
         if moves:
             self._twins.bring(moves)
             self._changes.arrived(moves)
             for move in moves:
                 self._book.log.add("lane", move.rank, np.array(move).tobytes())
-        elif released:
+        if released:
             self._twins.settle()
+        self._waits = not moves and not (before != self._changes.open).any()
         if (before != self._changes.open).any():
             self._route()
         if released or moves:

@@ -8,6 +8,7 @@ collective inside the handler is safe; only the first rank's answer goes back to
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
+REFRESH_SECONDS = 1.0
+
 _exporter: Exporter | None = None
+_refreshed = 0.0
 
 
 def start_reporting(scheduler: Any) -> None:
@@ -148,6 +152,13 @@ def start_reporting(scheduler: Any) -> None:
 
 
 def update_metrics() -> None:
-    """Bring the metrics up to the present state; nothing if they are off."""
-    if _exporter is not None:
+    """Bring the metrics up to the present state, once a second; nothing if they are off.
+
+    Every rank does so before its passes and at idle: SGLang logs its own statistics on the first
+    rank alone.
+    """
+    global _refreshed
+    now = time.monotonic()
+    if _exporter is not None and now >= _refreshed + REFRESH_SECONDS:
+        _refreshed = now
         _exporter.update(get_runtime())

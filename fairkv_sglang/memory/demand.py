@@ -30,6 +30,7 @@ class PageDemand:
         self.scope = scope
         self.capacity = capacity
         self.any_owner = lru_cache(maxsize=4096)(self._any_owner)
+        self.under_any_plan = lru_cache(maxsize=4096)(self._under_any_plan)
         self.set_lanes(served)
 
     def set_lanes(self, served: NDArray[np.bool_]) -> None:
@@ -54,12 +55,15 @@ class PageDemand:
         pages: Pages = self.any_owner(prompt_len) + self.lanes
         return pages
 
-    def under_any_plan(self, prompt_len: int) -> Pages:
+    def _under_any_plan(self, prompt_len: int) -> Pages:
         """``[R]`` as :meth:`lone_request`, for whichever lanes the slots may come to hold."""
         if self.capacity is None:
             return self.lone_request(prompt_len)
-        # The heads that could take most, as many as there are slots.
-        order = np.argsort(-self.scope.per_head_bound(prompt_len), axis=1, kind="stable")
+        # The heads that could take most, as many as there are slots; of equal ones those that do
+        # not share a budget (scope rank: heads at home on one rank do).
+        caps = self.scope.per_head_bound(prompt_len)
+        group = np.arange(caps.shape[1]) % self.scope.home_size
+        order = np.lexsort((np.broadcast_to(group, caps.shape), -caps), axis=1)
         place = np.argsort(order, axis=1)  # [L, H]
         pages: Pages = self._pages(prompt_len, place[:, None, :] < self.capacity[:, :, None])
         return pages + self.most_lanes

@@ -175,9 +175,13 @@ class LaneChanges:
         for layer, head in np.argwhere(extra.any(axis=1)).tolist():
             ranks = np.flatnonzero(extra[layer, :, head]).tolist()
             if not (self.open & self.aim)[layer, :, head].any():
-                # One stays: where it is least in the way of what its rank waits for.
-                served = self.table.served()[layer]
-                waiting = (self.aim[layer] & ~served).sum(axis=1)
+                # One stays: where it is least in the way of what its rank waits for. Lanes that
+                # made room come back last and do not count, or room would be made for ever.
+                missing = self.aim[layer] & ~self.table.served()[layer]
+                for lent in self._lent:
+                    if lent.layer == layer:
+                        missing[lent.rank, lent.head] = False
+                waiting = missing.sum(axis=1)
                 stays = min(ranks, key=lambda rank: (waiting[rank], rank))
                 ranks.remove(stays)
             self.open[layer, ranks, head] = False

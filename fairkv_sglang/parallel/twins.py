@@ -145,8 +145,8 @@ class TwinWeights:
             width = self.heads.table.width(layer, self.heads.rank)
             if self.fixed_width:
                 width = len(self.heads.slots(layer))
+            self._lay_out(layer, width)  # also where it is not used: it takes what comes next
             if self.fixed_width or not self.heads.serves_home(layer):
-                self._lay_out(layer, width)
                 twin = self._twins[layer][width]
         # Not a submodule: SGLang's loading, updating and listing of weights must not see it.
         object.__setattr__(module, TWIN, twin)

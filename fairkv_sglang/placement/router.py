@@ -43,10 +43,10 @@ class Router:
         self._loads: IntArray = np.zeros((plan.num_layers, plan.tp_size), dtype=np.int64)
         self._residents: dict[int, _Resident] = {}
         self._rows = np.arange(plan.num_layers)
-        self._lane_tokens = plan.info.get("lane_tokens", 0)
-        if not isinstance(self._lane_tokens, int) or self._lane_tokens < 0:
+        self.lane_tokens = plan.info.get("lane_tokens", 0)
+        if not isinstance(self.lane_tokens, int) or self.lane_tokens < 0:
             raise ValueError(
-                f"plan.info['lane_tokens'] must be an integer >= 0, got {self._lane_tokens}"
+                f"plan.info['lane_tokens'] must be an integer >= 0, got {self.lane_tokens}"
             )
         self.set_lanes(plan.shares() > 0)
 
@@ -73,7 +73,7 @@ class Router:
         most = int(count.max())
         self._ranks: IntArray = np.argsort(away, axis=2, kind="stable")[:, :, :most]
         self._far = np.where(np.arange(most) < count[:, :, None], 0, _FAR).astype(np.int64)
-        self._base: IntArray = served.sum(axis=2) * self._lane_tokens
+        self._base: IntArray = served.sum(axis=2) * self.lane_tokens
 
     def admit(self, key: int, expected: ArrayLike) -> OwnerArray:
         """Owners ``[L, H]`` int16 of request ``key`` with ``expected [L, H]`` kept tokens.

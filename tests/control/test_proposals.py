@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import json
 import queue
+import subprocess
+import sys
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 
+import fairkv_sglang.control.proposals as proposals_module
 from fairkv_sglang.control.proposals import GAIN, TEST_PLANS, Proposals, propose
 from fairkv_sglang.placement import CostModel, Plan
 from fairkv_sglang.placement.lanes import modelled_step
@@ -72,10 +77,40 @@ def test_the_process_answers_in_order_and_outlives_a_bad_question() -> None:
     assert "KeyError" in answers.get(timeout=60)["error"]
     proposals.ask(question(1.0))
     assert answers.get(timeout=60)["plan"] == first["plan"], "the same plan for the same traffic"
+    # Arrays of any size: more than a pipe holds, while the process is not there yet.
+    process = proposals._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    big = question(1.0)
+    big["requests"] = np.tile(np.array(big["requests"]), (40, 1, 1))
+    started = time.perf_counter()
+    proposals.ask(big)
+    assert time.perf_counter() - started < 0.1
+    assert answers.get(timeout=60)["gain"] > 1.2
     process = proposals._process
     assert process is not None and process.stdin is not None
     process.stdin.close()
     assert process.wait(20) == 0
+
+
+def test_what_a_library_prints_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a process that does not answer is reported and replaced."""
+    answers: queue.Queue[dict[str, Any]] = queue.Queue()
+    proposals = Proposals(answers.put)
+    monkeypatch.setattr(proposals_module.sys, "executable", "/bin/false")
+    proposals.ask(question(1.0))
+    assert "error" in answers.get(timeout=60) and not proposals.busy
+    monkeypatch.undo()
+    proposals.ask(question(1.0))
+    assert answers.get(timeout=60)["gain"] > 1.2
+    code = (
+        "import sys, io; from fairkv_sglang.control import proposals as p;"
+        "p.propose = lambda q: __import__('os').write(1, b'noise') and {'ok': q};"
+        "sys.stdin = io.StringIO('[1]\\n'); p.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"ok": [1]} and "noise" in done.stderr
 
 
 def test_any_valid_placement_for_tests(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,14 +150,26 @@ def test_metrics_of_both_ranks(server: ServerProcess) -> None:
         "/generate",
         {"input_ids": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": 60}},
     )
-    metrics = _metrics(server)
+    deadline = time.monotonic() + 10  # metrics are refreshed once a second, at idle too
+    while True:
+        metrics, state = _metrics(server), _fairkv(server)
+        wanted = {
+            "head_pages_total": [rank["pages"] for rank in state["ranks"]],
+            "compressions_total": [state["compactions"]] * 2,
+            "kept_tokens_total": [state["kept_tokens"]] * 2,
+            "handed_over_bytes_total": [rank["hand_over_bytes"] for rank in state["ranks"]],
+            "running_requests": [0, 0],
+            "rank_load_tokens": [0, 0],
+        }
+        found = {name: [metrics[name]["0"], metrics[name]["1"]] for name in wanted}
+        if found == wanted or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    assert found == wanted and state["compactions"] > 0
     assert set(metrics) == {
         metric.name + ("_total" if metric.kind == "counter" else "") for metric in METRICS
     }
     assert all(set(ranks) == {"0", "1"} for ranks in metrics.values())
-    assert list(metrics["head_pages_total"].values()) == [
-        rank["pages"] for rank in _fairkv(server)["ranks"]
-    ]
 
 
 def test_flush_cache_gives_the_pool_back(server: ServerProcess) -> None:

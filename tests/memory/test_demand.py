@@ -104,3 +104,31 @@ def test_lanes_count_copies(seed: int, split: tuple[int, int]) -> None:
     assert demand.lanes.tolist() == lanes
     assert demand.expected_lanes.sum() == pytest.approx(3 * heads)
     assert np.all(demand.expected_lanes <= demand.lanes + 1e-9)
+
+
+@settings(QUICK, max_examples=60)
+@given(
+    seed=seeds,
+    split=splits,
+    name=st.sampled_from(["uniform", "head", "layer", "rank"]),
+    prompt_len=st.integers(1, 600),
+)
+def test_no_lanes_within_the_slots_need_more_than_the_bound_of_any_plan(
+    seed: int, split: tuple[int, int], name: str, prompt_len: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    heads, ranks = split
+    slots = int(rng.integers(-(-heads // ranks), heads + 1))
+    scope = random_scope(rng, name, 2, heads, ranks)
+    scope.home_size = max(1, heads // ranks)
+    capacity = np.full((2, ranks), slots)
+    demand = PageDemand(scope, np.ones((2, ranks, heads), dtype=bool), capacity)
+    bound, lanes = demand.under_any_plan(prompt_len), demand.most_lanes
+    for _ in range(5):
+        served = np.zeros((2, ranks, heads), dtype=bool)
+        for layer in served:
+            for rank in layer:
+                rank[rng.permutation(heads)[: int(rng.integers(1, slots + 1))]] = True
+        demand.set_lanes(served)
+        assert np.all(demand.lone_request(prompt_len) <= bound)
+        assert np.all(demand.lanes <= lanes)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fairkv_sglang.parallel import LaneChanges, LaneTable, Move
 from fairkv_sglang.placement import Plan
 
-SPLITS = [(8, 2), (8, 4), (8, 8), (4, 2), (2, 4), (3, 3), (6, 3), (5, 2)]
+SPLITS = [(8, 2), (8, 4), (8, 8), (4, 2), (2, 4), (3, 3), (6, 3), (5, 2), (16, 4)]
 
 
 def lanes_of(rng: np.random.Generator, ranks: int, heads: int, slots: int) -> np.ndarray:
@@ -27,6 +27,22 @@ def lanes_of(rng: np.random.Generator, ranks: int, heads: int, slots: int) -> np
             if served[rank].sum() < slots:
                 served[rank, int(rng.integers(heads))] = True
         if served.any(axis=0).all() and served.any(axis=1).all():
+            return served
+
+
+def full_lanes_of(rng: np.random.Generator, ranks: int, heads: int, slots: int) -> np.ndarray:
+    """Lanes that leave no slot free; some ranks hold heads that nobody else holds."""
+    while True:
+        served = np.zeros((ranks, heads), dtype=bool)
+        order = rng.permutation(heads).tolist()
+        lonely = int(rng.integers(0, min(ranks - 1, heads // slots) + 1))
+        for rank in range(lonely):
+            served[rank, [order.pop() for _ in range(slots)]] = True
+        for rank in range(lonely, ranks):
+            if len(order) < slots:
+                return lanes_of(rng, ranks, heads, slots)
+            served[rank, rng.choice(order, slots, replace=False)] = True
+        if served.any(axis=0).all():
             return served
 
 
@@ -86,16 +102,19 @@ class Traffic:
     spare=st.integers(1, 3),
     layers=st.integers(1, 3),
     most=st.integers(1, 5),
+    full=st.booleans(),
 )
-def test_any_plan_follows_any_other(seed, split, spare, layers, most):
+def test_any_plan_follows_any_other(seed, split, spare, layers, most, full):
     heads, ranks = split
     rng = np.random.default_rng(seed)
     slots = min(max(1, -(-heads // ranks)) + spare, heads)
     if ranks * slots <= heads:
         return
 
+    lanes = full_lanes_of if full else lanes_of
+
     def draw() -> np.ndarray:
-        return np.stack([lanes_of(rng, ranks, heads, slots) for _ in range(layers)])
+        return np.stack([lanes(rng, ranks, heads, slots) for _ in range(layers)])
 
     table = LaneTable(plan_of(draw()), slots)
     traffic = Traffic(LaneChanges(table), rng)
@@ -142,6 +161,27 @@ def test_two_heads_change_places_through_the_spare_slots():
     residents[0, 0, 1] = 0
     assert changes.release(residents) and not changes.pending
     assert table.width(0, 0) == 3 and table.free(0, 0) == 1
+
+
+def test_ranks_that_hold_copies_alone_make_room_for_a_swap():
+    """All slots full: ranks 0 and 1 swap a head, and only the others have what can be spared."""
+    before = np.zeros((1, 8, 8), dtype=bool)
+    before[0, 0, [0, 1]] = before[0, 1, [2, 3]] = True
+    for rank in range(2, 8):
+        before[0, rank, [4 + rank % 4, 4 + (rank + 1) % 4]] = True
+    after = before.copy()
+    after[0, 0] = after[0, 1] = False
+    after[0, 0, [0, 2]] = after[0, 1, [1, 3]] = True
+    changes = LaneChanges(LaneTable(plan_of(before), 2))
+    changes.set_aim(after)
+    nobody = np.zeros(before.shape, dtype=np.int64)
+    moved = 0
+    for _ in range(20):
+        changes.release(nobody)
+        moves = changes.next_moves(9)
+        changes.arrived(moves)
+        moved += len(moves)
+    assert not changes.pending and moved <= 6
 
 
 def test_what_does_not_fit_is_refused():

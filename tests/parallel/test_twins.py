@@ -234,6 +234,31 @@ def test_slots_follow_new_plans(
     ]
 
 
+def test_the_last_home_head_comes_back() -> None:
+    """A narrow twin makes room although decode goes back to SGLang's module."""
+    shares = home_shares(4, 2)[:1]
+    case = Case(Plan.from_shares(np.repeat(shares, LAYERS, axis=0), "home"), 2, slots=3)
+    case.run("build")
+    away = np.repeat(np.array([[[1, 0, 0, 0], [0, 1, 1, 1]]], dtype=float), LAYERS, axis=0)
+    changes = [LaneChanges(heads.table) for heads in case.heads]
+    nobody = np.zeros((LAYERS, 2, 4), dtype=np.int64)
+    for aim in (away > 0, np.repeat(shares, LAYERS, axis=0) > 0):
+        for change in changes:
+            change.set_aim(aim)
+        while changes[0].pending:
+            gone = [change.release(nobody) for change in changes]
+            moves = [change.next_moves(1) for change in changes]
+            if moves[0]:
+                case.run("bring", moves[0])
+            for change, came in zip(changes, moves, strict=True):
+                change.arrived(came)
+            if gone[0]:
+                case.run("settle")
+            case.check_slots()
+            case.run("refresh")
+            case.check_slots()
+
+
 def lane_of(weights: Any, lane: int, count: int, group: int) -> list[torch.Tensor]:
     """q, k and v rows (and biases) and o columns of one of ``count`` lanes."""
     sizes = [count * group * DIM, count * DIM, count * DIM]
