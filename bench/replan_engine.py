@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine in a process of its own that serves a steady stream and is looked at meanwhile.
+"""An engine in a process of its own that serves a stream and is looked at meanwhile.
 
 Run as a program it is the worker: a JSON line in, a JSON line out.
 """
@@ -7,134 +7,95 @@ Run as a program it is the worker: a JSON line in, a JSON line out.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import select
-import signal
 import subprocess
 import sys
-import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SECONDS = 3600
+# This folder holds a kernels.py, which other packages must not find as `kernels`.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+
+from fairkv_sglang.bench.engines import START_SECONDS, BenchEngine  # noqa: E402
+
 LOOK = 0.2  # seconds between two looks at the engine's state
 
 Call = dict[str, Any]
 
 
-class Engine:
-    """The worker's other end.
+class Engine(BenchEngine):
+    """The worker's other end; it can be frozen between its turns.
 
     Args:
         model: Checkpoint.
         log: File for its output.
         fairkv: FairKV's options.
         tp: Ranks.
-        at_once: Requests for which there is room.
     """
 
-    def __init__(self, model: Path, log: Path, fairkv: Call, tp: int, at_once: int) -> None:
-        self.log = log
+    def __init__(self, model: Path, log: Path, fairkv: Call, tp: int) -> None:
+        self.name, self.log, self._log = log.stem, log, log.open("w")
         options = {
             "model_path": str(model),
             "tp_size": tp,
             "device": "cpu",
             "dtype": "float32",
             "max_total_tokens": 32768,
-            "max_running_requests": at_once,
             "skip_tokenizer_init": True,
             "dist_timeout": 24 * 3600,  # engines are frozen between their turns
             "random_seed": 1,
             "log_level": "info",
         }
-        words = [sys.executable, __file__, json.dumps({"fairkv": fairkv, "engine": options})]
         environment = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
         environment |= {"FAIRKV_CONFIG": "", "FAIRKV_RESOLVED": "", "FAIRKV_MEASURE_WAIT": "1"}
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                words,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                env={**os.environ, **environment},
-                text=True,
-                start_new_session=True,
-            )
-        self._answer()
-
-    def state(self) -> Call:
-        """``internal_states`` of ``/server_info``, of rank 0."""
-        return self._call("state")
-
-    def serve(
-        self, prompts: list[list[int]], new_tokens: list[int], at_once: int, look: bool = True
-    ) -> Call:
-        """See :func:`serve`."""
-        return self._call(
-            "serve", prompts=prompts, new_tokens=new_tokens, at_once=at_once, look=look
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, json.dumps({"fairkv": fairkv, "engine": options})],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, **environment},
+            text=True,
+            start_new_session=True,
         )
+        self._read(START_SECONDS)
 
-    def freeze(self) -> None:
-        """Stop all its processes where they stand: an idle engine polls."""
-        os.killpg(self.process.pid, signal.SIGSTOP)
-
-    def close(self) -> None:
-        """End it and everything that it has started."""
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(self.process.pid, signal.SIGCONT)
-            if self.process.stdin is not None:
-                self.process.stdin.close()
-            self.process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def _call(self, method: str, **arguments: Any) -> Call:
-        os.killpg(self.process.pid, signal.SIGCONT)
+    def call(self, method: str, **arguments: Any) -> Call:
+        """:func:`state` or :func:`serve`; then the engine is frozen, as an idle one polls."""
+        self.thaw()
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"method": method, "arguments": arguments}) + "\n")
         self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Call:
-        assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], SECONDS)
-        line = self.process.stdout.readline() if ready else ""
-        message: Call = json.loads(line) if line else {"error": "no answer"}
-        if "error" in message:
-            self.close()
-            end = "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
-            raise RuntimeError(f"{message['error']}; end of {self.log}:\n{end}")
-        result: Call = message["result"]
-        return result
+        answer = self._read(3600)
+        self.freeze()
+        return answer
 
 
 # -- in the worker ------------------------------------------------------------------------------
 
 
 def state(engine: Any) -> Call:
-    """FairKV's state and the ranks' recorded steps, which start anew."""
+    """FairKV's state, and what the ranks recorded of decode steps, which starts anew."""
     internal = engine.get_server_info()["internal_states"][0]
-    return {"fairkv": internal["fairkv"], "measured": internal.get("fairkv_measure", {})}
+    return {**internal["fairkv"], "measured": internal["fairkv_measure"]}
 
 
 def serve(
-    engine: Any, prompts: list[list[int]], new_tokens: list[int], at_once: int, look: bool
+    engine: Any, prompts: list[list[int]], new_tokens: list[int], at_once: int, look: bool = False
 ) -> Call:
-    """A closed loop: ``at_once`` requests, each that ends is followed by the next prompt.
+    """A closed loop: ``at_once`` requests, each that ends is followed by the next prompt. The
+    prefix cache is empty at the start.
 
     Returns:
-        ``outputs`` of all prompts; ``looks``, one every 0.2 s if wanted: seconds since the start,
-        prompts whose kept tokens are known, plans adopted, whether lanes are under way, the balance
-        of what a decode step reads at that moment, and requests; ``seconds`` of the whole.
+        ``outputs`` of all prompts; ``looks``, one every 0.2 s if wanted: prompts whose kept tokens
+        are known, plans adopted, whether lanes are under way, requests, and the max/mean of what a
+        decode step reads at that moment; ``state`` at the end.
     """
     looks: list[Call] = []
     places = asyncio.Semaphore(at_once)
-    started = time.perf_counter()
+    engine.flush_cache()
+    first = state(engine)["traffic"]["count"]
 
     async def one(number: int) -> list[int]:
         sampling = {"temperature": 0, "max_new_tokens": new_tokens[number], "ignore_eos": True}
@@ -150,12 +111,11 @@ def serve(
             found = (await engine.tokenizer_manager.get_internal_state())[0]["fairkv"]
             looks.append(
                 {
-                    "seconds": time.perf_counter() - started,
-                    "prompts": found["traffic"]["count"],
+                    "prompts": found["traffic"]["count"] - first,
                     "replans": found["replans"],
                     "pending": found["replan_pending"],
-                    "balancedness": found["balancedness"],
                     "requests": found["ranks"][0]["requests"],
+                    "imbalance": 1 / found["balancedness"],
                 }
             )
 
@@ -167,10 +127,7 @@ def serve(
             watching.cancel()
 
     outputs = engine.loop.run_until_complete(run())
-    return {"outputs": outputs, "looks": looks, "seconds": time.perf_counter() - started}
-
-
-CALLS: dict[str, Callable[..., Call]] = {"state": state, "serve": serve}
+    return {"outputs": outputs, "looks": looks, "state": state(engine)}
 
 
 def main() -> None:
@@ -183,18 +140,15 @@ def main() -> None:
         reply.write(json.dumps(message, default=str) + "\n")
         reply.flush()
 
-    try:
-        from fairkv_sglang import Engine as FairKVEngine
+    from fairkv_sglang import Engine as FairKVEngine
 
-        engine = FairKVEngine(fairkv=options["fairkv"], **options["engine"])
-    except BaseException as error:
-        answer(error=f"{type(error).__name__}: {error}")
-        raise
+    engine = FairKVEngine(fairkv=options["fairkv"], **options["engine"])
     answer(result={})
     for line in sys.stdin:
         call = json.loads(line)
         try:
-            answer(result=CALLS[call["method"]](engine, **call["arguments"]))
+            calls = {"state": state, "serve": serve}
+            answer(result=calls[call["method"]](engine, **call["arguments"]))
         except Exception as error:
             traceback.print_exc()
             answer(error=f"{type(error).__name__}: {error}")

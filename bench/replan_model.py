@@ -83,8 +83,7 @@ def prompts(task: str, count: int, seed: int, length: int = PROMPT) -> list[list
 def build_skewed(target: FloatArray, folder: Path, seed: int = 0) -> Path:
     """Write the checkpoint (float32 safetensors, no tokenizer) to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    weights = _weights(generator)
+    weights = random_weights(seed)
     for task, scales in enumerate(calibrate(weights, target)):
         _set_scales(weights, task, scales)
     config = SHAPE.config()
@@ -158,8 +157,9 @@ def _scores(noise: FloatArray, scales: FloatArray) -> NDArray[np.float32]:
     return np.asarray(scores.reshape(layers, heads, -1).numpy())
 
 
-def _weights(generator: torch.Generator) -> Weights:
+def random_weights(seed: int = 0) -> Weights:
     """Everything but the rows of the queries that depend on the scales."""
+    generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int, part: slice, size: float = 1.0) -> torch.Tensor:
         """Random rows that read ``part`` of the columns, results of the given size."""

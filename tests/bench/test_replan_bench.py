@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model of `bench/replan.py`: heads keep what a table says, other heads on other prompts."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from fairkv_sglang.placement import make_plan
+
+FILE = Path(__file__).resolve().parents[2] / "bench" / "replan_model.py"
+
+
+@pytest.fixture(scope="module")
+def model() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("replan_model", FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_heads_keep_their_share_on_each_task(model: ModuleType) -> None:
+    target = model.targets(None)
+    weights = model.random_weights()
+    scales = model.calibrate(weights, target, samples=2)
+    for task in range(len(model.TASKS)):
+        kept = model.offline_kept(weights, scales[task], task, samples=2).mean(axis=0)
+        assert kept.sum(axis=1) == pytest.approx(model.RATIO * model.PROMPT * model.SHAPE.kv_heads)
+        off = np.abs(kept - model.expected_kept(target[task])).sum() / kept.sum()
+        assert off < 0.1
+    # A plan that was made for one task is worse than none for the other.
+    expected = model.expected_kept(target)
+    shares = make_plan("fair_copying", expected[0], 2, max_lanes=5).shares()
+    loads = np.einsum("lrh,tlh->tlr", shares, expected)
+    imbalance = loads.max(axis=2).sum(axis=1) / loads.mean(axis=2).sum(axis=1)
+    assert imbalance[0] < 1.02 and imbalance[1] > 1.1
+
+
+def test_a_task_has_its_own_half_of_the_vocabulary(model: ModuleType) -> None:
+    a, b = (np.array(model.prompts(task, 3, seed=1)) for task in model.TASKS)
+    assert a.max() < model.SHAPE.vocab // 2 <= b.min()
+    assert model.prompts("A", 3, seed=1) == a.tolist()
+
+
+def test_a_head_that_would_keep_more_than_its_prompt_is_refused(model: ModuleType) -> None:
+    target = np.zeros((2, model.SHAPE.layers, model.SHAPE.kv_heads))
+    target[:, :, 0] = model.SHAPE.kv_heads / model.RATIO
+    with pytest.raises(ValueError, match="cannot keep"):
+        model.calibrate(model.random_weights(), target)
