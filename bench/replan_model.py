@@ -26,13 +26,13 @@ from safetensors.torch import save_file
 
 from fairkv_sglang.bench.model import BenchModel
 from fairkv_sglang.bench.shares import map_profile, synthetic_profile
-from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
+from fairkv_sglang.budgets import make_scorer
 from fairkv_sglang.profiles import read_profile
 
 FloatArray = NDArray[np.float64]
 
 TASKS = ("A", "B")
-PROMPT, WINDOW, RATIO, FLOOR = 1024, 32, 0.125, 0.2
+PROMPT, WINDOW, RATIO = 1024, 32, 0.125
 """Tokens of a prompt and the budget for which heads are calibrated."""
 LEVEL = 0.4
 """Threshold of a layer's pooled top-k, in times the mean score. Below 1, so that a head without any
@@ -64,12 +64,6 @@ def targets(
     relative = np.maximum(shares / shares.mean(axis=1, keepdims=True), LEAST)
     relative /= relative.mean(axis=1, keepdims=True)
     return np.stack([relative, relative[:, ::-1]])
-
-
-def expected_kept(target: FloatArray, prompt_len: int = PROMPT) -> FloatArray:
-    """Tokens that heads of these shares keep of a prompt: window, floor, and their share."""
-    beyond = RATIO * prompt_len - WINDOW
-    return WINDOW + beyond * (FLOOR + (1 - FLOOR) * target)
 
 
 def prompts(task: str, count: int, seed: int, length: int = PROMPT) -> list[list[int]]:
@@ -105,37 +99,19 @@ def calibrate(weights: Weights, target: FloatArray, samples: int = 8) -> FloatAr
     if part.max() > 1:
         raise ValueError(f"a head cannot keep {part.max():.2f} times its prompt")
     low, high = np.zeros(target.shape), np.full(target.shape, STEEPEST)
-    noise = [_noise(weights, task, samples) for task in range(len(TASKS))]
+    tasks = [read_noise(weights, task, samples) for task in range(len(TASKS))]
     for _ in range(16):
         middle = (low + high) / 2
-        found = np.stack(
-            [
-                np.mean(
-                    [(_scores(n, s) > LEVEL / PROMPT).mean(axis=2) for n in noise[task]], axis=0
-                )
-                for task, s in enumerate(middle)
-            ]
-        )
+        above = [
+            [(scores(noise, scales) > LEVEL / PROMPT).mean(axis=2) for noise in prompts]
+            for prompts, scales in zip(tasks, middle, strict=True)
+        ]
+        found = np.mean(above, axis=1)
         low, high = np.where(found > part, middle, low), np.where(found > part, high, middle)
     return (low + high) / 2
 
 
-def offline_kept(weights: Weights, scales: FloatArray, task: int, samples: int = 8) -> FloatArray:
-    """``[samples, L, H]`` tokens that heads of these scales ``[L, H]`` keep, without an engine."""
-    scorer = make_scorer("snapkv", window=WINDOW)
-    spec = BudgetSpec(ratio=RATIO, floor_alpha=FLOOR)
-    scope = make_scope("layer", spec, SHAPE.layers, SHAPE.kv_heads, scorer)
-    kept = []
-    for noise in _noise(weights, task, samples):
-        scores = torch.from_numpy(_scores(noise, scales))
-        heads = range(SHAPE.kv_heads)
-        kept.append(
-            [scope.counts(i, heads, layer, PROMPT).numpy() for i, layer in enumerate(scores)]
-        )
-    return np.array(kept, dtype=np.float64)
-
-
-def _noise(weights: Weights, task: int, samples: int) -> list[FloatArray]:
+def read_noise(weights: Weights, task: int, samples: int) -> list[FloatArray]:
     """What the heads' keys read of the tokens of some prompts, each ``[L, H, N]``."""
     table = weights["model.embed_tokens.weight"]
     keys = torch.stack(
@@ -145,7 +121,7 @@ def _noise(weights: Weights, task: int, samples: int) -> list[FloatArray]:
     return [np.asarray((keys @ table[row].T).numpy(), dtype=np.float64) for row in ids]
 
 
-def _scores(noise: FloatArray, scales: FloatArray) -> NDArray[np.float32]:
+def scores(noise: FloatArray, scales: FloatArray) -> NDArray[np.float32]:
     """SnapKV's scores ``[L, H, N - window]`` of one prompt, all layers in one call."""
     layers, heads, length = noise.shape
     keys = torch.from_numpy(noise.reshape(layers * heads, length).T).float()[:, :, None]
@@ -153,8 +129,8 @@ def _scores(noise: FloatArray, scales: FloatArray) -> NDArray[np.float32]:
     wide = torch.nn.functional.pad
     scorer = make_scorer("snapkv", window=WINDOW)
     # One dimension counts; kernels have a least width.
-    scores = scorer.score(wide(queries, (0, 15)), wide(keys, (0, 15)), scale=1.0)
-    return np.asarray(scores.reshape(layers, heads, -1).numpy())
+    found = scorer.score(wide(queries, (0, 15)), wide(keys, (0, 15)), scale=1.0)
+    return np.asarray(found.reshape(layers, heads, -1).numpy())
 
 
 def random_weights(seed: int = 0) -> Weights:
