@@ -249,7 +249,7 @@ def _print_summary(
 
 def _print_loads(console: Console, state: dict[str, Any], tp: int) -> None:
     """Kept tokens of each rank, layer by layer, as bars: plain TP against the plan."""
-    plan = Plan.from_json(state["plan"])
+    plan = Plan.from_json(json.dumps(state["plan"]))
     tokens = np.asarray(state["kept"]["tokens"], dtype=float) / max(state["kept"]["prompts"], 1)
     heads = plan.num_kv_heads
     plain = np.zeros((plan.num_layers, tp))
