@@ -64,6 +64,7 @@ class FairKVRuntime:
         self.forward_plan: ForwardPlan | None = None
         self.division: MemoryDivision | None = None
         self.prefill_backend = ""  # class of SGLang's backend for prompts
+        self.decode_backend = ""  # name of the implementation that decodes
         self.prefill_seconds = 0.0
         self.compress_seconds = 0.0
         self.hand_over_seconds = 0.0  # of it: packing, waiting for and storing what travels

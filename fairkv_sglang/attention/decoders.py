@@ -92,6 +92,7 @@ def make_decoder(runtime: FairKVRuntime, device: str) -> Decoder:
             f"--fairkv-decode-backend {wanted} does not run on {device}: use auto or one of "
             + ", ".join(choices)
         )
+    runtime.decode_backend = name
     if name == "flashinfer":
         from fairkv_sglang.attention.flashinfer import FlashInferDecoder
 

@@ -59,6 +59,7 @@ def collect_state(scheduler: Any) -> dict[str, Any]:
         "plan_source": runtime.plan_source,
         "profile": str(config.profile) if config.profile else None,
         "window": config.window,
+        "decode_backend": runtime.decode_backend,
         "traffic": {
             **runtime.book.recorder.summary(),
             "tokens": runtime.book.recorder.tokens.tolist(),

@@ -134,6 +134,8 @@ def test_server_info_says_what_is_on(server: ServerProcess) -> None:
     assert state["enabled"] is True and state["decisions_agree"] is True
     assert (state["scorer"], state["scope"], state["rank"]) == ("snapkv", "layer", 0)
     assert state["placement"] == "fair_copying"
+    assert (state["decode_backend"], state["profile"], state["window"]) == ("numba", None, 32)
+    assert state["plan"]["num_layers"] == MODEL["layers"] and len(state["plan_digest"]) == 32
     assert state["budget"] == "25% of the prompt"
     assert [rank["rank"] for rank in state["ranks"]] == [0, 1]
     assert state["ranks"][0]["hooks"] == state["ranks"][1]["hooks"] > 20
