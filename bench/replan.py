@@ -137,7 +137,7 @@ class Bench(contextlib.ExitStack):
             "prompts": {"A": OF_A, "B": OF_B, "at_once": AT_ONCE, "per_bin": BIN},
             "restored_prompts_after_shift": (off[-1] + 1) * BIN - OF_A if off else 0,
             "mean_from_64_after_shift": {
-                name: float(np.nanmean(level[(OF_A + AFTER) // BIN :]))
+                name: float(np.mean(level[(OF_A + AFTER) // BIN :]))
                 for name, level in levels.items()
             },
             "max_over_mean": levels,
@@ -205,11 +205,11 @@ def _while_full(looks: list[Call]) -> Any:
     return np.array([[x["prompts"], x["imbalance"]] for x in full])
 
 
-def by_prompt(points: Any) -> list[float]:
-    """Mean max/mean of each 16 prompts; NaN where there was no look."""
+def by_prompt(points: Any) -> list[Any]:
+    """Mean max/mean of each 16 prompts; None where there was no look."""
     bins = points[:, 0] // BIN
     found = [points[bins == i, 1] for i in range((OF_A + OF_B) // BIN)]
-    return [float(x.mean()) if len(x) else float("nan") for x in found]
+    return [round(float(x.mean()), 4) if len(x) else None for x in found]
 
 
 def draw(result: Call, file: Path) -> None:
