@@ -22,8 +22,12 @@ for _variable in (
     os.environ.pop(_variable, None)
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 import fairkv_sglang  # noqa: E402, F401  (takes the repository off the import path)
+
+settings.register_profile("no-deadline", deadline=None)  # speed is measured in benchmarks
+settings.load_profile("no-deadline")
 
 
 @pytest.fixture(scope="session")
