@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def main() -> None:
     for line in sys.stdin:
         call = json.loads(line)
         try:
-            calls = {"state": state, "serve": serve}
+            calls: dict[str, Callable[..., Call]] = {"state": state, "serve": serve}
             answer(result=calls[call["method"]](engine, **call["arguments"]))
         except Exception as error:
             traceback.print_exc()
