@@ -37,7 +37,7 @@ class PageDemand:
         """Requests are routed to other lanes from now on."""
         self._served = served.copy()
         self.lanes: Pages = served.sum(axis=(0, 2)).astype(np.int64)
-        copies = served.sum(axis=1, keepdims=True)
+        copies = np.maximum(served.sum(axis=1, keepdims=True), 1)
         self.expected_lanes: NDArray[np.float64] = (served / copies).sum(axis=(0, 2))
         self.any_owner.cache_clear()
 

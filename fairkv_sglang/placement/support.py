@@ -195,6 +195,6 @@ def _pour(base: FloatArray, amount: float) -> FloatArray:
     order = np.sort(base)
     count = np.arange(1, len(base) + 1)
     level = (order.cumsum() + amount) / count
-    last = int(np.flatnonzero(level > order)[-1])
+    last = int(np.flatnonzero(level >= order)[-1])  # the first is, however small the amount
     poured: FloatArray = np.maximum(level[last] - base, 0.0)
     return poured
