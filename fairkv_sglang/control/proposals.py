@@ -10,6 +10,7 @@ and no SGLang, runs at the lowest priority, and ends when its input does.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import queue
@@ -131,15 +132,21 @@ class Proposals:
         self._thread: threading.Thread | None = None
         self.busy = False
 
-    def ask(self, question: dict[str, Any]) -> None:
-        """Pass a question on; the one before must have been answered. Arrays may be numpy's."""
-        self.busy = True
+    def start(self) -> None:
+        """Start the process now, so that its imports do not run beside the first requests."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._talk, daemon=True)
             self._thread.start()
+
+    def ask(self, question: dict[str, Any]) -> None:
+        """Pass a question on; the one before must have been answered. Arrays may be numpy's."""
+        self.busy = True
+        self.start()
         self._questions.put(question)
 
     def _talk(self) -> None:
+        with contextlib.suppress(OSError):  # the first question tries again, and says why
+            self._process = self._spawn()
         while True:
             question = self._questions.get()
             try:
@@ -153,16 +160,19 @@ class Proposals:
             self.busy = False
             self._answered(answer)
 
+    def _spawn(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is the server's; this one ends with its input
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+
     def _exchange(self, question: dict[str, Any]) -> dict[str, Any]:
         if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                start_new_session=True,  # Ctrl-C is the server's; this one ends with its input
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            )
+            self._process = self._spawn()
         if self._process.stdin is None or self._process.stdout is None:
             raise RuntimeError("the planner's process has no pipes")
         self._process.stdin.write(json.dumps(question, default=_packed) + "\n")

@@ -77,6 +77,8 @@ class Replanner:
         self._changes = LaneChanges(book.heads.table)
         self._is_first = self._heads.rank == 0
         self._proposals = Proposals(self._answered)
+        if self._is_first:
+            self._proposals.start()
         self._answer: dict[str, Any] | None = None  # written by the planner's thread
         self._announced = False
         self._next = FIRST_GUESSED if guessed else FIRST
