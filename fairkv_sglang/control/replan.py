@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fairkv_sglang.control.proposals import Proposals
 from fairkv_sglang.memory.rows import LEAST_RECORDED
@@ -204,11 +203,6 @@ class Replanner:
     def pending(self) -> bool:
         """Whether lanes are still under way to the last plan."""
         return self._changes.pending
-
-    @property
-    def open_lanes(self) -> NDArray[np.bool_]:
-        """``[L, R, H]`` lanes to which new requests are routed."""
-        return self._changes.open
 
     def _route(self) -> None:
         self._book.router.set_lanes(self._changes.open)
