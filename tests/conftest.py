@@ -36,8 +36,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     folder = tmp_path_factory.mktemp("models")
 
     def build(**shape: object) -> Path:
-        from tiny_models import TinyModel
-        from tiny_models import build as build_model
+        from fairkv_tests.tiny_models import TinyModel
+        from fairkv_tests.tiny_models import build as build_model
 
         return build_model(TinyModel(**shape), folder)  # type: ignore[arg-type]
 

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compress_cases import DIM, LAYERS, SCALE, Model, Prompt, Rank, random_prompts, settle
-from core_cases import random_plan
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
@@ -20,6 +18,17 @@ from fairkv_sglang.attention.backend import FairKVAttnBackend
 from fairkv_sglang.attention.decoders import PageTableDecoder
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
 from fairkv_sglang.kernels import reference
+from fairkv_tests.compress_cases import (
+    DIM,
+    LAYERS,
+    SCALE,
+    Model,
+    Prompt,
+    Rank,
+    random_prompts,
+    settle,
+)
+from fairkv_tests.core_cases import random_plan
 
 MODEL = Model()
 

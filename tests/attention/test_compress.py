@@ -9,7 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compress_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fairkv_sglang.runtime
+from fairkv_sglang.attention.compress import PromptCompressor
+from fairkv_sglang.config import FairKVConfig
+from fairkv_sglang.placement import Plan
+from fairkv_tests.compress_cases import (
     LAYERS,
     Model,
     Prompt,
@@ -22,14 +29,7 @@ from compress_cases import (
     run_ranks,
     settle,
 )
-from core_cases import QUICK, SCOPES, random_plan, seeds
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-import fairkv_sglang.runtime
-from fairkv_sglang.attention.compress import PromptCompressor
-from fairkv_sglang.config import FairKVConfig
-from fairkv_sglang.placement import Plan
+from fairkv_tests.core_cases import QUICK, SCOPES, random_plan, seeds
 
 # Row by row the chunks of a prompt: one chunk, several, a last one shorter than the window, chunks
 # all shorter than the window, prompts within the window.

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from core_cases import QUICK, seeds, splits
-from fake_collectives import Group, ranks_as_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairkv_sglang.attention import exchange
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.placement.homes import Homes
+from fairkv_tests.core_cases import QUICK, seeds, splits
+from fairkv_tests.fake_collectives import Group, ranks_as_threads
 
 
 @settings(QUICK, max_examples=60)

@@ -8,9 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from compress_cases import source_of
-from core_cases import QUICK, random_owners, random_plan, seeds, splits
-from fake_collectives import Collectives, Group, ranks_as_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +18,9 @@ from fairkv_sglang.budgets import Kept
 from fairkv_sglang.kernels import HeadPages, ops, reference
 from fairkv_sglang.parallel import RankHeads
 from fairkv_sglang.placement import Plan
+from fairkv_tests.compress_cases import source_of
+from fairkv_tests.core_cases import QUICK, random_owners, random_plan, seeds, splits
+from fairkv_tests.fake_collectives import Collectives, Group, ranks_as_threads
 
 DIM, SLOTS, LAYERS = 8, 200, 2
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import fake_flashinfer
 import pytest
 import torch
 
@@ -18,6 +17,7 @@ from fairkv_sglang.bench.clocks import captured
 from fairkv_sglang.bench.gpu import checks, points, steps, timing
 from fairkv_sglang.bench.gpu.contenders import CONTENDERS, Maker, Ours, OurTriton
 from fairkv_sglang.kernels.flashinfer_model import FlashInferModel
+from fairkv_tests import fake_flashinfer
 
 MODEL: dict[str, Any] = {"module": FlashInferModel(), "spare": 9}
 

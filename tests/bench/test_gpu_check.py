@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import fake_flashinfer
 import pytest
 import torch
 
@@ -22,6 +21,7 @@ from fairkv_sglang.bench.gpu import checks, hand_over, points
 from fairkv_sglang.bench.gpu.contenders import CONTENDERS
 from fairkv_sglang.bench.gpu.report import Report
 from fairkv_sglang.kernels import HeadPages, numba_cpu, plan, reference, workload
+from fairkv_tests import fake_flashinfer
 
 pytest.importorskip("triton", reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_result import a_run
 
 from fairkv_sglang.bench import run as module
 from fairkv_sglang.bench.model import BenchModel
 from fairkv_sglang.bench.run import run_bench
 from fairkv_sglang.bench.settings import Settings
 from fairkv_sglang.bench.workload import Workload
+from fairkv_tests.bench_runs import a_run
 
 VARIANTS = ("stock", "contiguous", "fair_copying")
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kept_tokens import select
 
 from fairkv_sglang.budgets import SCOPES, BudgetSpec, make_scorer
 from fairkv_sglang.profiles import HeadProfile
+from fairkv_tests.kept_tokens import select
 
 if torch.cuda.is_available():
 

@@ -8,13 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from budgets_reference import ada_kv_kept, static_kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kept_tokens import select
 
 from fairkv_sglang.budgets import SCOPES, BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.profiles import HeadProfile, uniform_profile
+from fairkv_tests.budgets_reference import ada_kv_kept, static_kept
+from fairkv_tests.kept_tokens import select
 
 LAYERS = 2
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from budgets_reference import snapkv_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairkv_sglang.budgets import SCORERS, make_scorer
+from fairkv_tests.budgets_reference import snapkv_scores
 
 
 def _random_qk(seed, rows, total, heads, group, width, dtype=torch.float32):

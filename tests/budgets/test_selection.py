@@ -6,12 +6,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from budgets_reference import static_kept, water_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairkv_sglang.budgets.selection import pick, picked, pooled, pooled_counts, top_mask
 from fairkv_sglang.budgets.waterfill import water_fill
+from fairkv_tests.budgets_reference import static_kept, water_level
 
 
 @st.composite

@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # fake_server, for the tests beside
-
-from fake_server import FakeServer, fake_server
+from fairkv_tests.fake_server import FakeServer, fake_server
 
 
 @pytest.fixture

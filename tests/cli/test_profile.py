@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_server import STATE, FakeServer
 
 from fairkv_sglang.cli.main import main
 from fairkv_sglang.profiles import read_profile
+from fairkv_tests.fake_server import STATE, FakeServer
 
 Capture = pytest.CaptureFixture[str]
 

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fake_server import STATE, FakeServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from terminal import Terminal
 
 from fairkv_sglang.cli.main import main
 from fairkv_sglang.cli.top_view import View, bar, frame, short
+from fairkv_tests.fake_server import STATE, FakeServer
+from fairkv_tests.terminal import Terminal
 
 SHOWN = (
     "snapkv, scope layer", "25% of the prompt", "fair_copying from traffic",

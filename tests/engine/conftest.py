@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,9 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # engine_process, for the tests beside
-
-from engine_process import EngineProcess, ServerProcess
-from plugin_folder import PROBE, install_plugin
-from workloads import BATCH, ENGINE, MODEL, NEW_TOKENS, STRESS, STRESS_TOKENS
+from fairkv_tests.engine_process import EngineProcess, ServerProcess
+from fairkv_tests.plugin_folder import PROBE, install_plugin
+from fairkv_tests.workloads import BATCH, ENGINE, MODEL, NEW_TOKENS, STRESS, STRESS_TOKENS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_process import EngineProcess
-from plugin_folder import install_plugin
-from workloads import ENGINE, MODEL
+
+from fairkv_tests.engine_process import EngineProcess
+from fairkv_tests.plugin_folder import install_plugin
+from fairkv_tests.workloads import ENGINE, MODEL
 
 _TAKE_AWAY = """
 import json, pkgutil

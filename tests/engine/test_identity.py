@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_process import EngineProcess
-from sweep_report import SweepReport
-from tiny_models import hugging_face_outputs
-from workloads import (
+
+from fairkv_sglang.placement import POLICIES, Plan
+from fairkv_tests.engine_process import EngineProcess
+from fairkv_tests.sweep_report import SweepReport
+from fairkv_tests.tiny_models import hugging_face_outputs
+from fairkv_tests.workloads import (
     BATCH,
     CHECKS,
     ENGINE,
@@ -28,8 +30,6 @@ from workloads import (
     random_plan,
     write_plan,
 )
-
-from fairkv_sglang.placement import POLICIES, Plan
 
 FULL = {"ratio": 1.0, "replan": "off"}
 SHORTER = [i for i, length in enumerate(LENGTHS) if length in (1, 33, 64, 300, 511, 513, 1200)]

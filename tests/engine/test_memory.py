@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_process import EngineProcess
-from plugin_folder import ABORT_PROBE, install_plugin
-from tiny_models import random_prompts
-from workloads import CHECKS, KV_HEADS, LAYERS, STRESS, STRESS_TOKENS, write_plan
+
+from fairkv_tests.engine_process import EngineProcess
+from fairkv_tests.plugin_folder import ABORT_PROBE, install_plugin
+from fairkv_tests.tiny_models import random_prompts
+from fairkv_tests.workloads import CHECKS, KV_HEADS, LAYERS, STRESS, STRESS_TOKENS, write_plan
 
 HELD = ("pages_used", "pages_charged", "tokens_stored", "requests", "pool_tokens_held")
 """What a rank must not have at idle; slots of cached prefixes belong to no request."""

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_process import EngineProcess
-from sweep_report import SweepReport
-from tiny_models import random_prompts
-from workloads import (
+
+from fairkv_sglang.placement import POLICIES, Plan
+from fairkv_tests.engine_process import EngineProcess
+from fairkv_tests.sweep_report import SweepReport
+from fairkv_tests.tiny_models import random_prompts
+from fairkv_tests.workloads import (
     BATCH,
     CHECKS,
     ENGINE,
@@ -28,8 +30,6 @@ from workloads import (
     write_plan,
     write_profile,
 )
-
-from fairkv_sglang.placement import POLICIES, Plan
 
 QUARTER = 0.25
 NEW_TOKENS = 48

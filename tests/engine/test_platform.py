@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_process import LAUNCH, EngineProcess
-from tiny_models import hugging_face_outputs, random_prompts
+
+from fairkv_tests.engine_process import LAUNCH, EngineProcess
+from fairkv_tests.tiny_models import hugging_face_outputs, random_prompts
 
 PROMPTS = random_prompts([1, 7, 50, 200, 333], vocab=512)
 NEW_TOKENS = 24

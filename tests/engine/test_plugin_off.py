@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tiny_models import hugging_face_outputs
-from workloads import BATCH, NEW_TOKENS
+from fairkv_tests.tiny_models import hugging_face_outputs
+from fairkv_tests.workloads import BATCH, NEW_TOKENS
 
 
 def _probe(log: str, kind: str) -> list[list[str]]:

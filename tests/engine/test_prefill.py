@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_process import EngineProcess
-from plugin_folder import PREFILL_PROBE, install_plugin
-from tiny_models import hugging_face_outputs, random_prompts
-from workloads import KV_HEADS, LAYERS, MODEL, far_from_home, random_plan, write_plan
+
+from fairkv_tests.engine_process import EngineProcess
+from fairkv_tests.plugin_folder import PREFILL_PROBE, install_plugin
+from fairkv_tests.tiny_models import hugging_face_outputs, random_prompts
+from fairkv_tests.workloads import KV_HEADS, LAYERS, MODEL, far_from_home, random_plan, write_plan
 
 TP, SEED = 2, 41
 POOL = 4096

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from engine_process import LAUNCH
-from workloads import MODEL, write_plan
+from fairkv_tests.engine_process import LAUNCH
+from fairkv_tests.workloads import MODEL, write_plan
 
 
 def _refused(model: Path, *arguments: str) -> str:

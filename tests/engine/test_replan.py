@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_process import EngineProcess
-from workloads import CHECKS, MODEL, STRESS, STRESS_TOKENS
 
 from fairkv_sglang.placement import CostModel, make_plan
+from fairkv_tests.engine_process import EngineProcess
+from fairkv_tests.workloads import CHECKS, MODEL, STRESS, STRESS_TOKENS
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # behind everything else: kernels/ must not be found first

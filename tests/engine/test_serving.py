@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_process import ServerProcess
 from prometheus_client.parser import text_string_to_metric_families
-from tiny_models import random_prompts
-from workloads import MODEL
 
 from fairkv_sglang.control.metrics import METRICS, PREFIX
+from fairkv_tests.engine_process import ServerProcess
+from fairkv_tests.tiny_models import random_prompts
+from fairkv_tests.workloads import MODEL
 
 STABLE = {
     "enabled", "scorer", "scope", "placement", "rank", "head_pages_total", "head_pages_used",

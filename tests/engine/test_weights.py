@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from engine_process import EngineProcess
-from tiny_models import hugging_face_outputs, random_prompts
-from workloads import ENGINE, MODEL, far_from_home, random_plan, write_plan
+
+from fairkv_tests.engine_process import EngineProcess
+from fairkv_tests.tiny_models import hugging_face_outputs, random_prompts
+from fairkv_tests.workloads import ENGINE, MODEL, far_from_home, random_plan, write_plan
 
 SEED = 51
 PROMPTS = random_prompts([1, 17, 40, 300, 513, 700], vocab=500, seed=13)

@@ -5,7 +5,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from core_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
+from fairkv_sglang.memory import PAGE_TOKENS, PageDemand
+from fairkv_sglang.placement import Plan
+from fairkv_tests.core_cases import (
     QUICK,
     SCOPES,
     kept_counts,
@@ -17,12 +23,6 @@ from core_cases import (
     seeds,
     splits,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
-from fairkv_sglang.memory import PAGE_TOKENS, PageDemand
-from fairkv_sglang.placement import Plan
 
 
 @pytest.mark.parametrize("name", SCOPES)

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from core_cases import QUICK
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fairkv_sglang.memory import PAGE_TOKENS, PageLedger
+from fairkv_tests.core_cases import QUICK
 
 LAYERS, HEADS, MOST = 2, 3, 50
 

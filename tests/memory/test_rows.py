@@ -6,13 +6,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from core_cases import QUICK, SCOPES, make_books, random_plan, random_scope, seeds, splits
-from engine_model import Engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairkv_sglang.kernels import ops
 from fairkv_sglang.placement import Plan
+from fairkv_tests.core_cases import (
+    QUICK,
+    SCOPES,
+    make_books,
+    random_plan,
+    random_scope,
+    seeds,
+    splits,
+)
+from fairkv_tests.engine_model import Engine
 
 
 @pytest.mark.parametrize("name", SCOPES)

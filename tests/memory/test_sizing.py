@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from core_cases import QUICK, random_plan, seeds, splits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairkv_sglang.memory import PAGE_TOKENS, divide_memory
 from fairkv_sglang.memory.sizing import LEAST_PAGES
 from fairkv_sglang.placement import Plan
+from fairkv_tests.core_cases import QUICK, random_plan, seeds, splits
 
 
 def division(plan: Plan, **options: object):

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import numpy as np
-from core_cases import QUICK, random_owners, random_plan, seeds, splits
 from hypothesis import given, settings
 
 from fairkv_sglang.parallel import RankHeads
 from fairkv_sglang.placement import Plan
+from fairkv_tests.core_cases import QUICK, random_owners, random_plan, seeds, splits
 
 
 @settings(QUICK, max_examples=80)

@@ -10,7 +10,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from attention_module import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairkv_sglang.parallel import LaneChanges, LaneTable, RankHeads, TwinWeights, twins
+from fairkv_sglang.parallel.twins import TWIN
+from fairkv_sglang.placement import Plan
+from fairkv_sglang.placement.homes import Homes
+from fairkv_tests.attention_module import (
     DIM,
     HIDDEN,
     Attention,
@@ -20,15 +27,8 @@ from attention_module import (
     pairs,
     weights_of,
 )
-from core_cases import QUICK, random_owners, random_plan, seeds
-from fake_collectives import Collectives, Group, ranks_as_threads
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from fairkv_sglang.parallel import LaneChanges, LaneTable, RankHeads, TwinWeights, twins
-from fairkv_sglang.parallel.twins import TWIN
-from fairkv_sglang.placement import Plan
-from fairkv_sglang.placement.homes import Homes
+from fairkv_tests.core_cases import QUICK, random_owners, random_plan, seeds
+from fairkv_tests.fake_collectives import Collectives, Group, ranks_as_threads
 
 LAYERS = 2
 # KV heads, query heads of each, ranks.

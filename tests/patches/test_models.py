@@ -12,7 +12,6 @@ from unittest import mock
 import pytest
 import sglang.srt.distributed
 import torch
-from attention_module import class_of
 from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -21,6 +20,7 @@ from sglang.srt.model_executor.model_runner_components.weight_updater import Wei
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
 from fairkv_sglang.parallel.twins import ARGUMENTS, TWIN
 from fairkv_sglang.patches import models
+from fairkv_tests.attention_module import class_of
 
 
 class Calls:

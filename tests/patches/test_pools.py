@@ -14,8 +14,6 @@ import pytest
 import sglang.srt.distributed
 import sglang.srt.runtime_context as context
 import torch
-from compress_cases import LAYERS, Model, Rank, settle
-from core_cases import random_plan
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
@@ -29,6 +27,8 @@ from fairkv_sglang.patches import pools, registries
 from fairkv_sglang.patches.ledger import HookError
 from fairkv_sglang.placement import Plan
 from fairkv_sglang.plan_file import PLAN_VARIABLE
+from fairkv_tests.compress_cases import LAYERS, Model, Rank, settle
+from fairkv_tests.core_cases import random_plan
 
 
 @pytest.fixture(autouse=True)

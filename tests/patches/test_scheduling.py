@@ -10,7 +10,6 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from core_cases import QUICK, SCOPES, make_books, random_plan, random_scope, seeds
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from fairkv_sglang.memory.prefill_budget import FairKVPrefillBudget
 from fairkv_sglang.memory.sizing import LEAST_PAGES
 from fairkv_sglang.patches import scheduling
 from fairkv_sglang.placement import Plan
+from fairkv_tests.core_cases import QUICK, SCOPES, make_books, random_plan, random_scope, seeds
 
 MAX_HEAD_TOKENS = 600
 

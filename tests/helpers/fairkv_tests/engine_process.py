@@ -17,8 +17,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-LAUNCH = HERE.parents[1] / "launch.py"
+HELPERS = Path(__file__).resolve().parents[1]
+LAUNCH = HELPERS.parents[1] / "launch.py"
 START_SECONDS = 400
 CALL_SECONDS = 400
 
@@ -38,12 +38,15 @@ class _Process:
     def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
         self.log_file = log
         self._log = log.open("w")
+        variables = {**os.environ, **environment}
+        paths = (environment.get("PYTHONPATH"), str(HELPERS), os.environ.get("PYTHONPATH"))
+        variables["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=self._stdout(),
             stderr=self._log,
-            env={**os.environ, **environment},
+            env=variables,
             cwd=log.parent,
             text=True,
             start_new_session=True,
@@ -100,7 +103,7 @@ class EngineProcess(_Process):
             "fairkv": fairkv,
             "engine": {**ENGINE_DEFAULTS, "model_path": str(model), **engine},
         }
-        command = [sys.executable, str(HERE / "engine_worker.py"), json.dumps(options)]
+        command = [sys.executable, "-m", "fairkv_tests.engine_worker", json.dumps(options)]
         super().__init__(command, log, environment or {})
         self._read(START_SECONDS)
 

@@ -14,7 +14,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from core_cases import kept_counts, make_books, random_scores
 
 import fairkv_sglang.runtime
 from fairkv_sglang.budgets import BudgetScope, pick
@@ -23,6 +22,7 @@ from fairkv_sglang.memory.prefill_budget import FairKVPrefillBudget
 from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.patches import scheduling
 from fairkv_sglang.placement import Plan
+from fairkv_tests.core_cases import kept_counts, make_books, random_scores
 
 ROWS, MAX_HEAD_TOKENS, POOL = 7, 420, 460
 

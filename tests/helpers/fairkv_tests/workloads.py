@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny_models import random_prompts
 
 from fairkv_sglang.placement import HeadShare, Plan, make_plan
 from fairkv_sglang.placement.homes import Homes
 from fairkv_sglang.profiles import HeadProfile
+from fairkv_tests.tiny_models import random_prompts
 
 LAYERS, KV_HEADS = 3, 8
 MODEL: dict[str, Any] = {"layers": LAYERS, "q_heads": 16, "kv_heads": KV_HEADS}

@@ -2,8 +2,8 @@
 """Runs one offline engine and answers calls on it: a JSON line in, a JSON line out.
 
 A process of its own, because SGLang kills the process that holds an engine when a rank dies, and
-because an engine's settings come from the environment. Usage: ``engine_worker.py '{"fairkv": {...}
-or null, "engine": {...}}'``.
+because an engine's settings come from the environment. Usage:
+``python -m fairkv_tests.engine_worker '{"fairkv": {...} or null, "engine": {...}}'``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 
-from engine_calls import CALLS
+from fairkv_tests.engine_calls import CALLS
 
 
 def main() -> None:

@@ -13,8 +13,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from budgets_reference import ada_kv_kept, snapkv_scores, static_kept
-from fake_collectives import Collectives, Group, ranks_as_threads
 
 from fairkv_sglang.attention import compress, exchange, hand_over
 from fairkv_sglang.attention.compress import PromptCompressor
@@ -27,6 +25,8 @@ from fairkv_sglang.placement.homes import Homes
 from fairkv_sglang.planning import ModelShape, make_budgets, make_placement
 from fairkv_sglang.profiles import HeadProfile
 from fairkv_sglang.runtime import create_runtime
+from fairkv_tests.budgets_reference import ada_kv_kept, snapkv_scores, static_kept
+from fairkv_tests.fake_collectives import Collectives, Group, ranks_as_threads
 
 LAYERS, DIM, SLOTS, CONTEXT, ROWS = 2, 8, 600, 200, 6
 SCALE = DIM**-0.5
