@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -45,17 +46,21 @@ def main() -> int:
     """Run both servers; status 0 if FairKV recalls nearly as well as the full cache."""
     args = _arguments()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    prompts = make_prompts(seed=args.seed, count=args.prompts, tokens=args.tokens, facts=args.facts)
+    rounds = [
+        make_prompts(seed=seed, count=args.prompts, tokens=args.tokens, facts=args.facts)
+        for seed in range(args.seed, args.seed + args.rounds)
+    ]
+    prompts = [prompt for part in rounds for prompt in part]
     console.print(
-        f"[bold]{len(prompts)} recall prompts of about {args.tokens} tokens[/], "
-        f"model {MODEL.relative_to(ROOT)}, TP {args.tp}"
+        f"[bold]{args.rounds} rounds of {args.prompts} recall prompts of about {args.tokens} "
+        f"tokens[/], model {MODEL.relative_to(ROOT)}, TP {args.tp}"
     )
-    stock = _serve(console, "stock SGLang", args, prompts, [])
+    stock = _serve(console, "stock SGLang", args, rounds, [])
     flags = ["--fairkv", "--fairkv-ratio", str(args.ratio), "--fairkv-profile", str(PROFILE)]
     flags += ["--fairkv-expected-prompt", str(args.tokens)]
     flags += ["--fairkv-expected-batch", str(args.prompts)]
-    fair = _serve(console, f"FairKV, {args.ratio:.0%} of the cache", args, prompts, flags)
-    _print_answers(console, prompts, stock["answers"], fair["answers"])
+    fair = _serve(console, f"FairKV, {args.ratio:.0%} of the cache", args, rounds, flags)
+    _print_answers(console, rounds[0], stock["answers"], fair["answers"])
     right = {name: _right(prompts, run["answers"]) for name, run in _named(stock, fair)}
     _print_summary(console, args, right, stock, fair)
     _print_loads(console, fair["state"], args.tp)
@@ -69,7 +74,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tp", type=int, default=2, help="tensor-parallel ranks")
     parser.add_argument("--ratio", type=float, default=0.25, help="part of the cache that is kept")
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=16, help="asked at once")
+    parser.add_argument("--rounds", type=int, default=5, help="each with prompts of its own")
     parser.add_argument("--tokens", type=int, default=1024, help="prompt length")
     parser.add_argument("--facts", type=int, default=8, help="facts in each prompt")
     parser.add_argument("--seed", type=int, default=7, help="seed of the prompts")
@@ -87,10 +93,10 @@ def _serve(
     console: Console,
     name: str,
     args: argparse.Namespace,
-    prompts: list[RecallPrompt],
+    rounds: list[list[RecallPrompt]],
     flags: list[str],
 ) -> dict[str, Any]:
-    """Start a server, ask all questions at once, read its state, stop it."""
+    """Start a server, ask the questions of each round at once, read its state, stop it."""
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
@@ -126,11 +132,13 @@ def _serve(
             ) as progress:
                 progress.add_task(f"starting {name}")
                 _wait_until_ready(server, url, log)
-                progress.add_task(f"{len(prompts)} questions to {name}")
-                started = time.monotonic()
-                with ThreadPoolExecutor(len(prompts)) as pool:
-                    answers = list(pool.map(lambda prompt: _ask(url, prompt), prompts))
-                seconds = time.monotonic() - started
+                progress.add_task(f"questions to {name}")
+                answers, seconds = [], []
+                for prompts in rounds:
+                    started = time.monotonic()
+                    with ThreadPoolExecutor(len(prompts)) as pool:
+                        answers += pool.map(lambda prompt: _ask(url, prompt), prompts)
+                    seconds.append(time.monotonic() - started)
             info = _get(url + "/server_info")
         finally:
             _stop(server)
@@ -207,7 +215,7 @@ def _print_answers(
     table = Table(title="end of the prompt and the answers", title_justify="left")
     for column in ("question", "expected", "stock SGLang", "FairKV"):
         table.add_column(column, no_wrap=True)
-    for prompt, full, kept in zip(prompts, stock, fair, strict=True):
+    for prompt, full, kept in zip(prompts, stock, fair, strict=False):  # of the first round
         marks = ["green" if answer == prompt.answer_text else "red" for answer in (full, kept)]
         question = "… " + " ".join(prompt.text.split()[-5:])
         table.add_row(
@@ -237,13 +245,18 @@ def _print_summary(
     for column in ("", "stock SGLang", "FairKV"):
         table.add_column(column, justify="right" if column else "left")
     table.add_row(
-        "answers right", *(f"{right[n]} of {args.prompts}" for n in ("stock SGLang", "FairKV"))
+        "answers right",
+        *(f"{right[n]} of {args.prompts * args.rounds}" for n in ("stock SGLang", "FairKV")),
     )
     table.add_row(
         "KV of the prompts", f"{full_bytes / 2**20:.1f} MiB", f"{kept_bytes / 2**20:.1f} MiB"
     )
     table.add_row("kept", "100 %", f"{kept_bytes / full_bytes:.1%}")
-    table.add_row("seconds for all answers", f"{stock['seconds']:.1f}", f"{fair['seconds']:.1f}")
+    table.add_row(
+        "seconds a round, median", *(f"{median(x['seconds']):.1f}" for x in (stock, fair))
+    )
+    each = [" ".join(f"{second:.1f}" for second in x["seconds"]) for x in (stock, fair)]
+    table.add_row("each round", *each)
     console.print(table)
 
 
