@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one description of a model: what budgets, plans, checks and benchmarks need to know of it.
+
+It is read from SGLang's model configuration, from a ``config.json``, or is one of ``PRESETS``; no
+weight is touched. The device that serves it is no part of it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DTYPE_BYTES = {"auto": 2, "half": 2, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4}
+"""Bytes by SGLang's ``--dtype``; with ``auto`` it serves checkpoints in float32 as float16."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes and kind of a decoder.
+
+    Attributes:
+        name: Where it comes from.
+        num_layers: Number of layers.
+        num_q_heads: Query heads of the whole model.
+        num_kv_heads: KV heads of the whole model.
+        head_dim: Width of a head.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the MLP; 0 if the model does not say.
+        vocab_size: Size of the vocabulary; 0 if the model does not say.
+        dtype_bytes: Bytes of a weight and of a number in the KV cache.
+        context: Longest sequence in tokens.
+        architecture: Name of the model class (``architectures.py`` lists those that are served).
+        attention: SGLang's kind of attention (``MHA``, ``MLA``, ``SSM``).
+        sliding_window: Attention window in tokens; None for full attention.
+        quantization: Method of quantised weights, None if they are not.
+        multimodal: Whether the model takes images, audio or video.
+        encoder_decoder: Whether the model has an encoder.
+        generates: False for embedding and reward models.
+    """
+
+    name: str
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int = 0
+    vocab_size: int = 0
+    dtype_bytes: int = 2
+    context: int = 1 << 20
+    architecture: str = "LlamaForCausalLM"
+    attention: str = "MHA"
+    sliding_window: int | None = None
+    quantization: str | None = None
+    multimodal: bool = False
+    encoder_decoder: bool = False
+    generates: bool = True
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @classmethod
+    def from_sglang(cls, model_config: Any) -> Model:
+        """From SGLang's ``ModelConfig``."""
+        text = model_config.hf_text_config
+        return cls(
+            name=str(model_config.model_path),
+            num_layers=model_config.num_hidden_layers,
+            num_q_heads=model_config.num_attention_heads,
+            num_kv_heads=model_config.get_total_num_kv_heads(),
+            head_dim=model_config.head_dim,
+            hidden_size=model_config.hidden_size,
+            intermediate_size=getattr(text, "intermediate_size", None) or 0,
+            vocab_size=getattr(text, "vocab_size", None) or 0,
+            dtype_bytes=model_config.dtype.itemsize,
+            context=model_config.context_len,
+            architecture=(model_config.hf_config.architectures or ["unknown"])[0],
+            attention=model_config.attention_arch.name,
+            sliding_window=model_config.sliding_window_size,
+            quantization=model_config.quantization,
+            multimodal=bool(model_config.is_multimodal),
+            encoder_decoder=bool(model_config.is_encoder_decoder),
+            generates=bool(model_config.is_generation),
+        )
+
+    @classmethod
+    def from_config(cls, path: str | Path, dtype: str = "auto") -> Model:
+        """From a Hugging Face ``config.json`` (the file or its folder): sizes as SGLang reads them.
+
+        What else SGLang derives (kind of attention, window, modality) keeps its default.
+
+        Args:
+            path: File, or folder that holds it.
+            dtype: A key of ``DTYPE_BYTES``.
+
+        Raises:
+            ValueError: in one line, if the file is unreadable or a size is missing or impossible.
+        """
+        file = Path(path)
+        file = file / "config.json" if file.is_dir() else file
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"cannot read model config {file}: {error}") from None
+        if not isinstance(data, dict):
+            raise ValueError(f"model config {file}: expected a JSON object")
+        text = data.get("text_config") or data.get("llm_config") or data
+        try:
+            heads, hidden, layers = (
+                int(text[key])
+                for key in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+            )
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"model config {file}: num_hidden_layers, num_attention_heads and hidden_size "
+                "are needed"
+            ) from None
+        kv_heads = int(text.get("num_key_value_heads") or heads)
+        if min(heads, hidden, layers, kv_heads) < 1 or heads % kv_heads:
+            raise ValueError(
+                f"model config {file}: {heads} query heads are no multiple of {kv_heads} KV heads"
+            )
+        return cls(
+            name=str(path),
+            num_layers=layers,
+            num_q_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=int(text.get("head_dim") or hidden // heads),
+            hidden_size=hidden,
+            intermediate_size=int(text.get("intermediate_size") or 0),
+            vocab_size=int(text.get("vocab_size") or 0),
+            dtype_bytes=DTYPE_BYTES[dtype],
+            context=int(text.get("max_position_embeddings") or cls.context),
+            architecture=str((data.get("architectures") or ["unknown"])[0]),
+        )
+
+    @classmethod
+    def preset(cls, name: str) -> Model:
+        """One of ``PRESETS``; ValueError, in one line, for another name."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown model {name!r}; choose from {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+
+def _presets() -> dict[str, Model]:
+    # config.json of the public checkpoints: layers, query and KV heads, head dimension, hidden
+    # size, MLP, vocabulary, context
+    rows: tuple[tuple[str, str, tuple[int, ...]], ...] = (
+        ("llama-3.1-8b", "Llama", (32, 32, 8, 128, 4096, 14336, 128256, 131072)),
+        ("llama-3.3-70b", "Llama", (80, 64, 8, 128, 8192, 28672, 128256, 131072)),
+        ("mistral-small-24b", "Mistral", (40, 32, 8, 128, 5120, 32768, 131072, 32768)),
+        ("qwen3-0.6b", "Qwen3", (28, 16, 8, 128, 1024, 3072, 151936, 40960)),
+        ("tiny", "Llama", (4, 16, 8, 16, 64, 128, 256, 4096)),  # for tests
+    )
+    return {
+        name: Model(name, *sizes[:7], context=sizes[7], architecture=f"{family}ForCausalLM")
+        for name, family, sizes in rows
+    }
+
+
+PRESETS: dict[str, Model] = _presets()
+"""Models by name, for benchmarks and for planning without a checkpoint."""

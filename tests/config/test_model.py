@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The description of a model, from each of its sources."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fairkv_sglang.model import PRESETS, Model
+from fairkv_sglang.placement import CostModel
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+}
+
+
+def config(tmp_path: Path, **changes: Any) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+    return tmp_path
+
+
+def test_from_a_config(tmp_path: Path) -> None:
+    folder = config(tmp_path)
+    assert Model.from_config(folder) == Model(
+        str(folder), 32, 32, 8, 128, 4096, 14336, 128256, context=131072
+    )
+    assert Model.from_config(folder).group_size == 4
+    assert Model.from_config(config(tmp_path, head_dim=64)).head_dim == 64
+    assert Model.from_config(config(tmp_path, num_key_value_heads=None)).group_size == 1
+    nested = config(tmp_path, num_attention_heads=None, text_config=LLAMA)
+    assert Model.from_config(nested / "config.json").num_kv_heads == 8
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("auto", 2), ("bfloat16", 2), ("float32", 4)])
+def test_width_is_that_of_the_servers_dtype(tmp_path: Path, dtype: str, width: int) -> None:
+    path = config(tmp_path, torch_dtype="float32")
+    assert Model.from_config(path, dtype).dtype_bytes == width
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size are needed"),
+        ({"num_key_value_heads": 5}, "32 query heads are no multiple of 5 KV heads"),
+    ],
+)
+def test_bad_config(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Model.from_config(config(tmp_path, **changes))
+
+
+def test_missing_config(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot read model config"):
+        Model.from_config(tmp_path / "no.json")
+
+
+def test_presets() -> None:
+    assert {(m.num_q_heads % m.num_kv_heads, m.name) for m in PRESETS.values()} == {
+        (0, name) for name in PRESETS
+    }
+    qwen = Model.preset("qwen3-0.6b")
+    assert (qwen.num_layers, qwen.group_size, qwen.num_q_heads * qwen.head_dim) == (28, 2, 2048)
+    with pytest.raises(ValueError, match=r"unknown model 'qwen'; choose from llama-3\.1-8b"):
+        Model.preset("qwen")
+
+
+def test_cost_models_default_is_llama_3_8b() -> None:
+    model = Model.preset("llama-3.1-8b")
+    assert CostModel() == CostModel(
+        head_dim=model.head_dim, hidden_size=model.hidden_size, group=model.group_size
+    )
