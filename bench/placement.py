@@ -26,13 +26,13 @@ import numpy as np
 from fairkv_sglang.cli.output import progress, quiet_stdout
 from fairkv_sglang.cli.simulate import ADAPTED, adapt, both_ways, summary
 from fairkv_sglang.placement import CostModel, Plan, make_plan
-from fairkv_sglang.placement.curves import layer_curves
-from fairkv_sglang.placement.draw import draw_plan, draw_series
-from fairkv_sglang.placement.groups import MAX_HEADS
 from fairkv_sglang.placement.make import make_problem
+from fairkv_sglang.placement.plan_picture import draw_plan, draw_series
 from fairkv_sglang.placement.requests import Requests, read_requests
 from fairkv_sglang.placement.simulate import Traffic
-from fairkv_sglang.placement.stay import SAME
+from fairkv_sglang.placement.solver.curves import layer_curves
+from fairkv_sglang.placement.solver.small_curves import MAX_HEADS
+from fairkv_sglang.placement.solver.stay import SAME
 from fairkv_sglang.profiles import read_profile
 
 FREE = ["contiguous", "best_effort", "equal_shares", "fair_copying"]

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from fairkv_sglang.budgets import BudgetScope, BudgetSpec, Scorer, make_scope, make_scorer
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.placement import CostModel, Plan, make_plan
-from fairkv_sglang.placement.lanes import SPARE
 from fairkv_sglang.placement.model import ModelShape
-from fairkv_sglang.placement.options import FloatArray
+from fairkv_sglang.placement.options import SPARE_LANES, FloatArray
 from fairkv_sglang.profiles import HeadProfile, read_profile
 
 __all__ = [
@@ -157,7 +156,7 @@ def _slots(config: FairKVConfig, shape: ModelShape, scope: BudgetScope, tp_size:
     exact = exact or config.placement == "contiguous"  # there is but one such plan
     if config.replan == "off" or tp_size <= 1 or exact:
         return None
-    spare = SPARE if config.spare_lanes is None else config.spare_lanes
+    spare = SPARE_LANES if config.spare_lanes is None else config.spare_lanes
     heads = shape.num_kv_heads
     slots = min(-(-heads // tp_size) + spare, heads)
     # Without a free slot, and without a copy to take one from, no head could ever move.

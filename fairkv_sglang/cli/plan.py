@@ -17,9 +17,9 @@ import numpy as np
 from fairkv_sglang.cli.output import print_json, print_table, progress, quiet_stdout
 from fairkv_sglang.config import FairKVConfig, add_flags, from_flags
 from fairkv_sglang.placement import Plan
-from fairkv_sglang.placement.draw import draw_plan
 from fairkv_sglang.placement.model import DTYPE_BYTES, ModelShape
 from fairkv_sglang.placement.options import FloatArray
+from fairkv_sglang.placement.plan_picture import draw_plan
 from fairkv_sglang.planning import budget_text, make_budgets, make_placement
 from fairkv_sglang.profiles import FORMATS, read_profile
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fairkv_sglang.cli.output import print_json
 from fairkv_sglang.placement import Plan, make_plan
-from fairkv_sglang.placement.draw import draw_plan
+from fairkv_sglang.placement.plan_picture import draw_plan
 from fairkv_sglang.profiles import FORMATS, read_profile
 
 

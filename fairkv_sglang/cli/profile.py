@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     profile = _from_server(args) if args.url is not None else _from_prompts(args)
     profile.save(args.out)
     if args.plot is not None:
-        from fairkv_sglang.profiles.plot import draw
+        from fairkv_sglang.profiles.profile_picture import draw
 
         draw(profile, args.plot)
     relative = profile.relative

@@ -13,9 +13,8 @@ import numpy as np
 
 from fairkv_sglang.cli.output import print_json, print_table, progress
 from fairkv_sglang.placement import POLICIES, CostModel, Plan, make_plan
-from fairkv_sglang.placement.draw import draw_series
-from fairkv_sglang.placement.lanes import SPARE
-from fairkv_sglang.placement.options import FloatArray, checked
+from fairkv_sglang.placement.options import SPARE_LANES, FloatArray, checked
+from fairkv_sglang.placement.plan_picture import draw_series
 from fairkv_sglang.placement.requests import Requests, read_requests
 from fairkv_sglang.placement.simulate import Replay, Traffic, simulate
 
@@ -35,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PROMPTS",
         help="start with contiguous heads and plan anew after so many prompts, while serving",
     )
-    parser.add_argument("--spare-lanes", type=int, default=SPARE, help=f"default {SPARE}")
+    parser.add_argument(
+        "--spare-lanes", type=int, default=SPARE_LANES, help=f"default {SPARE_LANES}"
+    )
     parser.add_argument("--batch", type=int, default=32, help="requests at a time; default 32")
     parser.add_argument("--steps", type=int, help="decode steps; default 400, to adapt 1200")
     parser.add_argument("--shortest", type=int, default=64, help="steps of a request, at least")
@@ -127,7 +128,7 @@ def adapt(
     tp: int,
     traffic: Traffic,
     prompts: int,
-    spare: int = SPARE,
+    spare: int = SPARE_LANES,
     step: Any = None,
 ) -> dict[str, Any]:
     """Start contiguous, plan from the first ``prompts`` requests of one half, go on with the other

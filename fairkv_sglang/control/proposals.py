@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from fairkv_sglang.placement import CostModel, Plan, make_plan
-from fairkv_sglang.placement.lanes import modelled_step
+from fairkv_sglang.placement.modelled_step import modelled_step
 from fairkv_sglang.profiles.change import since_change
 
 GAIN = 1.02

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fairkv_sglang.placement.cost import CostModel
-from fairkv_sglang.placement.deal import deal
 from fairkv_sglang.placement.homes import home_table
 from fairkv_sglang.placement.options import (
     FloatArray,
@@ -21,8 +20,9 @@ from fairkv_sglang.placement.options import (
 )
 from fairkv_sglang.placement.plan import Plan
 from fairkv_sglang.placement.policies import POLICIES
-from fairkv_sglang.placement.problem import Problem, lower_bound
-from fairkv_sglang.placement.stay import twin_lanes
+from fairkv_sglang.placement.solver.deal import deal
+from fairkv_sglang.placement.solver.problem import Problem, lower_bound
+from fairkv_sglang.placement.solver.stay import twin_lanes
 
 
 def make_problem(

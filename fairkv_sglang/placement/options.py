@@ -12,6 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 FloatArray = NDArray[np.float64]
 Model = TypeVar("Model", bound=BaseModel)
 
+SPARE_LANES = 1
+"""Spare lanes of a (layer, rank) beside its home heads. With one no more than 1 % of the modelled
+step is left to gain, and the next slot's weights cost more than that (docs/placement.md)."""
+
 
 class PlanOptions(BaseModel):
     """Limits and targets of a plan; all are optional.
@@ -24,7 +28,8 @@ class PlanOptions(BaseModel):
     paid: every slot costs a lane, used or not (CUDA graphs keep shapes); a copy then costs nothing
         more until the slots are used up.
     spread: coefficient of variation of a head's load between batches. Above 0 (or with samples
-        of requests) ``fair_copying`` adds spare copies that give the router room (``spare.py``).
+        of requests) ``fair_copying`` adds spare copies that give the router room
+        (``solver/spare.py``).
     time_limit: of ``exact``, seconds per layer.
     """
 

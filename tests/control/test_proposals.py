@@ -16,7 +16,7 @@ import pytest
 import fairkv_sglang.control.proposals as proposals_module
 from fairkv_sglang.control.proposals import GAIN, TEST_PLANS, Proposals, propose
 from fairkv_sglang.placement import CostModel, Plan
-from fairkv_sglang.placement.lanes import modelled_step
+from fairkv_sglang.placement.modelled_step import modelled_step
 
 LAYERS, RANKS, HEADS = 3, 2, 8
 COST = CostModel.for_device(

@@ -11,7 +11,7 @@ import pytest
 from fairkv_sglang.placement import CostModel
 from fairkv_sglang.placement.make import make_problem
 from fairkv_sglang.placement.model import ModelShape
-from fairkv_sglang.placement.problem import lower_bound
+from fairkv_sglang.placement.solver.problem import lower_bound
 
 LLAMA = {
     "num_attention_heads": 32,

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fairkv_sglang.placement.choose import _knapsack
-from fairkv_sglang.placement.groups import SmallCurves
-from fairkv_sglang.placement.pack import LargeCurves
-from fairkv_sglang.placement.support import Support, balanced_shares
-from fairkv_sglang.placement.wrap import group_bound, wrap
+from fairkv_sglang.placement.solver.choose import _knapsack
+from fairkv_sglang.placement.solver.lane_search import Support, balanced_shares
+from fairkv_sglang.placement.solver.large_curves import LargeCurves
+from fairkv_sglang.placement.solver.small_curves import SmallCurves
+from fairkv_sglang.placement.solver.wrap import group_bound, wrap
 
 loads_ = hnp.arrays(np.float64, st.integers(1, 6), elements=st.floats(0.0, 100.0))
 lanes_ = st.sampled_from([0.0, 0.5, 10.0])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fairkv_sglang.config import from_mapping
-from fairkv_sglang.placement.stay import SAME
+from fairkv_sglang.placement.solver.stay import SAME
 from fairkv_sglang.planning import ModelShape, make_budgets, make_placement
 from fairkv_sglang.profiles import read_profile
 

@@ -13,8 +13,8 @@ from hypothesis.extra import numpy as hnp
 
 from fairkv_sglang.placement import POLICIES, CostModel, Plan, make_plan
 from fairkv_sglang.placement.make import figures, make_problem
-from fairkv_sglang.placement.problem import lower_bound
-from fairkv_sglang.placement.stay import SAME
+from fairkv_sglang.placement.solver.problem import lower_bound
+from fairkv_sglang.placement.solver.stay import SAME
 
 FAST = sorted(set(POLICIES) - {"exact"})
 COPYING = ["fair_copying", "equal_shares"]

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fairkv_sglang.placement import POLICIES, CostModel, make_plan
-from fairkv_sglang.placement.lanes import SPARE, modelled_step
-from fairkv_sglang.placement.support import Support
+from fairkv_sglang.placement.modelled_step import modelled_step
+from fairkv_sglang.placement.options import SPARE_LANES
+from fairkv_sglang.placement.solver.lane_search import Support
 
 FAST = sorted(set(POLICIES) - {"exact"})
 
@@ -194,7 +195,7 @@ def test_lanes_that_do_not_fit_give_one_line(served: np.ndarray, message: str) -
 def test_one_spare_lane_leaves_little_to_gain(split: tuple[int, int], skew: float) -> None:
     heads, ranks = split
     loads = np.exp(skew * np.random.default_rng(0).standard_normal((8, heads))) * 1000
-    slots = max(1, heads // ranks) + SPARE
+    slots = max(1, heads // ranks) + SPARE_LANES
     cost = CostModel(batch=256, weight_bytes=0.01)  # slots cost next to nothing
     plan = make_plan("fair_copying", loads, ranks, cost, max_lanes=slots, paid=True)
     assert plan.info["step_over_bound"] < 1.02

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairkv_sglang.placement import POLICIES, CostModel, PlanOptions, make_plan
-from fairkv_sglang.placement.deal import EVEN, EVENER, deal
 from fairkv_sglang.placement.homes import Homes
 from fairkv_sglang.placement.make import figures, make_problem
 from fairkv_sglang.placement.options import FloatArray
-from fairkv_sglang.placement.problem import Problem
-from fairkv_sglang.placement.stay import SAME, stay_home, twin_lanes
+from fairkv_sglang.placement.solver.deal import EVEN, EVENER, deal
+from fairkv_sglang.placement.solver.problem import Problem
+from fairkv_sglang.placement.solver.stay import SAME, stay_home, twin_lanes
 
 SPLITS = st.sampled_from([(8, 2), (8, 4), (8, 8), (4, 8), (2, 4), (1, 3), (12, 3), (6, 3)])
 COSTS = st.sampled_from([None, *(CostModel.for_device(d, batch=64) for d in ("cuda", "cpu"))])

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors.numpy import save_file
 
 from fairkv_sglang.profiles import HeadProfile, read_profile, uniform_profile
-from fairkv_sglang.profiles.plot import draw
+from fairkv_sglang.profiles.profile_picture import draw
 
 
 def _valid():

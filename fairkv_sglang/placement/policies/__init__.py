@@ -11,7 +11,7 @@ from fairkv_sglang.placement.policies.contiguous import contiguous
 from fairkv_sglang.placement.policies.equal_shares import equal_shares
 from fairkv_sglang.placement.policies.exact import exact
 from fairkv_sglang.placement.policies.fair_copying import fair_copying
-from fairkv_sglang.placement.problem import Problem
+from fairkv_sglang.placement.solver.problem import Problem
 
 Policy = Callable[[Problem, PlanOptions], FloatArray]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from fairkv_sglang.placement.curves import layer_curves
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
-from fairkv_sglang.placement.problem import Problem
-from fairkv_sglang.placement.slots import within_slots
-from fairkv_sglang.placement.stay import stay_home
+from fairkv_sglang.placement.solver.curves import layer_curves
+from fairkv_sglang.placement.solver.problem import Problem
+from fairkv_sglang.placement.solver.slots import within_slots
+from fairkv_sglang.placement.solver.stay import stay_home
 
 
 def best_effort(problem: Problem, options: PlanOptions) -> FloatArray:

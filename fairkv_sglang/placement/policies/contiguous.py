@@ -7,7 +7,7 @@ import numpy as np
 
 from fairkv_sglang.placement.homes import blocks
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
-from fairkv_sglang.placement.problem import Problem
+from fairkv_sglang.placement.solver.problem import Problem
 
 
 def contiguous(problem: Problem, options: PlanOptions) -> FloatArray:

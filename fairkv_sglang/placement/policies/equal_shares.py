@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
-from fairkv_sglang.placement.problem import Problem, rank_loads
-from fairkv_sglang.placement.stay import stay_home
+from fairkv_sglang.placement.solver.problem import Problem, rank_loads
+from fairkv_sglang.placement.solver.stay import stay_home
 
 
 def equal_shares(problem: Problem, options: PlanOptions) -> FloatArray:

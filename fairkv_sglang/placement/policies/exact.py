@@ -18,8 +18,8 @@ from scipy.sparse import coo_matrix, csr_matrix
 
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
 from fairkv_sglang.placement.policies.fair_copying import fair_copying
-from fairkv_sglang.placement.problem import Problem, lower_bound, rank_loads
-from fairkv_sglang.placement.stay import stay_home
+from fairkv_sglang.placement.solver.problem import Problem, lower_bound, rank_loads
+from fairkv_sglang.placement.solver.stay import stay_home
 
 _GAP = 1e-4
 

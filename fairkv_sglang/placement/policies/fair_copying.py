@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from fairkv_sglang.placement.choose import choose_copies
-from fairkv_sglang.placement.curves import layer_curves
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
 from fairkv_sglang.placement.policies.contiguous import contiguous
-from fairkv_sglang.placement.problem import Problem
-from fairkv_sglang.placement.slots import within_slots
-from fairkv_sglang.placement.spare import add_spares
-from fairkv_sglang.placement.stay import stay_home
-from fairkv_sglang.placement.support import MAX_RANKS
+from fairkv_sglang.placement.solver.choose import choose_copies
+from fairkv_sglang.placement.solver.curves import layer_curves
+from fairkv_sglang.placement.solver.lane_search import MAX_RANKS
+from fairkv_sglang.placement.solver.problem import Problem
+from fairkv_sglang.placement.solver.slots import within_slots
+from fairkv_sglang.placement.solver.spare import add_spares
+from fairkv_sglang.placement.solver.stay import stay_home
 
 
 def fair_copying(problem: Problem, options: PlanOptions) -> FloatArray:
@@ -26,8 +26,9 @@ def fair_copying(problem: Problem, options: PlanOptions) -> FloatArray:
     Free copies (``problem.lane`` = 0): the fewest copies over all layers such that the sum over
     layers of the fullest rank is at most ``options.tolerance`` times the mean. Otherwise: the
     lowest step cost, ties to fewer copies. With scenarios (samples of requests, or a spread) spare
-    copies are added where requests differ from the mean, see ``spare.py``. Layers with more lanes
-    on a rank than it has slots, or all where slots are paid for, are made as in ``slots.py``.
+    copies are added where requests differ from the mean (``solver/spare.py``). Layers with more
+    lanes on a rank than it has slots, or all where slots are paid for, are made as in
+    ``solver/slots.py``.
     """
     if options.paid and problem.ranks <= MAX_RANKS:
         shares = within_slots(problem, options, contiguous(problem, options))

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from fairkv_sglang.placement.groups import MAX_HEADS, SmallCurves
-from fairkv_sglang.placement.pack import LargeCurves
-from fairkv_sglang.placement.problem import Problem
+from fairkv_sglang.placement.solver.large_curves import LargeCurves
+from fairkv_sglang.placement.solver.problem import Problem
+from fairkv_sglang.placement.solver.small_curves import MAX_HEADS, SmallCurves
 
 Curves = SmallCurves | LargeCurves
 

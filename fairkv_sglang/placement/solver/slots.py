@@ -4,7 +4,7 @@
 Packing heads that can be divided, at most ``S`` to a rank, is NP-hard (F. Chung, R. Graham, J. Mao,
 G. Varghese, "Parallelism versus memory allocation in pipelined router forwarding engines", Theory
 of Computing Systems 39, 2006). Here a layer starts from contiguous heads, relieved as far as that
-goes, and is improved lane by lane (``support.py``).
+goes, and is improved lane by lane (``lane_search.py``).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 
 from fairkv_sglang.placement.homes import blocks, home_table
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
-from fairkv_sglang.placement.problem import Problem, lower_bound, rank_loads
-from fairkv_sglang.placement.stay import relieve
-from fairkv_sglang.placement.support import MAX_RANKS, Support, balanced_shares
+from fairkv_sglang.placement.solver.lane_search import MAX_RANKS, Support, balanced_shares
+from fairkv_sglang.placement.solver.problem import Problem, lower_bound, rank_loads
+from fairkv_sglang.placement.solver.stay import relieve
 
 _HALVINGS = 10
 _MIN_GAIN = 1e-4

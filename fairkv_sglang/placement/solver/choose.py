@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fairkv_sglang.placement.curves import Curves
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
-from fairkv_sglang.placement.problem import Problem
+from fairkv_sglang.placement.solver.curves import Curves
+from fairkv_sglang.placement.solver.problem import Problem
 
 IntArray = NDArray[np.int64]
 

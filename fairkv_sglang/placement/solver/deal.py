@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 from fairkv_sglang.placement.homes import home_table
 from fairkv_sglang.placement.options import FloatArray
-from fairkv_sglang.placement.problem import Problem
+from fairkv_sglang.placement.solver.problem import Problem
 
 EVEN, EVENER = 1.01, 1.005
 """The fullest rank's tokens: over the mean, even enough; else over the evenest that was found."""

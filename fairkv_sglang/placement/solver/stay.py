@@ -11,10 +11,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fairkv_sglang.placement.deal import deal
 from fairkv_sglang.placement.homes import blocks, home_table
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
-from fairkv_sglang.placement.problem import Problem, rank_loads
+from fairkv_sglang.placement.solver.deal import deal
+from fairkv_sglang.placement.solver.problem import Problem, rank_loads
 
 SAME = 1.001
 """Plans of a layer whose steps differ by less are the same. Where copies are free plans aim at a

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Level-by-copies curves for layers with many heads: trees of fixed sizes, packed largest first.
 
-The structure is that of ``groups.py``: a layer is a set of trees, tree i spans ``k_i`` ranks and
-its level is ``(sum of (load + lane) + lane * (k_i - 1)) / k_i``. For every partition of the ranks
-into tree sizes the heads are dealt out largest first to the tree whose level grows least (LPT on
-machines of speed ``k_i``; without copies at most 4/3 - 1/(3R) of the best packing, R. L. Graham,
-"Bounds on multiprocessing timing anomalies", 1969), all layers at once. The best partitions
-for each number of copies are then improved by moves and swaps.
+The structure is that of ``small_curves.py``: a layer is a set of trees, tree i spans ``k_i`` ranks
+and its level is ``(sum of (load + lane) + lane * (k_i - 1)) / k_i``. For every partition of the
+ranks into tree sizes the heads are dealt out largest first to the tree whose level grows least (LPT
+on machines of speed ``k_i``; without copies at most 4/3 - 1/(3R) of the best packing, R. L. Graham,
+"Bounds on multiprocessing timing anomalies", 1969), all layers at once. The best partitions for
+each number of copies are then improved by moves and swaps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairkv_sglang.placement.options import FloatArray
-from fairkv_sglang.placement.wrap import wrap
+from fairkv_sglang.placement.solver.wrap import wrap
 
 _GOOD = 1.001  # stop improving a layer this close to its bound
 _ROUNDS = 48

@@ -3,7 +3,7 @@
 
 A plan with the fewest copies balances the expectation exactly and has no freedom left: its trees
 cannot lend load to each other. Lanes are added one at a time, over all layers the one that lowers
-the mean level over the scenarios most (``support.py``), until it is within the tolerance of the
+the mean level over the scenarios most (``lane_search.py``), until it is within the tolerance of the
 ideal (free copies) or no lane pays for its weight slice any more. Where all slots of a rank are
 used a lane may take the place of another copy.
 """
@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
-from fairkv_sglang.placement.problem import Problem
-from fairkv_sglang.placement.support import MAX_RANKS, Support, balanced_shares
+from fairkv_sglang.placement.solver.lane_search import MAX_RANKS, Support, balanced_shares
+from fairkv_sglang.placement.solver.problem import Problem
 
 _SCENARIOS = 32
 # Variation added to samples and requests in a scenario; by replay of held-out prompts

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What given lanes cost under given loads, and how many lanes to have room for."""
+"""What given lanes cost under given loads."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from scipy.sparse import coo_matrix
 
 from fairkv_sglang.placement.cost import CostModel
 from fairkv_sglang.placement.options import check_loads
-
-SPARE = 1
-"""Spare lanes of a (layer, rank) beside its home heads. With one no more than 1 % of the modelled
-step is left to gain, and the next slot's weights cost more than that (docs/placement.md)."""
 
 
 def modelled_step(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from fairkv_sglang.placement.options import FloatArray
-from fairkv_sglang.placement.wrap import wrap
+from fairkv_sglang.placement.solver.wrap import wrap
 
 MAX_HEADS = 9
 
