@@ -41,7 +41,7 @@ def register() -> None:
 
 def _register_rank() -> None:
     from fairkv_sglang.patches import cpu, ledger, measure
-    from fairkv_sglang.platform_cpu import is_active
+    from fairkv_sglang.patches.cpu_platform import is_active
 
     on_cpu = is_active()
     hooks = list(cpu.HOOKS) if on_cpu else []

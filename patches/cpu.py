@@ -30,7 +30,7 @@ def register_attention() -> None:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     def create(runner: Any) -> Any:
-        from fairkv_sglang.attention.cpu import CpuAttnBackend
+        from fairkv_sglang.patches.cpu_attention import CpuAttnBackend
 
         return CpuAttnBackend(runner)
 

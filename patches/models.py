@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fairkv_sglang.attention.mixed import prompts_only, running_only
 from fairkv_sglang.parallel.twins import ARGUMENTS, TWIN
 from fairkv_sglang.patches.ledger import Hook
 from fairkv_sglang.runtime import get_runtime
@@ -48,16 +49,15 @@ def around_attention_forward(
     plan = get_runtime().forward_plan
     if plan is None or not plan.decode_rows:
         return original(module, positions, hidden_states, forward_batch)
-    from fairkv_sglang.attention.mixed import prompts_only, running_only
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     cut = plan.prompt_tokens
     prompts = original(
         module, positions[:cut], hidden_states[:cut], prompts_only(forward_batch, plan)
     )
-    running = original(
-        twin, positions[cut:], hidden_states[cut:], running_only(forward_batch, plan)
-    )
-    return torch.cat([prompts, running])
+    running = running_only(forward_batch, plan, ForwardMode.DECODE)
+    decoded = original(twin, positions[cut:], hidden_states[cut:], running)
+    return torch.cat([prompts, decoded])
 
 
 def after_load_model(_: None, runner: Any) -> None:

@@ -18,7 +18,7 @@ def register_prefix_cache() -> None:
         registered_radix_cache_backends,
     )
 
-    from fairkv_sglang.memory.prefix_cache import BACKEND_NAME, build_prefix_cache
+    from fairkv_sglang.patches.prefix_cache import BACKEND_NAME, build_prefix_cache
 
     if BACKEND_NAME not in registered_radix_cache_backends():
         register_radix_cache_backend(BACKEND_NAME, build_prefix_cache)
@@ -33,8 +33,8 @@ def after_build_backend(result: Any, *, model_runner: Any, **kwargs: Any) -> Any
     """
     from sglang.srt.distributed import get_tp_group
 
-    from fairkv_sglang.attention.backend import FairKVAttnBackend
     from fairkv_sglang.attention.decoders import make_decoder
+    from fairkv_sglang.patches.attention_backend import FairKVAttnBackend
 
     runtime = get_runtime()
     runtime.verify_hooks()

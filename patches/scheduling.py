@@ -19,7 +19,7 @@ from fairkv_sglang.runtime import FairKVRuntime, get_runtime
 
 def after_alloc_for_extend(result: Any, batch: Any) -> None:
     """A prompt (or its next chunk) got its slots: fix owners, charge its head pages."""
-    from fairkv_sglang.memory.prefix_cache import HANDED_OVER, SLOTS
+    from fairkv_sglang.patches.prefix_cache import HANDED_OVER, SLOTS
 
     book = get_runtime().book
     for req in batch.reqs:
@@ -35,7 +35,7 @@ def replace_alloc_for_decode(batch: Any, token_per_req: int) -> torch.Tensor:
     Returns:
         ``int64 [bs]`` zeros: SGLang's padding slot, which nobody reads.
     """
-    from fairkv_sglang.memory.prefix_cache import HANDED_OVER, owns_nothing
+    from fairkv_sglang.patches.prefix_cache import HANDED_OVER, owns_nothing
 
     rows = batch.req_pool_indices_cpu.tolist()
     get_runtime().book.grow(rows)
@@ -51,7 +51,7 @@ def around_create_prefill_budget(
     original: Any, allocator: Any, tree_cache: Any, *, num_mixed_decode_tokens: int = 0
 ) -> Any:
     """Admission checks pool slots and the head pages of all ranks."""
-    from fairkv_sglang.memory.prefill_budget import FairKVPrefillBudget
+    from fairkv_sglang.patches.prefill_budget import FairKVPrefillBudget
 
     book = get_runtime().book
     return FairKVPrefillBudget(allocator, tree_cache, book, num_mixed_decode_tokens)

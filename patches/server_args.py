@@ -94,8 +94,8 @@ def _resolve(original: Any, server_args: Any) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
     from fairkv_sglang import support
+    from fairkv_sglang.patches.cpu_platform import is_active
     from fairkv_sglang.plan_file import PLAN_VARIABLE, hand_out
-    from fairkv_sglang.platform_cpu import is_active
 
     config = _configuration()
     _export(config)
@@ -156,7 +156,7 @@ def _export(config: FairKVConfig) -> None:
 
 def _settle(server_args: Any) -> None:
     """Set what FairKV needs; the check before made sure that nobody asked for other values."""
-    from fairkv_sglang.memory.prefix_cache import BACKEND_NAME
+    from fairkv_sglang.patches.prefix_cache import BACKEND_NAME
 
     server_args.radix_cache_backend = BACKEND_NAME
     # Decode is FairKV's, so SGLang builds one backend, the one for prompts.

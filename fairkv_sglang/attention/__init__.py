@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang attention backend over head pages; prefill on the full prompt, then compression."""
+"""Attention of a rank: prompts are compressed after it, decode runs over head pages."""

@@ -38,14 +38,12 @@ def prompts_only(forward_batch: Any, plan: ForwardPlan) -> Any:
     return batch
 
 
-def running_only(forward_batch: Any, plan: ForwardPlan) -> Any:
-    """The batch without its prompts, as a decode batch."""
-    from sglang.srt.model_executor.forward_batch_info import ForwardMode
-
+def running_only(forward_batch: Any, plan: ForwardPlan, decode: Any) -> Any:
+    """The batch without its prompts, in SGLang's mode ``decode``."""
     requests, tokens = len(plan.spans), plan.prompt_tokens
     end = requests + len(plan.decode_rows)
     batch = _cut(forward_batch, slice(requests, end), slice(tokens, tokens + end - requests))
-    batch.forward_mode = ForwardMode.DECODE
+    batch.forward_mode = decode
     return batch
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +59,7 @@ REASONS = {
         dcp_kv_mask
     """,
 }
+decode_part = partial(running_only, decode=ForwardMode.DECODE)
 NOT_CUT = {name for fields in REASONS.values() for name in fields.split()}
 
 
@@ -99,7 +101,7 @@ def listed(values: Any) -> list[int]:
 
 @pytest.mark.parametrize(
     ("part", "requests", "tokens"),
-    [(prompts_only, [0, 1], range(7)), (running_only, [2, 3], range(7, 9))],
+    [(prompts_only, [0, 1], range(7)), (decode_part, [2, 3], range(7, 9))],
     ids=["prompts", "running"],
 )
 def test_both_parts_are_whole_batches(part: Any, requests: list[int], tokens: range) -> None:
@@ -118,7 +120,7 @@ def test_both_parts_are_whole_batches(part: Any, requests: list[int], tokens: ra
 
 
 def test_modes_of_the_parts() -> None:
-    prompts, running = prompts_only(a_batch(), PLAN), running_only(a_batch(), PLAN)
+    prompts, running = prompts_only(a_batch(), PLAN), decode_part(a_batch(), PLAN)
     assert prompts.forward_mode.is_extend() and not prompts.forward_mode.is_decode()
     assert prompts.extend_num_tokens == 7
     assert running.forward_mode.is_decode() and not running.forward_mode.is_extend()
@@ -139,6 +141,6 @@ def test_fields_of_another_sglang_are_not_needed() -> None:
     newer = {"orig_seq_lens", "req_pool_indices_cpu", "out_cache_loc_virtual"}
     newer |= {"multi_item_delimiter_indices", "global_num_token_non_padded_cpu"}
     values = {name: value for name, value in vars(a_batch()).items() if name not in newer}
-    cut = running_only(SimpleNamespace(**values), PLAN)
+    cut = decode_part(SimpleNamespace(**values), PLAN)
     assert cut.seq_lens.tolist() == [31, 12] and cut.out_cache_loc.tolist() == [7, 8]
     assert not newer & set(vars(cut))

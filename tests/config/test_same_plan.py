@@ -79,7 +79,7 @@ def of_the_server(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server_args, "model_facts", lambda _: facts(model, dtype))
         patch.setattr("sglang.srt.arg_groups.overrides.resolving_view", lambda view: view)
-        patch.setattr("fairkv_sglang.platform_cpu.is_active", lambda: device == "cpu")
+        patch.setattr("fairkv_sglang.patches.cpu_platform.is_active", lambda: device == "cpu")
         patch.setattr(server_args, "_settle_cpu", lambda _: None)
         patch.setattr(server_args, "_settle", lambda *_: None)
         server_args.around_resolve(lambda _: None, arguments)

@@ -20,10 +20,10 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 import fairkv_sglang.config as config_module
 import fairkv_sglang.patches as patches
 import fairkv_sglang.runtime
-from fairkv_sglang.attention.backend import FairKVAttnBackend
 from fairkv_sglang.attention.decoders import PageTableDecoder
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.patches import pools, registries
+from fairkv_sglang.patches.attention_backend import FairKVAttnBackend
 from fairkv_sglang.patches.ledger import HookError
 from fairkv_sglang.placement import Plan
 from fairkv_sglang.plan_file import PLAN_VARIABLE

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import fairkv_sglang.runtime
 from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
-from fairkv_sglang.memory.prefill_budget import FairKVPrefillBudget
 from fairkv_sglang.memory.sizing import LEAST_PAGES
 from fairkv_sglang.patches import scheduling
+from fairkv_sglang.patches.prefill_budget import FairKVPrefillBudget
 from fairkv_sglang.placement import Plan
 from fairkv_tests.core_cases import QUICK, SCOPES, make_books, random_plan, random_scope, seeds
 
@@ -214,7 +214,7 @@ def test_mixed_batches_reserve_the_pages_of_running_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SGLang tells the hook how many rows decode in the pass, and the budget must hear of it."""
-    from fairkv_sglang.memory import prefill_budget
+    from fairkv_sglang.patches import prefill_budget
 
     made: list[int] = []
 

@@ -18,9 +18,9 @@ import torch
 import fairkv_sglang.runtime
 from fairkv_sglang.budgets import BudgetScope, pick
 from fairkv_sglang.kernels import ops
-from fairkv_sglang.memory.prefill_budget import FairKVPrefillBudget
 from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.patches import scheduling
+from fairkv_sglang.patches.prefill_budget import FairKVPrefillBudget
 from fairkv_sglang.placement import Plan
 from fairkv_tests.core_cases import kept_counts, make_books, random_scores
 

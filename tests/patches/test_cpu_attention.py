@@ -11,7 +11,7 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from fairkv_sglang.attention import cpu
+from fairkv_sglang.patches import cpu_attention as cpu
 
 HEADS, GROUP, DIM = 3, 2, 16
 

@@ -14,10 +14,10 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 import fairkv_sglang.runtime
-from fairkv_sglang.attention.backend import FairKVAttnBackend
 from fairkv_sglang.attention.decoders import PageTableDecoder
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
 from fairkv_sglang.kernels import reference
+from fairkv_sglang.patches.attention_backend import FairKVAttnBackend
 from fairkv_tests.compress_cases import (
     DIM,
     LAYERS,
