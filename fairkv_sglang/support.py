@@ -322,7 +322,7 @@ def check_model(config: FairKVConfig, model: ModelFacts, tp_size: int, device: s
 
 
 def table(rows: Iterable[Refusal] = REFUSALS) -> str:
-    """The refusals as a Markdown table, for the README."""
+    """The refusals as a Markdown table, for docs/support.md."""
     lines = ["| Refused with FairKV | Setting | Instead |", "|---|---|---|"]
     lines += [f"| {row.feature} | {row.setting} | {row.instead} |" for row in rows]
     return "\n".join(lines)

@@ -125,5 +125,5 @@ def test_fewer_kv_heads_than_ranks_pass() -> None:
 
 
 def test_table_has_a_row_for_each() -> None:
-    """The README's table is made from the list."""
+    """The table of docs/support.md is made from the list."""
     assert len(table().splitlines()) == len(REFUSALS) + 2

@@ -18,8 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
 
-def test_readme_lists_every_refusal() -> None:
-    assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_support_page_lists_every_refusal() -> None:
+    assert table() in (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_ledger_page_is_the_ledger() -> None:
