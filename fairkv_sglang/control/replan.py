@@ -84,6 +84,7 @@ class Replanner:
         self._forced = False
         self._steps_of_change = 0
         self._waits = False
+        self._gaps: list[int] = []  # layers that may have empty slots between lanes
 
     # -- rank 0: asking -------------------------------------------------------------------------
 
@@ -166,6 +167,8 @@ class Replanner:
         if self._is_first and (self._forced or self._book.recorder.count >= self._next):
             self._ask()
         if not self._changes.pending:
+            if self._gaps:
+                self._close_gaps()
             return
         started = time.perf_counter()
         self._steps_of_change += 1
@@ -185,11 +188,10 @@ class Replanner:
         if (before != self._changes.open).any():
             self._route()
         if released or moves:
-            took = time.perf_counter() - started
-            self.passes += 1
-            self.seconds += took
-            self.longest = max(self.longest, took)
+            self._note_time(started)
         if not self._changes.pending:
+            # Under CUDA graphs all slots are paid for, so there is nothing to gain.
+            self._gaps = [] if self._twins.fixed_width else list(range(self._heads.plan.num_layers))
             logger.info(
                 "FairKV: all lanes of plan %d are in place after %d passes, %.1f MiB of weights "
                 "came to rank %d so far",
@@ -198,6 +200,40 @@ class Replanner:
                 self._twins.bytes_brought / (1 << 20),
                 self._heads.rank,
             )
+
+    def _close_gaps(self) -> None:
+        """Lanes move together where a plan has left slots empty between them.
+
+        Decode multiplies with the slots up to the last one in use, so a gap costs as much as a lane
+        does. Done a piece at a time when the plan's lanes are in place; all ranks keep the same
+        table.
+        """
+        started = time.perf_counter()
+        table, rank = self._heads.table, self._heads.rank
+        left = max(1, PIECE_BYTES // self._twins.lane_bytes)
+        while self._gaps and left:
+            layer = self._gaps[-1]
+            moved = False
+            for other in range(table.head.shape[1]):
+                slots = table.close_gap(layer, other)
+                if slots is None:
+                    continue
+                moved = True
+                if other == rank:
+                    self._twins.shift(layer, *slots)
+                    start = self._heads.lane_start[layer]
+                    self._book.shift_lane(start + slots[0], start + slots[1])
+            if moved:
+                left -= 1
+            else:
+                self._gaps.pop()
+        self._note_time(started)
+
+    def _note_time(self, started: float) -> None:
+        took = time.perf_counter() - started
+        self.passes += 1
+        self.seconds += took
+        self.longest = max(self.longest, took)
 
     @property
     def pending(self) -> bool:

@@ -178,6 +178,21 @@ class RowBook:
         self.residents.grow(rows)
         self._note_peak()
 
+    # -- lanes ----------------------------------------------------------------------------------
+
+    def shift_lane(self, source: int, target: int) -> None:
+        """The lane of slot ``source`` is in the empty slot ``target`` from now on, with its pages.
+
+        Before a forward, on the forward stream. Slots count over all layers.
+        """
+        pages = self.pages
+        for tensor in (pages.page_table, pages.lens, pages.owned):
+            tensor[:, target] = tensor[:, source]
+        pages.lens[:, source] = 0
+        pages.owned[:, source] = 0
+        for life in self._lives.values():
+            life.owned[target], life.owned[source] = life.owned[source].clone(), 0
+
     # -- after the prompt -----------------------------------------------------------------------
 
     def hand_over(self, row: int, slots: int) -> None:

@@ -72,6 +72,22 @@ class LaneTable:
         self.head[layer, rank, self.slot(layer, rank, head)] = EMPTY
         self.version += 1
 
+    def close_gap(self, layer: int, rank: int) -> tuple[int, int] | None:
+        """Bring the head of the last slot in use to an empty one before it.
+
+        Returns:
+            The slot that it left and the one that it has now; None where no slot before the last
+            one in use is empty.
+        """
+        row = self.head[layer, rank, : self.width(layer, rank)]
+        empty = np.flatnonzero(row == EMPTY)
+        if not len(empty) or len(row) == 1:
+            return None
+        last, first = len(row) - 1, int(empty[0])
+        row[first], row[last] = row[last], EMPTY
+        self.version += 1
+        return last, first
+
 
 class Move(NamedTuple):
     """A head whose weights a rank needs."""

@@ -115,6 +115,15 @@ class TwinWeights:
             self._fill(layer, needed)
             self.bytes_brought += len(needed[self.heads.rank]) * self.lane_bytes
 
+    @torch.no_grad()
+    def shift(self, layer: int, source: int, target: int) -> None:
+        """The head of slot ``source`` is in slot ``target`` from now on; see ``close_gap``."""
+        twin = self._twins[layer][self._width[layer]]
+        rows = self.heads.group_size * self.head_dim
+        weights = _flat(_views(twin, source, source * rows, rows))
+        _unflatten(weights, _views(twin, target, target * rows, rows))
+        self._choose(layer)
+
     def settle(self) -> None:
         """Slots were emptied: narrower twins, or SGLang's modules again where they will do."""
         for layer in range(len(self.modules)):

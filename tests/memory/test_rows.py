@@ -139,6 +139,34 @@ def test_leaks_are_reported() -> None:
     assert len(problems) == 4 and "leaked" in " ".join(problems)
 
 
+def test_lanes_close_gaps_with_their_pages() -> None:
+    """A stored row keeps its pages, one still in its chunks gets them in the new slot."""
+    scope = random_scope(np.random.default_rng(2), "layer", 2, 3)
+    plan = Plan.from_shares(np.ones((2, 1, 3)), "one rank")
+    book = make_books(plan, scope, np.array([90]), rows=3, slots=4)[0]
+    table = book.heads.table
+    book.admit(1, 50)
+    book.begin_forward([1])
+    kept, pool = torch.arange(8), torch.randn((8, 3, 8))
+    table.take(1, 0, 0)  # its requests have left; slots count over layers
+    book.pages.owned[1, 4] = 0
+    for layer in (0, 1):
+        ops.store_kept(
+            book.pages, 1, 4 * layer, pool, pool, kept, kept.expand(3, -1), torch.full((3,), 8),
+            torch.tensor([0, 1, 2, -1]),
+        )  # fmt: skip
+    book.admit(2, 50)
+    assert table.close_gap(1, 0) == (2, 0) and table.head[1, 0].tolist() == [2, 1, -1, -1]
+    book.shift_lane(4 + 2, 4 + 0)
+    assert table.close_gap(1, 0) is None and table.close_gap(0, 0) is None
+    assert book.pages.lens[1].tolist() == [8, 8, 8, 0, 8, 8, 0, 0]
+    keys = book.pages.keys[book.pages.page_table[1, 4, 0].long()].flatten(1)
+    assert torch.equal(keys[:8], pool[:, 2])
+    book.pages.check_integrity()
+    book.begin_forward([2])
+    assert book.pages.owned[2].tolist() == [1, 1, 1, 0, 1, 1, 0, 0]
+
+
 def test_a_prompt_cannot_end_without_counts() -> None:
     book = book_of_one_rank("layer")
     book.admit(1, 50)

@@ -107,21 +107,40 @@ class Case:
 
     def check_slots(self) -> None:
         """Every slot that holds a head, in modules whose width may follow the slots in use."""
-        for heads, modules in zip(self.heads, self.modules, strict=True):
-            for layer, module in enumerate(modules):
-                twin, slots = getattr(module, TWIN), heads.slots(layer)
-                width = twin.attn.tp_k_head_num
-                assert (twin is module) == (heads.serves_home(layer) and not self.fixed_width)
-                used = heads.table.width(layer, heads.rank)
-                assert width == (len(slots) if self.fixed_width else used)
-                for slot in np.flatnonzero(slots >= 0).tolist():
-                    want = self.references[layer].state([int(slots[slot])])
-                    for found, wanted in zip(
-                        lane_of(weights_of(twin), slot, width, self.group),
-                        lane_of(want, 0, 1, self.group),
-                        strict=True,
-                    ):
-                        assert torch.equal(found, wanted), (heads.rank, layer, slot)
+        for rank in range(self.plan.tp_size):
+            self.check_slots_of(rank)
+
+    def check_slots_of(self, rank: int) -> None:
+        """The same of one rank."""
+        heads, modules = self.heads[rank], self.modules[rank]
+        for layer, module in enumerate(modules):
+            twin, slots = getattr(module, TWIN), heads.slots(layer)
+            width = twin.attn.tp_k_head_num
+            assert (twin is module) == (heads.serves_home(layer) and not self.fixed_width)
+            used = heads.table.width(layer, heads.rank)
+            assert width == (len(slots) if self.fixed_width else used)
+            for slot in np.flatnonzero(slots >= 0).tolist():
+                want = self.references[layer].state([int(slots[slot])])
+                for found, wanted in zip(
+                    lane_of(weights_of(twin), slot, width, self.group),
+                    lane_of(want, 0, 1, self.group),
+                    strict=True,
+                ):
+                    assert torch.equal(found, wanted), (heads.rank, layer, slot)
+
+    def close_gaps(self) -> None:
+        """As the re-planner does when a plan's lanes are in place."""
+        for heads, built in zip(self.heads, self.built, strict=True):
+            for layer in range(self.plan.num_layers):
+                for rank in range(self.plan.tp_size):
+                    while (slots := heads.table.close_gap(layer, rank)) is not None:
+                        if rank == heads.rank:
+                            built.shift(layer, *slots)
+                            self.check_slots_of(heads.rank)
+                    used = heads.table.capacity[layer, rank] - heads.table.free(layer, rank)
+                    assert heads.table.width(layer, rank) == max(used, 1)
+        assert all((h.table.head == self.heads[0].table.head).all() for h in self.heads)
+        self.check_slots()
 
     def check(self) -> None:
         """Every twin against slices of the full weights."""
@@ -229,6 +248,8 @@ def test_slots_follow_new_plans(
                 case.run("refresh")
                 case.check_slots()
         assert not changes[0].pending
+        if not fixed_width:
+            case.close_gaps()
     assert memory == [
         b._twins[layer][slots].qkv_proj.weight.data_ptr() for b in case.built for layer in (0, 1)
     ]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fairkv_sglang.budgets import BudgetScope, BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.memory import PAGE_TOKENS, PageDemand, PageLedger
-from fairkv_sglang.parallel import RankHeads
+from fairkv_sglang.parallel import LaneTable, RankHeads
 from fairkv_sglang.placement import Plan, Router
 from fairkv_sglang.placement.homes import Homes
 from fairkv_sglang.placement.plan import HeadShare
@@ -136,6 +136,7 @@ def make_books(
     max_pages: int = 40,
     pool_tokens: int = 1 << 20,
     head_dim: int = 8,
+    slots: int | None = None,
 ) -> list:
     """One RowBook per rank, as the ranks' processes would have them."""
     from fairkv_sglang.kernels import HeadPages
@@ -143,7 +144,7 @@ def make_books(
 
     books = []
     for rank in range(plan.tp_size):
-        heads = RankHeads(plan, rank, 2)
+        heads = RankHeads(plan, rank, 2, LaneTable(plan, slots))
         books.append(
             RowBook(
                 heads=heads,
