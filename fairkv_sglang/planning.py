@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fairkv_sglang.budgets import BudgetScope, BudgetSpec, Scorer, make_scope, make_scorer
+from fairkv_sglang.budgets import SCOPES, BudgetScope, BudgetSpec, Scorer, make_scope
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.placement import CostModel, Plan, make_plan
 from fairkv_sglang.placement.model import ModelShape
@@ -61,17 +61,11 @@ def make_budgets(
     Raises:
         ValueError: in one line, for a profile of another model or a budget that cannot be met.
     """
-    if config.scorer == "snapkv":
-        scorer = make_scorer(
-            "snapkv", window=config.window, kernel=config.kernel_size, pooling=config.pooling
-        )
-    else:
-        scorer = make_scorer(config.scorer, sink=config.sink, recent=config.window)
+    scorer = config.make_scorer()
     profile = read_profile(config.profile) if config.profile is not None else None
-    spec = BudgetSpec(
-        tokens=config.budget, ratio=config.effective_ratio, floor_alpha=config.floor_alpha
-    )
-    scope = make_scope(config.scope, spec, num_layers, num_kv_heads, scorer, profile)
+    spec = BudgetSpec(tokens=config.budget, ratio=config.effective_ratio)
+    options = config.options("scope")
+    scope = make_scope(config.scope, spec, num_layers, num_kv_heads, scorer, profile, **options)
     return scorer, scope, profile
 
 
@@ -126,13 +120,12 @@ def make_placement(
         loads = scope.expected(config.expected_prompt).astype(np.float64)
         spread = REQUEST_SPREAD if scope.input_dependent and scope.profile is not None else 0.0
     return make_plan(
-        config.placement,
+        config.make_policy(),
         loads,
         tp_size,
         cost=cost,
         model=shape.name,
         samples=samples,
-        max_copies_per_layer=config.max_copies,
         max_lanes=max_lanes,
         paid=max_lanes is not None and _paid(shape),
         spread=spread,
@@ -153,7 +146,7 @@ def lane_slots(
 
 def _slots(config: FairKVConfig, shape: ModelShape, scope: BudgetScope, tp_size: int) -> int | None:
     exact = config.plan is None and config.spare_lanes is None and not scope.input_dependent
-    exact = exact or config.placement == "contiguous"  # there is but one such plan
+    exact = exact or config.make_policy().fixed  # there is but one such plan
     if config.replan == "off" or tp_size <= 1 or exact:
         return None
     spare = SPARE_LANES if config.spare_lanes is None else config.spare_lanes
@@ -174,7 +167,7 @@ def is_another_method(config: FairKVConfig, profile: HeadProfile | None) -> bool
     What other heads keep under another method is a guess. Scope ``head`` takes its budgets from the
     profile, whatever it was measured with.
     """
-    if profile is None or config.scope == "head":
+    if profile is None or SCOPES[config.scope].needs_profile:
         return False
     return (profile.meta.get("scorer"), profile.meta.get("scope")) != (config.scorer, config.scope)
 

@@ -119,7 +119,7 @@ class FairKVRuntime:
             pages=pages,
             pool_tokens=division.pool_tokens,
             window=self.config.replan_window,
-            verbose=self.config.log_decisions,
+            verbose=self.config.debug.log_decisions,
         )
         return self._book
 

@@ -60,7 +60,7 @@ def after_resolve_pool_config(result: Any, configurator: Any, *args: Any, **kwar
         max_requests=result.max_running_requests,
         prefill_pool=runtime.config.prefill_pool,
         max_head_tokens=runtime.config.max_head_tokens,
-        arena_pages=runtime.config.arena_pages,
+        arena_pages=runtime.config.debug.arena_pages,
     )
     runtime.division = division
     result.max_total_num_tokens = division.pool_tokens

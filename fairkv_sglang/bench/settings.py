@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fairkv_sglang.bench.model import BenchModel
 from fairkv_sglang.bench.variants import VARIANTS
 from fairkv_sglang.bench.workload import Workload
+from fairkv_sglang.budgets import SCOPES
 
 MEASURE_VARIABLE = "FAIRKV_MEASURE_WAIT"
 ROOM_FOR_IMBALANCE = 1.7
@@ -131,13 +132,14 @@ class Settings(BaseModel):
         scope = variant.scope or self.scope
         fairkv = {
             "window": self.window,
-            "floor_alpha": self.floor_alpha,
             "expected_batch": self.workload.prompts,
             "expected_prompt": round(self.workload.mean_prompt),
             "placement": variant.placement,
             "scope": scope,
             **({"ratio": 1.0} if variant.keep_all else budget),
         }
+        if "floor_alpha" in SCOPES.options(scope):
+            fairkv["floor_alpha"] = self.floor_alpha
         if profile is not None and scope in ("head", "layer"):
             fairkv["profile"] = str(profile)
         return {"fairkv": fairkv, "engine": engine}

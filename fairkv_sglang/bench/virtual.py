@@ -160,9 +160,17 @@ def kept_tokens(settings: VirtualSettings, budget: int) -> Tokens:
     """``[L, H]`` kept tokens of a request under scope ``head``."""
     sizes = settings.sizes
     profile = find_profile(settings.profile, sizes.layers, sizes.kv_heads)
-    scorer = make_scorer("snapkv", window=settings.window, kernel=7, pooling="max")
-    spec = BudgetSpec(tokens=budget, floor_alpha=settings.floor_alpha)
-    scope = make_scope("head", spec, sizes.layers, sizes.kv_heads, scorer, profile)
+    scorer = make_scorer("snapkv", window=settings.window)
+    spec = BudgetSpec(tokens=budget)
+    scope = make_scope(
+        "head",
+        spec,
+        sizes.layers,
+        sizes.kv_heads,
+        scorer,
+        profile,
+        floor_alpha=settings.floor_alpha,
+    )
     return np.asarray(scope.expected(settings.prompt_len), dtype=np.int64)
 
 

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairkv_sglang.budgets import selection_cpu
-
 
 @dataclass
 class Kept:
@@ -76,6 +74,8 @@ def pick(scores: Tensor, counts: Tensor, prompt_len: int, width: int | None = No
     if width is None:
         width = int(counts.max()) if len(counts) else 0
     if scores.device.type == "cpu" and scores.dtype == torch.float32:
+        from fairkv_sglang.budgets import selection_cpu  # compiled: not where flags are read
+
         indices = selection_cpu.pick(scores.numpy(), counts.numpy(), prompt_len, width)
         return Kept(counts=counts, indices=torch.from_numpy(indices))
     return Kept(counts=counts, indices=picked(scores, counts, prompt_len, width))
@@ -112,6 +112,8 @@ def pooled_counts(scores: Tensor, total: int, order: Sequence[int]) -> Tensor:
     if total <= 0:
         return torch.zeros(n, dtype=torch.int64, device=scores.device)
     if scores.device.type == "cpu" and scores.dtype == torch.float32:
+        from fairkv_sglang.budgets import selection_cpu
+
         rank = np.array(order, dtype=np.int64)
         return torch.from_numpy(selection_cpu.pooled_counts(scores.numpy(), total, rank))
     return pooled(scores, total, order)

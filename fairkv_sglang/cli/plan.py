@@ -84,9 +84,9 @@ def run(args: argparse.Namespace) -> int:
     with progress("planning", len(names)) as step:
         for name in names:
             start = time.perf_counter()
-            chosen = config if name == own else config.model_copy(
-                update={"placement": name, "plan": None}
-            )  # fmt: skip
+            chosen = config
+            if name != own:
+                chosen = config.with_method("placement", name).model_copy(update={"plan": None})
             with quiet_stdout():
                 plans[name] = make_placement(
                     chosen, shape, scope, args.tp, copies_are_free=args.copies_are_free

@@ -32,7 +32,7 @@ _MEASURING: dict[str, Any] = {
     "ratio": 0.25,
     "scorer": "snapkv",
     "window": 32,
-    "kernel_size": 7,
+    "kernel_size": None,
     "max_total_tokens": None,
 }
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--ratio", type=float, help="budget as a share of the prompt (default 0.25)")
     own.add_argument("--scorer", help="scorer (default snapkv)")
     own.add_argument("--window", type=int, help="observation window in tokens (default 32)")
-    own.add_argument("--kernel-size", type=int, help="snapkv: pooling width, odd (default 7)")
+    own.add_argument("--kernel-size", type=int, help="snapkv: pooling width, odd")
     own.add_argument(
         "--max-total-tokens", type=int, help="KV memory in tokens (needed on CPU, default 65536)"
     )
@@ -123,11 +123,15 @@ def _from_server(args: argparse.Namespace) -> HeadProfile:
         raise ValueError(f"{url} does not say what its heads kept: another version of FairKV?")
     if not kept["prompts"]:
         raise ValueError(f"{url} has compressed no prompt yet: send it some of your traffic first")
-    known = ("scorer", "scope", "budget", "floor_alpha", "window", "kernel_size", "version")
+    known = ("scorer", "scope", "budget", "version")
     return _profile(
         info.get("model_path") or info.get("served_model_name"),
         kept,
-        {"source": "fairkv profile --url", **{key: state[key] for key in known if key in state}},
+        {
+            "source": "fairkv profile --url",
+            **{key: state[key] for key in known if key in state},
+            **state.get("options", {}),
+        },
     )
 
 
@@ -142,10 +146,9 @@ def _from_prompts(args: argparse.Namespace) -> HeadProfile:
         "scorer": args.scorer,
         "scope": "layer",
         "ratio": args.ratio,
-        "window": args.window,
-        "kernel_size": args.kernel_size,
     }
-    return _profile(str(args.model_path), _measure(args, prompts)["kept"], meta)
+    state = _measure(args, prompts)
+    return _profile(str(args.model_path), state["kept"], {**meta, **state["options"]})
 
 
 def _profile(model: str | None, kept: dict[str, Any], meta: dict[str, Any]) -> HeadProfile:
@@ -201,9 +204,10 @@ def _measure(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> dict[st
         "scope": "layer",
         "scorer": args.scorer,
         "window": args.window,
-        "kernel_size": args.kernel_size,
         "placement": "contiguous",
     }
+    if args.kernel_size is not None:
+        fairkv["kernel_size"] = args.kernel_size
     engine = Engine(fairkv=fairkv, **arguments)
     try:
         with progress("prompts", len(prompts)) as advance:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from fairkv_sglang.placement import CostModel, Plan, make_plan
+from fairkv_sglang.placement import POLICIES, CostModel, Plan, make_plan
 from fairkv_sglang.placement.modelled_step import modelled_step
 from fairkv_sglang.profiles.change import since_change
 
@@ -42,7 +42,7 @@ def propose(question: dict[str, Any]) -> dict[str, Any]:
         question: ``requests [N][L][H]`` (kept tokens of the last prompts) and whether all prompts
             are ``alike`` (static budgets), ``served [L][R][H]`` (lanes now), ``slots`` and whether
             they are ``paid`` for when empty, ``policy``, ``cost`` (fields of
-            :class:`CostModel`), ``max_copies``, ``model``, ``forced``.
+            :class:`CostModel`), ``options`` of the policy, ``model``, ``forced``.
 
     Returns:
         ``plan`` (JSON text, or None if the lanes are good enough), ``gain`` (modelled step now over
@@ -60,12 +60,11 @@ def propose(question: dict[str, Any]) -> dict[str, Any]:
         plan, gain = _test_plan(source, served, question["slots"]), 1.0
     else:
         plan = make_plan(
-            question["policy"],
+            POLICIES.make(question["policy"], **question["options"]),
             loads,
             served.shape[1],
             cost=cost,
             model=question["model"],
-            max_copies_per_layer=question["max_copies"],
             samples=None if question["alike"] else requests,
             lanes=served,
             max_lanes=question["slots"],

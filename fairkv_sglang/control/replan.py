@@ -116,7 +116,7 @@ class Replanner:
                 "slots": self._slots,
                 "paid": self._twins.fixed_width,
                 "policy": self._config.placement,
-                "max_copies": self._config.max_copies,
+                "options": self._config.options("placement"),
                 "cost": self._cost.model_dump(),
                 "model": self._model,
                 "forced": forced,

@@ -58,7 +58,8 @@ def collect_state(scheduler: Any) -> dict[str, Any]:
         "replan_pending": bool(replanner and replanner.pending),
         "plan_source": runtime.plan_source,
         "profile": str(config.profile) if config.profile else None,
-        "window": config.window,
+        "window": runtime.scorer.window,
+        "options": {**config.options("scorer"), **config.options("scope")},
         "decode_backend": runtime.decode_backend,
         "traffic": {
             **runtime.book.recorder.summary(),

@@ -19,7 +19,7 @@ from fairkv_sglang.placement.options import (
     checked,
 )
 from fairkv_sglang.placement.plan import Plan
-from fairkv_sglang.placement.policies import POLICIES
+from fairkv_sglang.placement.policies import POLICIES, Policy
 from fairkv_sglang.placement.solver.deal import deal
 from fairkv_sglang.placement.solver.problem import Problem, lower_bound
 from fairkv_sglang.placement.solver.stay import twin_lanes
@@ -48,7 +48,7 @@ def make_problem(
 
 
 def make_plan(
-    policy: str,
+    policy: str | Policy,
     loads: ArrayLike,
     tp_size: int,
     cost: CostModel | None = None,
@@ -59,6 +59,7 @@ def make_plan(
 ) -> Plan:
     """Place heads with expected kept tokens ``loads [L, H]`` on ``tp_size`` ranks.
 
+    ``policy``: a policy with its options, or the name of one.
     ``cost`` turns tokens into step cost; without it a copy costs nothing. ``samples [N, L, H]``,
     kept tokens of sampled requests, let ``fair_copying`` add spare copies where requests differ
     from ``loads``. ``lanes [L, R, H]``, those of a running server, are kept where they are as good
@@ -67,9 +68,8 @@ def make_plan(
     Raises ValueError with one line for an unknown policy, for a limit that cannot be met and for
     loads that are not finite, negative or not two-dimensional.
     """
-    if policy not in POLICIES:
-        choices = ", ".join(POLICIES)
-        raise ValueError(f"unknown placement policy {policy!r}; choose one of {choices}")
+    if isinstance(policy, str):
+        policy = POLICIES.make(policy)
     checked_options = checked(PlanOptions, **options)
     problem = make_problem(loads, tp_size, cost, samples)
     slots = checked_options.max_lanes
@@ -79,8 +79,8 @@ def make_plan(
         )
     if checked_options.paid and slots is not None:
         problem = replace(problem, lane=0.0, fixed=slots * problem.lane)
-    shares = POLICIES[policy](problem, checked_options)
-    if policy != "contiguous":
+    shares = policy.place(problem, checked_options)
+    if not policy.fixed:
         served = None if lanes is None else np.asarray(lanes, dtype=bool)
         shares = deal(problem, [[layer] for layer in shares], served)
     info = figures(problem, shares)
@@ -90,7 +90,7 @@ def make_plan(
         # lets the router weigh a rank's weight slices against tokens
         info["lane_tokens"] = round(problem.lane / (cost.token_bytes * cost.kv_byte_cost))
         info["cost_model"] = cost.model_dump()
-    return Plan.from_shares(shares, policy, model, info=info)
+    return Plan.from_shares(shares, policy.name, model, info=info)
 
 
 def figures(problem: Problem, shares: FloatArray) -> dict[str, Any]:

@@ -153,7 +153,9 @@ def test_any_plan_and_any_scores(
     heads, group, tp_size = split
     model, rng = Model(heads, group), np.random.default_rng(seed)
     plan = random_plan(rng, LAYERS, tp_size, heads)
-    options = {"scope": scope, "scorer": "streaming", "sink": 1, "floor_alpha": alpha, **budget}
+    options = {"scope": scope, "scorer": "streaming", "sink": 1, **budget}
+    if scope != "uniform":
+        options["floor_alpha"] = alpha
     config = settle(folder, model, plan, **options)
     made = random_prompts(rng, [p[1] for p in prompts], [p[0] for p in prompts], model)
     extreme_scores(rng, made)

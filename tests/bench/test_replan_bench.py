@@ -34,8 +34,8 @@ def test_heads_keep_their_share_on_each_task(model: ModuleType) -> None:
     beyond = model.RATIO * model.PROMPT - model.WINDOW
     expected = model.WINDOW + beyond * (FLOOR + (1 - FLOOR) * target)
     scorer = make_scorer("snapkv", window=model.WINDOW)
-    spec = BudgetSpec(ratio=model.RATIO, floor_alpha=FLOOR)
-    scope = make_scope("layer", spec, shape.layers, shape.kv_heads, scorer)
+    spec = BudgetSpec(ratio=model.RATIO)
+    scope = make_scope("layer", spec, shape.layers, shape.kv_heads, scorer, floor_alpha=FLOOR)
     for task in range(len(model.TASKS)):
         kept = np.zeros((shape.layers, shape.kv_heads))
         for noise in model.read_noise(weights, task, samples=8):

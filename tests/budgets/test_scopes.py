@@ -30,10 +30,12 @@ def cases(draw, names=tuple(SCOPES)):
         size = {"tokens": draw(st.integers(window + 1, 70))}
     else:
         size = {"ratio": draw(st.sampled_from([0.01, 0.25, 0.5, 0.7, 1.0]))}
-    spec = BudgetSpec(**size, floor_alpha=alpha)
+    spec = BudgetSpec(**size)
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     profile = HeadProfile(None, rng.random((LAYERS, heads)) ** 4 + 1e-6)
-    scope = SCOPES[draw(st.sampled_from(names))](spec, LAYERS, heads, window, profile)
+    name = draw(st.sampled_from(names))
+    options = {"floor_alpha": alpha} if "floor_alpha" in SCOPES.options(name) else {}
+    scope = SCOPES.make(name, spec, LAYERS, heads, window, profile, **options)
     scope.home_size = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
     m = max(total - window, 0)
     if draw(st.booleans()):
@@ -52,7 +54,7 @@ def _rows(kept):
 def _reference(scope, layer, heads, scores, total):
     budget = scope.budget(total)
     if scope.input_dependent:
-        alpha = scope.spec.floor_alpha
+        alpha = scope.floor_alpha
         return ada_kv_kept(scores.tolist(), heads, budget, scope.window, alpha, total)
     counts = scope.expected(total)[layer, heads].tolist()
     return static_kept(scores.tolist(), counts, total)
@@ -75,7 +77,7 @@ def test_kept_sets_are_well_formed(case, layer):
     assert kept.counts.dtype == kept.indices.dtype == torch.int64
     assert kept.indices.shape == (scope.num_heads, int(kept.counts.max()))
     window = range(max(total - scope.window, 0), total)
-    floor = min(total, scope.window + scope.floor(total))
+    floor = min(total, scope.window + (scope.floor(total) if scope.input_dependent else 0))
     for row, padded in zip(_rows(kept), kept.indices.tolist(), strict=True):
         assert row == sorted(set(row)) and set(row) <= set(range(total))
         assert set(padded[len(row) :]) <= {-1}
@@ -219,7 +221,15 @@ def test_static_scopes_do_not_care_which_heads_are_together(case, data):
 def test_rank_at_tp_1_equals_layer(case):
     scope, total, scores = case
     heads = range(scope.num_heads)
-    rank = SCOPES["rank"](scope.spec, LAYERS, scope.num_heads, scope.window, scope.profile)
+    rank = SCOPES.make(
+        "rank",
+        scope.spec,
+        LAYERS,
+        scope.num_heads,
+        scope.window,
+        scope.profile,
+        floor_alpha=scope.floor_alpha,
+    )
     assert rank.home_size == scope.num_heads  # until a rank says what is at home on it
     group = range(scope.num_heads // 2 + 1)
     assert rank.most(0, total, group) == scope.most(0, total, group)
@@ -246,7 +256,7 @@ def test_ada_kv_rounding_is_the_papers_to_within_a_token():
     rng = np.random.default_rng(0)
     for _ in range(50):
         scores = torch.from_numpy(rng.random((4, 200)) ** rng.integers(1, 9, (4, 1)))
-        scope = SCOPES["layer"](BudgetSpec(tokens=32 + 50, floor_alpha=0.2), 1, 4, 32, None)
+        scope = SCOPES.make("layer", BudgetSpec(tokens=32 + 50), 1, 4, 32, floor_alpha=0.2)
         counts = select(scope, 0, range(4), scores, 232).counts.numpy() - 32
         top = torch.topk(scores.flatten(), 200).indices // 200
         pooled = torch.bincount(top, minlength=4).numpy()
@@ -271,7 +281,7 @@ def test_equal_scores_give_equal_budgets(scorer, scope):
 
 
 def test_streaming_keeps_sinks_and_recent_tokens():
-    method = make_scorer("streaming", sink=4, recent=8)
+    method = make_scorer("streaming", sink=4, window=8)
     scope = make_scope("uniform", BudgetSpec(tokens=20), 1, 2, method)
     scores = method.score(None, torch.zeros(50, 2, 4), scale=1.0)
     wanted = [*range(4), *range(34, 50)]
@@ -294,7 +304,7 @@ def test_prompt_within_the_budget_keeps_everything(name, total):
 
 def test_floor_is_free_of_rounding_noise():
     """0.29 * 100 is 28.999999999999996 in floating point."""
-    scope = SCOPES["layer"](BudgetSpec(tokens=132, floor_alpha=0.29), 1, 2, 32, None)
+    scope = SCOPES.make("layer", BudgetSpec(tokens=132), 1, 2, 32, floor_alpha=0.29)
     assert scope.floor(1000) == 29
 
 
@@ -359,7 +369,6 @@ def test_cached_tables_can_not_be_written_to():
         ({"ratio": 0.0}, "above 0 and at most 1"),
         ({"ratio": float("nan")}, "above 0 and at most 1"),
         ({"ratio": 25}, "above 0 and at most 1"),
-        ({"tokens": 64, "floor_alpha": 2}, "floor_alpha must lie between 0 and 1"),
     ],
 )
 def test_bad_budget_is_one_clear_line(options, message):
@@ -372,13 +381,17 @@ def test_bad_scope_is_one_clear_line():
     make_scope("uniform", spec, 2, 4, scorer)
     for name, budget, profile, message in [
         ("heads", spec, None, "unknown budget scope 'heads'; known: head, layer, rank, uniform"),
-        ("head", spec, None, "takes its caps from a head profile"),
+        ("head", spec, None, "choose scope layer, rank or uniform"),
         ("layer", spec, uniform_profile(2, 8), "2 layers x 8 KV heads, but the model has 2 x 4"),
         ("uniform", BudgetSpec(tokens=35), None, "below window 32 + sink 4: use at least 36"),
     ]:
         with pytest.raises(ValueError) as error:
             make_scope(name, budget, 2, 4, scorer, profile)
         assert message in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="floor_alpha: 2 must be at most 1"):
+        make_scope("layer", spec, 2, 4, scorer, floor_alpha=2)
+    with pytest.raises(ValueError, match="'uniform' has no option floor_alpha; it has: none"):
+        make_scope("uniform", spec, 2, 4, scorer, floor_alpha=0.1)
 
 
 def test_select_refuses_what_does_not_fit():

@@ -34,7 +34,7 @@ def _random_qk(seed, rows, total, heads, group, width, dtype=torch.float32):
 def test_snapkv_equals_the_formula(seed, total, heads, group, window, kernel, pooling, dtype):
     q, k = _random_qk(seed, min(window, total), total, heads, group, 8, dtype)
     scale = 8**-0.5
-    scorer = make_scorer("snapkv", window=window, kernel=kernel, pooling=pooling)
+    scorer = make_scorer("snapkv", window=window, kernel_size=kernel, pooling=pooling)
     scores = scorer.score(q, k, scale=scale)
     wanted = snapkv_scores(
         q.float().numpy(),
@@ -84,7 +84,7 @@ def test_snapkv_group_is_reduced_before_top_k():
     q = torch.zeros(1, 1, 2, 3)
     q[0, 0, 0] = torch.tensor([6.0, 5.7, 0.0])  # best token 2, then 5
     q[0, 0, 1] = torch.tensor([0.0, 5.7, 6.0])  # best token 7, then 5
-    scores = make_scorer("snapkv", window=1, kernel=1).score(q, k, scale=1.0)
+    scores = make_scorer("snapkv", window=1, kernel_size=1).score(q, k, scale=1.0)
     assert scores.shape == (1, 11)
     assert int(scores[0].argmax()) == 5
 
@@ -95,14 +95,14 @@ def test_snapkv_is_causal_inside_the_window():
     q[1:] = 0.0  # these rows attend evenly whatever the keys are
     changed = k.clone()
     changed[17:] = 50.0
-    scorer = make_scorer("snapkv", window=4, kernel=1)
+    scorer = make_scorer("snapkv", window=4, kernel_size=1)
     first, second = (scorer.score(q, keys, scale=0.3) for keys in (k, changed))
     torch.testing.assert_close(first, second, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("total", [1, 5, 36, 37, 100])
 def test_streaming_prefers_sinks_then_recent_tokens(total):
-    scorer = make_scorer("streaming", sink=4, recent=32)
+    scorer = make_scorer("streaming", sink=4, window=32)
     scores = scorer.score(None, torch.zeros(total, 3, 8), scale=1.0)
     scored = max(total - 32, 0)
     assert scores.shape == (3, scored)
@@ -120,11 +120,11 @@ def test_streaming_is_exact_for_long_prompts():
     ("name", "options", "message"),
     [
         ("snap", {}, "unknown scorer 'snap'; known: snapkv, streaming"),
-        ("snapkv", {"kernal": 5}, "no option kernal; it has: window, kernel, pooling"),
-        ("snapkv", {"kernel": 4}, "kernel must be odd"),
-        ("snapkv", {"window": 0}, "window must be at least 1"),
-        ("snapkv", {"pooling": "median"}, "pooling must be max or avg"),
-        ("streaming", {"recent": 0}, "recent >= 1"),
+        ("snapkv", {"kernal": 5}, "no option kernal; it has: window, kernel_size, pooling"),
+        ("snapkv", {"kernel_size": 4}, "4 is even"),
+        ("snapkv", {"window": 0}, "window: 0 must be greater than 0"),
+        ("snapkv", {"pooling": "median"}, "pooling: 'median' is not one of max, avg"),
+        ("streaming", {"sink": -1}, "sink: -1 must be at least 0"),
     ],
 )
 def test_bad_scorer_is_one_clear_line(name, options, message):

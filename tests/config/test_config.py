@@ -8,21 +8,24 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fairkv_sglang.budgets import SCOPES, SCORERS
 from fairkv_sglang.config import (
     FILE_VARIABLE,
     RESOLVED_VARIABLE,
     ConfigError,
     FairKVConfig,
     add_flags,
+    fields,
     from_environment,
     from_flags,
     from_mapping,
     merge,
     read_file,
 )
+from fairkv_sglang.placement import POLICIES
 
 
 def _parse(*argv: str, **environment: str) -> FairKVConfig:
@@ -47,10 +50,13 @@ def test_every_field_has_a_flag_and_help(capsys: pytest.CaptureFixture[str]) -> 
     parser = argparse.ArgumentParser()
     add_flags(parser)
     text = " ".join(parser.format_help().split())
-    for name, field in FairKVConfig.model_fields.items():
-        flag = "--fairkv" if name == "enabled" else f"--fairkv-{name.replace('_', '-')}"
-        assert flag in text
-        assert field.description
+    for name, _, sentence in fields():
+        flag = "" if name == "enabled" else f"-{name.replace('_', '-').replace('.', '-')}"
+        assert f"--fairkv{flag}" in text
+        assert len(sentence) > 10
+    for method in (*SCORERS.values(), *SCOPES.values(), *POLICIES.values()):
+        assert f"{method.name} = {method.summary}" in text
+    assert "snapkv: Width of the pooling" in text and "--fairkv-pooling {max,avg}" in text
     assert "FairKV" in text
 
 
@@ -58,17 +64,19 @@ def test_flags_win_over_file_over_environment(tmp_path: Path) -> None:
     """Precedence, with one field from each place."""
     file = _write(tmp_path / "a.yaml", "window: 16\nscorer: streaming\nsink: 2\n")
     environment = _write(
-        tmp_path / "b.json", json.dumps({"window": 8, "sink": 1, "pooling": "avg"})
+        tmp_path / "b.json", json.dumps({"window": 8, "floor_alpha": 0.5, "pooling": "avg"})
     )
     config = _parse(
         "--fairkv", "--fairkv-config", file, "--fairkv-window", "24", **{FILE_VARIABLE: environment}
     )
-    assert (config.window, config.sink, config.pooling, config.scorer) == (
+    assert (config.window, config.sink, config.floor_alpha, config.scorer) == (
         24,
         2,
-        "avg",
+        0.5,
         "streaming",
     )
+    # The pooling went with the scorer that the environment's file was written for.
+    assert config.options("scorer") == {"window": 24, "sink": 2}
 
 
 def test_budget_of_a_flag_replaces_ratio_of_a_file(tmp_path: Path) -> None:
@@ -108,18 +116,18 @@ _VALUES = st.fixed_dictionaries(
     optional={
         "enabled": st.booleans(),
         "ratio": st.floats(0.01, 1.0),
-        "scorer": st.sampled_from(["snapkv", "streaming"]),
         "window": st.integers(1, 512),
         "kernel_size": st.integers(0, 50).map(lambda n: 2 * n + 1),
         "floor_alpha": st.floats(0, 1),
-        "scope": st.sampled_from(["uniform", "layer", "rank"]),
+        "scope": st.sampled_from(["layer", "rank"]),
         "max_copies": st.integers(0, 64),
         "prefill_pool": st.integers(1, 1 << 30),
-        "log_decisions": st.booleans(),
+        "debug": st.fixed_dictionaries({"log_decisions": st.booleans()}),
     },
 )
 
 
+@settings(deadline=None)
 @given(_VALUES)
 def test_children_read_what_the_parent_wrote(values: dict[str, object]) -> None:
     """The environment round trip loses nothing."""
@@ -127,13 +135,14 @@ def test_children_read_what_the_parent_wrote(values: dict[str, object]) -> None:
     assert from_environment({RESOLVED_VARIABLE: config.to_json()}) == config
 
 
+@settings(deadline=None)
 @given(_VALUES)
 def test_flags_and_mapping_agree(values: dict[str, object]) -> None:
     """The same values as flags and as a dictionary make the same configuration."""
     argv = ["--fairkv"]
-    for name, value in values.items():
+    for name, value in (values | values.get("debug", {})).items():
         flag = f"--fairkv-{name.replace('_', '-')}"
-        if name != "enabled" and value is not False:
+        if name not in ("enabled", "debug") and value is not False:
             argv += [flag] if value is True else [flag, str(value)]
     assert _parse(*argv) == from_mapping({**values, "enabled": True})
 
@@ -155,6 +164,25 @@ def test_flags_and_mapping_agree(values: dict[str, object]) -> None:
         (["--fairkv", "--fairkv-scope", "head"], ["scope head", "profile", "layer"]),
         (["--fairkv", "--fairkv-profile", "/no/such/file"], ["/no/such/file", "no file"]),
         (["--fairkv", "--fairkv-config", "/no/such/file"], ["/no/such/file", "No such file"]),
+        (
+            ["--fairkv", "--fairkv-scorer", "streaming", "--fairkv-kernel-size", "5"],
+            ["--fairkv-kernel-size: scorer streaming has no such option; snapkv has it"],
+        ),
+        (
+            ["--fairkv", "--fairkv-placement", "contiguous", "--fairkv-max-copies", "1"],
+            ["--fairkv-max-copies: placement contiguous", "equal_shares, exact, fair_copying"],
+        ),
+        (
+            ["--fairkv", "--fairkv-scope", "uniform", "--fairkv-floor-alpha", "1"],
+            ["--fairkv-floor-alpha: scope uniform", "head, layer, rank have it"],
+        ),
+        (["--fairkv", "--fairkv-pooling", "mix"], ["--fairkv-pooling", "'mix'", "max, avg"]),
+        (["--fairkv", "--fairkv-sink", "4"], ["--fairkv-sink: scorer snapkv", "streaming"]),
+        (["--fairkv", "--fairkv-window", "0"], ["--fairkv-window", "greater than 0"]),
+        (
+            ["--fairkv", "--fairkv-debug-arena-pages", "0"],
+            ["--fairkv-debug-arena-pages", "greater than 0"],
+        ),
         (["--fairkv-budget", "64"], ["--fairkv-budget", "off", "add --fairkv"]),
     ],
 )
@@ -176,6 +204,10 @@ def test_a_wrong_command_line_is_one_clear_line(argv: list[str], words: list[str
         ("window: [1", ["cannot be read"]),
         ("window: true", ["window", "switch"]),
         ("window: 3.5", ["window", "whole number"]),
+        ("kernel_sise: 3", ["did you mean kernel_size"]),
+        ("debug: 3", ["debug"]),
+        ("debug: {arena_page: 3}", ["debug-arena-page", "no such option"]),
+        ("scorer: streaming\npooling: avg", ["pooling: scorer streaming has no such option"]),
         ("scope: head", ["profile"]),
         ("budget: 100\nratio: 0.5", ["exclude each other"]),
     ],
@@ -204,13 +236,33 @@ def test_it_cannot_be_changed() -> None:
         FairKVConfig().window = 3  # type: ignore[misc]
 
 
-def test_choices_are_those_of_the_registries() -> None:
-    """A new scorer, scope or policy must be selectable."""
-    import typing
+def test_switches_for_tests_stand_under_debug(tmp_path: Path) -> None:
+    """All spellings mean the same, and layers join."""
+    config = FairKVConfig(arena_pages=7, debug={"log_decisions": True})
+    assert (config.debug.arena_pages, config.debug.log_decisions) == (7, True)
+    file = _write(tmp_path / "a.yaml", "debug: {arena_pages: 9}\n")
+    for flag in ("--fairkv-debug-log-decisions", "--fairkv-log-decisions"):
+        debug = _parse("--fairkv", "--fairkv-config", file, flag).debug
+        assert (debug.arena_pages, debug.log_decisions) == (9, True)
 
-    from fairkv_sglang.budgets import SCOPES, SCORERS
-    from fairkv_sglang.placement import POLICIES
 
-    for field, registry in (("scorer", SCORERS), ("scope", SCOPES), ("placement", POLICIES)):
-        choices = typing.get_args(FairKVConfig.model_fields[field].annotation)
-        assert sorted(choices) == sorted(registry)
+def test_another_method_takes_the_options_that_both_have() -> None:
+    """As `fairkv plan` compares policies."""
+    config = FairKVConfig(
+        placement="equal_shares", max_copies=2, window=16, sink=1, scorer="streaming"
+    )
+    assert config.with_method("placement", "fair_copying").options("placement") == {"max_copies": 2}
+    assert config.with_method("placement", "contiguous").options("placement") == {}
+    other = config.with_method("scorer", "snapkv")
+    assert other.options("scorer") == {"window": 16, "kernel_size": 7, "pooling": "max"}
+    assert other.make_scorer() == SCORERS["snapkv"](window=16)
+
+
+def test_tables_in_the_docs_are_those_of_the_registries() -> None:
+    """`python -m fairkv_sglang.config.tables` writes them."""
+    from fairkv_sglang.config.tables import PAGES, filled
+
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    for page in PAGES:
+        text = (docs / page).read_text(encoding="utf-8")
+        assert filled(text) == text, f"docs/{page}: run python -m fairkv_sglang.config.tables"

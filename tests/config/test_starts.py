@@ -89,9 +89,9 @@ def test_command_line_wins_over_the_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Flags on top of the user's file reach the children as one configuration."""
-    monkeypatch.setenv(FILE_VARIABLE, _file(tmp_path / "a.yaml", "budget: 64\nsink: 2\n"))
+    monkeypatch.setenv(FILE_VARIABLE, _file(tmp_path / "a.yaml", "budget: 64\nwindow: 16\n"))
     _command_line("--fairkv-budget", "96")
-    assert _children() == FairKVConfig(enabled=True, budget=96, sink=2)
+    assert _children() == FairKVConfig(enabled=True, budget=96, window=16)
 
 
 def test_wrong_flags_end_the_process(capsys: pytest.CaptureFixture[str]) -> None:

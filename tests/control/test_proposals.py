@@ -38,7 +38,7 @@ def question(skew: float, **changes: Any) -> dict[str, Any]:
         "paid": False,
         "policy": "fair_copying",
         "cost": COST.model_dump(),
-        "max_copies": None,
+        "options": {},
         "model": "m",
         "forced": False,
         **changes,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fairkv_sglang.cli.main import COMMANDS
-from fairkv_sglang.config import FairKVConfig
+from fairkv_sglang.config import fields
 from fairkv_sglang.support import table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_and_commands_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    known = {name.replace("_", "-") for name in FairKVConfig.model_fields} | {"config"}
+    known = {"config"}
+    for name, _, _ in fields():  # test switches have a short name, too
+        known |= {part.replace("_", "-").replace(".", "-") for part in (name, name.split(".")[-1])}
     for flag in re.findall(r"--fairkv-([a-z-]*[a-z])", text):
         assert flag in known, f"{page.name}: --fairkv-{flag}"
     for command in re.findall(r"`fairkv ([a-z]+)", text):

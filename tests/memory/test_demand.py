@@ -81,8 +81,9 @@ def test_scope_rank_is_bounded_by_home_group(
 def test_heads_of_two_homes_on_one_rank() -> None:
     """By hand: 4 heads, 2 ranks, budget 36 of 200, no floor beyond a window of 4."""
     plan = Plan.from_shares(np.full((1, 2, 4), 0.5), "both have all")
-    spec = BudgetSpec(tokens=36, floor_alpha=0.0)
-    scope = make_scope("rank", spec, 1, 4, make_scorer("streaming", sink=0, recent=4))
+    spec = BudgetSpec(tokens=36)
+    scorer = make_scorer("streaming", sink=0, window=4)
+    scope = make_scope("rank", spec, 1, 4, scorer, floor_alpha=0.0)
     scope.home_size = 2
     demand = PageDemand(scope, plan.shares() > 0)
     whole = (2 * 36 + 2 * 15) // 16  # two heads of one home keep 72 tokens

@@ -99,8 +99,8 @@ def test_whoever_is_taken_can_always_come_back(
 def test_bounds_that_rise_faster_than_the_prompt(pages: int) -> None:
     """One head of eight on each rank: near 130 tokens its bound rises by two for each token."""
     plan = Plan.from_shares(np.eye(8)[None], "one head each")
-    spec = BudgetSpec(ratio=0.25, floor_alpha=0.0)
-    scope = make_scope("layer", spec, 1, 8, make_scorer("snapkv", window=32))
+    spec = BudgetSpec(ratio=0.25)
+    scope = make_scope("layer", spec, 1, 8, make_scorer("snapkv"), floor_alpha=0.0)
     book = make_books(plan, scope, np.full(8, pages), max_pages=2)[0]
     division = SimpleNamespace(pool_tokens=640, max_head_tokens=MAX_HEAD_TOKENS)
     runtime, pool = SimpleNamespace(book=book, scope=scope, division=division), Pool(640, 1)

@@ -235,7 +235,7 @@ def test_bad_loads_give_one_line(loads: object, ranks: int, message: str) -> Non
 @pytest.mark.parametrize(
     ("policy", "options", "message"),
     [
-        ("fair", {}, "unknown placement policy 'fair'; choose one of contiguous"),
+        ("fair", {}, "unknown placement policy 'fair'; known: best_effort, contiguous"),
         ("fair_copying", {"tolerance": 0.5}, "tolerance: .*greater than or equal to 1"),
         ("fair_copying", {"copies": 3}, "unknown option 'copies'; known: tolerance"),
         ("fair_copying", {"samples": np.ones((2, 3, 3))}, "samples must have the shape"),

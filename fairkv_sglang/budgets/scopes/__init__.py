@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from fairkv_sglang.budgets.registry import import_all
+from typing import Any
+
 from fairkv_sglang.budgets.scopes.base import SCOPES, BudgetScope, BudgetSpec
 from fairkv_sglang.budgets.scorers import Scorer
 from fairkv_sglang.profiles import HeadProfile
+from fairkv_sglang.registry import import_all
 
 import_all(__name__, __path__)
 
@@ -18,13 +20,17 @@ def make_scope(
     num_heads: int,
     scorer: Scorer,
     profile: HeadProfile | None = None,
+    **options: Any,
 ) -> BudgetScope:
     """The scope of this name, with window and sink of the scorer.
 
     Raises:
-        ValueError: Unknown name; profile missing or of another model; budget below window + sink.
+        ValueError: Unknown name or option; profile missing or of another model; budget below
+            window + sink.
     """
-    return SCOPES.make(name, spec, num_layers, num_heads, scorer.window, profile, sink=scorer.sink)
+    return SCOPES.make(
+        name, spec, num_layers, num_heads, scorer.window, profile, scorer.sink, **options
+    )
 
 
 __all__ = ["SCOPES", "BudgetScope", "BudgetSpec", "make_scope"]

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairkv_sglang.budgets.registry import Registry
 from fairkv_sglang.budgets.waterfill import IntArray
 from fairkv_sglang.profiles import HeadProfile
+from fairkv_sglang.registry import Registry, option
 
 P = ParamSpec("P")
 CACHED_LENGTHS = 4096
@@ -29,12 +29,10 @@ class BudgetSpec:
     Attributes:
         tokens: Mean kept tokens per head, window included; or
         ratio: the same as a share of the prompt, in (0, 1]. Exactly one of the two.
-        floor_alpha: Share of the budget beyond the window that every head keeps for itself.
     """
 
     tokens: int | None = None
     ratio: float | None = None
-    floor_alpha: float = 0.2
 
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.ratio is None):
@@ -43,8 +41,6 @@ class BudgetSpec:
             raise ValueError(f"the budget must be at least 1 token, not {self.tokens}")
         if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
             raise ValueError(f"the budget ratio must be above 0 and at most 1, not {self.ratio}")
-        if not 0.0 <= self.floor_alpha <= 1.0:
-            raise ValueError(f"floor_alpha must lie between 0 and 1, not {self.floor_alpha}")
 
 
 def _read_only(function: Callable[P, IntArray]) -> Callable[P, IntArray]:
@@ -58,8 +54,12 @@ def _read_only(function: Callable[P, IntArray]) -> Callable[P, IntArray]:
     return compute
 
 
+@dataclass(eq=False)
 class BudgetScope:
     """Turns scores into kept tokens and says beforehand how many there can be.
+
+    A scope is a dataclass (``eq=False, kw_only=True``); fields made by
+    :func:`fairkv_sglang.registry.option` are its options, the others say what it is built for.
 
     A prompt of N tokens has a mean budget B(N) = ``spec.tokens`` or ceil(ratio * N), at least
     window + max(sink, 1) and at most N. Every head keeps the window, the last min(window, N)
@@ -78,37 +78,32 @@ class BudgetScope:
     """
 
     name: ClassVar[str]
+    summary: ClassVar[str]
     input_dependent: ClassVar[bool]
     """Whether kept counts depend on the scores; False: known from the prompt length alone."""
     spans_ranks: ClassVar[bool]
     """Whether ``counts`` needs the scores of all heads of the layer."""
     needs_profile: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        spec: BudgetSpec,
-        num_layers: int,
-        num_heads: int,
-        window: int,
-        profile: HeadProfile | None = None,
-        sink: int = 0,
-    ) -> None:
-        self.spec, self.window, self.profile = spec, window, profile
-        self.num_layers, self.num_heads = num_layers, num_heads
+    spec: BudgetSpec
+    num_layers: int
+    num_heads: int
+    window: int
+    profile: HeadProfile | None = None
+    sink: int = 0
+
+    def __post_init__(self) -> None:
         # Neighbouring heads that are at home on one rank; all of them until a rank says otherwise.
-        self.home_size = num_heads
-        self.least = window + max(sink, 1)
-        if profile is None and self.needs_profile:
+        self.home_size = self.num_heads
+        self.least = self.window + max(self.sink, 1)
+        if self.profile is None and self.needs_profile:
+            raise ValueError(profile_needed(self.name))
+        if self.profile is not None:
+            self.profile.require_shape(self.num_layers, self.num_heads)
+        if self.spec.tokens is not None and self.spec.tokens < self.least:
             raise ValueError(
-                f"budget scope {self.name!r} takes its caps from a head profile: give one, "
-                "or use scope uniform, layer or rank"
-            )
-        if profile is not None:
-            profile.require_shape(num_layers, num_heads)
-        if spec.tokens is not None and spec.tokens < self.least:
-            raise ValueError(
-                f"a budget of {spec.tokens} tokens is below window {window} + sink {max(sink, 1)}: "
-                f"use at least {self.least}, or a smaller window"
+                f"a budget of {self.spec.tokens} tokens is below window {self.window} + sink "
+                f"{max(self.sink, 1)}: use at least {self.least}, or a smaller window"
             )
         # Per instance, so that a scope that is dropped takes its caches along.
         self._expected_cached = lru_cache(CACHED_LENGTHS)(_read_only(self._expected))
@@ -123,11 +118,6 @@ class BudgetScope:
             # Less a hair, so that 0.07 * 100 = 7.000000000000001 does not become 8.
             wanted = max(math.ceil(self.spec.ratio * prompt_len - 1e-9), self.least)
         return min(wanted, prompt_len)
-
-    def floor(self, prompt_len: int) -> int:
-        """Tokens beyond the window that each head keeps for itself: int((B - window) * alpha)."""
-        beyond = max(self.budget(prompt_len) - self.window, 0)
-        return math.floor(beyond * self.spec.floor_alpha + 1e-9)
 
     def expected(self, prompt_len: int) -> IntArray:
         """[L, H] kept tokens: exact for static scopes, else what the profile lets expect.
@@ -201,4 +191,27 @@ class BudgetScope:
         return torch.from_numpy(counts).to(scores.device)
 
 
-SCOPES: Registry[BudgetScope] = Registry("budget scope")
+@dataclass(eq=False, kw_only=True)
+class Floored(BudgetScope):
+    """A scope in which every head has a part of the budget for itself."""
+
+    floor_alpha: float = option(
+        0.2, "Share of the mean budget that every head keeps in any case.", ge=0, le=1
+    )
+
+    def floor(self, prompt_len: int) -> int:
+        """Tokens beyond the window that each head keeps for itself: int((B - window) * alpha)."""
+        beyond = max(self.budget(prompt_len) - self.window, 0)
+        return math.floor(beyond * self.floor_alpha + 1e-9)
+
+
+SCOPES: Registry[BudgetScope] = Registry("budget scope", "fairkv_sglang.scopes")
+
+
+def profile_needed(name: str) -> str:
+    """Says that a scope needs a head profile, and which do not."""
+    others = [other for other in SCOPES if not SCOPES[other].needs_profile]
+    return (
+        f"scope {name} takes the share of each head from a profile: give profile a file, or choose "
+        f"scope {', '.join(others[:-1])} or {others[-1]}"
+    )

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
-from fairkv_sglang.budgets.scopes.base import SCOPES, BudgetScope
+from fairkv_sglang.budgets.scopes.base import SCOPES, Floored
 from fairkv_sglang.budgets.waterfill import IntArray, water_fill
 
 
 @SCOPES.register
-class Head(BudgetScope):
+@dataclass(eq=False, kw_only=True)
+class Head(Floored):
     """cap[l, h] = clip(level * share[l, h], floor, N), sum over all heads = L * H * B(N).
 
     floor = window + max(sink, 1, int((B - window) * floor_alpha)). Without clipping level is
@@ -20,6 +22,7 @@ class Head(BudgetScope):
     """
 
     name: ClassVar[str] = "head"
+    summary: ClassVar[str] = "fixed shares from the profile"
     input_dependent: ClassVar[bool] = False
     spans_ranks: ClassVar[bool] = False
     needs_profile: ClassVar[bool] = True

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from fairkv_sglang.budgets.waterfill import IntArray, water_fill
 
 
 @SCOPES.register
+@dataclass(eq=False, kw_only=True)
 class Layer(Pooled):
     """Each layer keeps exactly H * B(N) tokens; its heads compete, whichever ranks they are on.
 
@@ -21,6 +23,7 @@ class Layer(Pooled):
     """
 
     name: ClassVar[str] = "layer"
+    summary: ClassVar[str] = "the best tokens of all heads of a layer"
     spans_ranks: ClassVar[bool] = True
 
     @property

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fairkv_sglang.budgets.scopes.base import BudgetScope
+from fairkv_sglang.budgets.scopes.base import Floored
 from fairkv_sglang.budgets.selection import pooled_counts
 from fairkv_sglang.budgets.waterfill import IntArray
 
@@ -43,7 +44,8 @@ def share_out(pooled: Tensor, beyond: int, floor: int, order: Sequence[int]) -> 
     return torch.empty_like(caps).index_copy_(0, rows, caps)
 
 
-class Pooled(BudgetScope, ABC):
+@dataclass(eq=False, kw_only=True)
+class Pooled(Floored, ABC):
     """Heads compete for n * (B - window) tokens, but for a floor of int((B - window) * alpha) each.
 
     The n heads are those given to ``counts``. The head whose attention is *dispersed* over many
@@ -82,6 +84,8 @@ class Pooled(BudgetScope, ABC):
         # Each quota is rounded up by at most (E - 1) / E.
         rounded = (pooled * (beyond - floor) + members * (beyond - 1)) // beyond
         others = (group - members) * floor
-        return members * self.window + min(
+        most = members * self.window + min(
             members * floor + rounded, total - others, members * scored
         )
+        # One head's quota rounds up by less than a token, which several may not add up.
+        return most if members < 2 else min(most, members * self._most(prompt_len, 1))

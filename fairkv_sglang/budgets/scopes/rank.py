@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from fairkv_sglang.budgets.scopes.base import SCOPES
@@ -10,6 +11,7 @@ from fairkv_sglang.budgets.scopes.pooled import Pooled
 
 
 @SCOPES.register
+@dataclass(eq=False, kw_only=True)
 class Rank(Pooled):
     """The heads at home on a rank compete among themselves for n * B(N) tokens.
 
@@ -21,6 +23,7 @@ class Rank(Pooled):
     """
 
     name: ClassVar[str] = "rank"
+    summary: ClassVar[str] = "the best tokens of the heads of one rank"
     spans_ranks: ClassVar[bool] = False
 
     @property

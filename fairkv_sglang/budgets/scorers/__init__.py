@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fairkv_sglang.budgets.registry import import_all
 from fairkv_sglang.budgets.scorers.base import SCORERS, Scorer
+from fairkv_sglang.registry import import_all
 
 import_all(__name__, __path__)
 

@@ -4,30 +4,52 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from fairkv_sglang.budgets.registry import Registry
+from fairkv_sglang.registry import Registry, option
 
 
+@dataclass(frozen=True)
 class Scorer(ABC):
     """Importance of the tokens of a prompt, separately for each KV head.
+
+    A scorer is a frozen dataclass; fields made by :func:`fairkv_sglang.registry.option` are its
+    options. ``__post_init__`` may refuse values that do not go together with a ValueError of one
+    line.
 
     The score of a head must not depend on which other heads are scored in the same call: under
     tensor parallelism each rank scores its own heads, and all must agree with a single rank.
 
     Attributes:
         name: Key in ``SCORERS`` and value of ``--fairkv-scorer``.
+        summary: What a token is worth, in a few words, for ``--help``.
         needs_queries: Whether ``score`` reads ``q``: the last ``window`` query rows of the prompt.
         window: Last tokens of the prompt that every head keeps and that are not scored.
-        sink: First tokens of the prompt that always score highest, so a budget must hold them too.
     """
 
     name: ClassVar[str]
-    needs_queries: ClassVar[bool]
-    window: int
-    sink: int = 0
+    summary: ClassVar[str]
+    needs_queries: ClassVar[bool] = False
+
+    window: int = option(
+        32,
+        "Last tokens of the prompt, always kept; a scorer that asks what attention they pay takes "
+        "their queries.",
+        gt=0,
+    )
+
+    @property
+    def sink(self) -> int:
+        """First tokens of the prompt that always score highest, so a budget must hold them too."""
+        return 0
+
+    @property
+    def least_budget(self) -> int:
+        """Fewest tokens of a budget: window and sinks, or window and one token that was chosen."""
+        return self.window + max(self.sink, 1)
 
     @abstractmethod
     def score(self, q: Tensor | None, k: Tensor, *, scale: float) -> Tensor:
@@ -45,4 +67,4 @@ class Scorer(ABC):
         """
 
 
-SCORERS: Registry[Scorer] = Registry("scorer")
+SCORERS: Registry[Scorer] = Registry("scorer", "fairkv_sglang.scorers")

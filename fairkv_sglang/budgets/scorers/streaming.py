@@ -3,36 +3,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fairkv_sglang.budgets.scorers.base import SCORERS, Scorer
+from fairkv_sglang.registry import option
 
 
 @SCORERS.register
+@dataclass(frozen=True)
 class Streaming(Scorer):
     """Sinks first, then the later the better; the same for every head.
 
-    A head with budget B keeps min(sink, B - recent) first tokens and the rest at the end. Keys keep
+    A head with budget B keeps min(sink, B - window) first tokens and the rest at the end. Keys keep
     their original positions; the paper's re-rotation of keys is left out (budgets only, not
     endless generation).
-
-    Args:
-        sink: First tokens that rank above all others.
-        recent: Last tokens that are kept whatever the budget; more recent ones fill the budget.
     """
 
     name: ClassVar[str] = "streaming"
-    needs_queries: ClassVar[bool] = False
+    summary: ClassVar[str] = "the first and the most recent tokens"
 
-    def __init__(self, sink: int = 4, recent: int = 32) -> None:
-        if sink < 0 or recent < 1:
-            raise ValueError(
-                f"scorer 'streaming': needs sink >= 0 and recent >= 1, not {sink} and {recent}"
-            )
-        self.sink, self.window = sink, recent
+    sink: int = option(4, "First tokens of the prompt, always kept.", ge=0)
 
     def score(self, q: Tensor | None, k: Tensor, *, scale: float) -> Tensor:
         total, n, _ = k.shape

@@ -8,38 +8,51 @@ https://github.com/deepseek-ai/EPLB, with uneven slot counts allowed).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
+from fairkv_sglang.placement.policies.base import POLICIES, Copying
 from fairkv_sglang.placement.solver.problem import Problem, rank_loads
 from fairkv_sglang.placement.solver.stay import stay_home
 
 
-def equal_shares(problem: Problem, options: PlanOptions) -> FloatArray:
-    """Shares ``[L, R, H]``; per layer the number of copies with the lowest fullest rank.
+@POLICIES.register
+@dataclass(frozen=True)
+class EqualShares(Copying):
+    """Copies with equal shares, after EPLB; for comparison."""
 
-    Up to ``2 * ranks`` copies are tried (or as many as ``options`` allows); with free copies the
-    fewest within ``options.tolerance`` of the mean win, if any is.
-    """
-    least = max(problem.ranks - problem.heads, 0)
-    most = max(options.most_copies(2 * problem.ranks), least)
-    out = np.zeros((problem.layers, problem.ranks, problem.heads))
-    for layer, costs in enumerate(problem.costs):
-        best = np.inf
-        goal = costs.sum() / problem.ranks * options.tolerance if problem.lane <= 0.0 else 0.0
-        for copies in range(least, min(most, problem.heads * (problem.ranks - 1)) + 1):
-            shares = spread(
-                costs, problem.ranks, problem.lane, copies, options.slots(problem.heads)
-            )
-            if shares is None:
-                break
-            level = float(rank_loads(shares, costs, problem.lane).max())
-            if level < best * (1 - 1e-9):
-                best = level
-                out[layer] = shares
-            if level <= goal:
-                break
-    return stay_home(problem, options, out, copying=False)
+    name: ClassVar[str] = "equal_shares"
+    summary: ClassVar[str] = "copies with equal shares, after EPLB, for comparison"
+
+    def place(self, problem: Problem, options: PlanOptions) -> FloatArray:
+        """Shares ``[L, R, H]``; per layer the number of copies with the lowest fullest rank.
+
+        Up to ``2 * ranks`` copies are tried (or as many as ``options`` allows); with free copies
+        the fewest within ``options.tolerance`` of the mean win, if any is.
+        """
+        options = self.limited(options)
+        least = max(problem.ranks - problem.heads, 0)
+        most = max(options.most_copies(2 * problem.ranks), least)
+        out = np.zeros((problem.layers, problem.ranks, problem.heads))
+        for layer, costs in enumerate(problem.costs):
+            best = np.inf
+            goal = costs.sum() / problem.ranks * options.tolerance if problem.lane <= 0.0 else 0.0
+            for copies in range(least, min(most, problem.heads * (problem.ranks - 1)) + 1):
+                shares = spread(
+                    costs, problem.ranks, problem.lane, copies, options.slots(problem.heads)
+                )
+                if shares is None:
+                    break
+                level = float(rank_loads(shares, costs, problem.lane).max())
+                if level < best * (1 - 1e-9):
+                    best = level
+                    out[layer] = shares
+                if level <= goal:
+                    break
+        return stay_home(problem, options, out, copying=False)
 
 
 def spread(

@@ -10,49 +10,62 @@ J. A. J. Hall, "Parallelizing the dual revised simplex method", Math. Prog. Comp
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix, csr_matrix
 
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
-from fairkv_sglang.placement.policies.fair_copying import fair_copying
+from fairkv_sglang.placement.policies.base import POLICIES, Copying
+from fairkv_sglang.placement.policies.fair_copying import FairCopying
 from fairkv_sglang.placement.solver.problem import Problem, lower_bound, rank_loads
 from fairkv_sglang.placement.solver.stay import stay_home
 
 _GAP = 1e-4
 
 
-def exact(problem: Problem, options: PlanOptions) -> FloatArray:
-    """Shares ``[L, R, H]``; each layer has ``options.time_limit`` seconds.
+@POLICIES.register
+@dataclass(frozen=True)
+class Exact(Copying):
+    """Each layer as a mixed-integer program, solved by HiGHS through scipy."""
 
-    A layer without a solution in time, or with one above ``fair_copying``'s, takes the latter.
-    Notes: which layers are proved optimal within a gap of 1e-4 and the largest remaining gap.
-    """
-    plain = replace(problem, samples=None)
-    fallback = fair_copying(plain, options.model_copy(update={"spread": 0.0, "tolerance": 1.0}))
-    out = fallback.copy()
-    levels = problem.rank_costs(fallback).max(axis=1)
-    proved, gaps = [], []
-    for layer in range(problem.layers):
-        shares, bound, optimal = solve_layer(
-            problem.costs[layer], problem.ranks, problem.lane, options, float(levels[layer])
+    name: ClassVar[str] = "exact"
+    summary: ClassVar[str] = "a mixed-integer program per layer (HiGHS), for comparison"
+
+    def place(self, problem: Problem, options: PlanOptions) -> FloatArray:
+        """Shares ``[L, R, H]``; each layer has ``options.time_limit`` seconds.
+
+        A layer without a solution in time, or with one above ``fair_copying``'s, takes the latter.
+        Notes: which layers are proved optimal within a gap of 1e-4 and the largest remaining gap.
+        """
+        options = self.limited(options)
+        plain = replace(problem, samples=None)
+        fallback = FairCopying().place(
+            plain, options.model_copy(update={"spread": 0.0, "tolerance": 1.0})
         )
-        level = float(levels[layer])
-        if shares is not None:
-            reached = float(rank_loads(shares, problem.costs[layer], problem.lane).max())
-            if reached < level * (1 - 1e-6):
-                out[layer], level = shares, reached
-        gaps.append(max(level - bound, 0.0) / level if level > 0.0 else 0.0)
-        proved.append(bool(optimal or gaps[-1] <= _GAP))
-    problem.notes.update(
-        solver="scipy.optimize.milp (HiGHS)",
-        layers_proved=int(sum(proved)),
-        proved=proved,
-        largest_gap=float(max(gaps)),
-    )
-    return stay_home(problem, options, out)
+        out = fallback.copy()
+        levels = problem.rank_costs(fallback).max(axis=1)
+        proved, gaps = [], []
+        for layer in range(problem.layers):
+            shares, bound, optimal = solve_layer(
+                problem.costs[layer], problem.ranks, problem.lane, options, float(levels[layer])
+            )
+            level = float(levels[layer])
+            if shares is not None:
+                reached = float(rank_loads(shares, problem.costs[layer], problem.lane).max())
+                if reached < level * (1 - 1e-6):
+                    out[layer], level = shares, reached
+            gaps.append(max(level - bound, 0.0) / level if level > 0.0 else 0.0)
+            proved.append(bool(optimal or gaps[-1] <= _GAP))
+        problem.notes.update(
+            solver="scipy.optimize.milp (HiGHS)",
+            layers_proved=int(sum(proved)),
+            proved=proved,
+            largest_gap=float(max(gaps)),
+        )
+        return stay_home(problem, options, out)
 
 
 def solve_layer(

@@ -7,10 +7,14 @@ shares replace its equal split of the batch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 
 from fairkv_sglang.placement.options import FloatArray, PlanOptions
-from fairkv_sglang.placement.policies.contiguous import contiguous
+from fairkv_sglang.placement.policies.base import POLICIES, Copying
+from fairkv_sglang.placement.policies.contiguous import Contiguous
 from fairkv_sglang.placement.solver.choose import choose_copies
 from fairkv_sglang.placement.solver.curves import layer_curves
 from fairkv_sglang.placement.solver.lane_search import MAX_RANKS
@@ -20,22 +24,31 @@ from fairkv_sglang.placement.solver.spare import add_spares
 from fairkv_sglang.placement.solver.stay import stay_home
 
 
-def fair_copying(problem: Problem, options: PlanOptions) -> FloatArray:
-    """Shares ``[L, R, H]``.
+@POLICIES.register
+@dataclass(frozen=True)
+class FairCopying(Copying):
+    """Few copies with free shares, chosen over all layers by modelled step time."""
 
-    Free copies (``problem.lane`` = 0): the fewest copies over all layers such that the sum over
-    layers of the fullest rank is at most ``options.tolerance`` times the mean. Otherwise: the
-    lowest step cost, ties to fewer copies. With scenarios (samples of requests, or a spread) spare
-    copies are added where requests differ from the mean (``solver/spare.py``). Layers with more
-    lanes on a rank than it has slots, or all where slots are paid for, are made as in
-    ``solver/slots.py``.
-    """
-    if options.paid and problem.ranks <= MAX_RANKS:
-        shares = within_slots(problem, options, contiguous(problem, options))
-    else:
-        shares = within_slots(problem, options, _build(problem, options))
-        shares = stay_home(problem, options, shares)
-    return add_spares(problem, shares, options)
+    name: ClassVar[str] = "fair_copying"
+    summary: ClassVar[str] = "copies with free shares, chosen over all layers by step cost"
+
+    def place(self, problem: Problem, options: PlanOptions) -> FloatArray:
+        """Shares ``[L, R, H]``.
+
+        Free copies (``problem.lane`` = 0): the fewest copies over all layers such that the sum over
+        layers of the fullest rank is at most ``options.tolerance`` times the mean. Otherwise: the
+        lowest step cost, ties to fewer copies. With scenarios (samples of requests, or a spread)
+        spare copies are added where requests differ from the mean (``solver/spare.py``). Layers
+        with more lanes on a rank than it has slots, or all where slots are paid for, are made as in
+        ``solver/slots.py``.
+        """
+        options = self.limited(options)
+        if options.paid and problem.ranks <= MAX_RANKS:
+            shares = within_slots(problem, options, Contiguous().place(problem, options))
+        else:
+            shares = within_slots(problem, options, _build(problem, options))
+            shares = stay_home(problem, options, shares)
+        return add_spares(problem, shares, options)
 
 
 def _build(problem: Problem, options: PlanOptions) -> FloatArray:

@@ -74,16 +74,18 @@ def random_scope(
     maybe layer) with a profile.
     """
     spec = (
-        BudgetSpec(tokens=int(rng.integers(window + 1, 70)), floor_alpha=float(rng.random()))
+        BudgetSpec(tokens=int(rng.integers(window + 1, 70)))
         if rng.random() < 0.5
-        else BudgetSpec(ratio=float(rng.uniform(0.05, 1.0)), floor_alpha=float(rng.random()))
+        else BudgetSpec(ratio=float(rng.uniform(0.05, 1.0)))
     )
+    alpha = float(rng.random())
     profile = None
     if name == "head" or (name == "layer" and rng.random() < 0.5):
         shares = rng.random((layers, heads)) ** 3 + 1e-3
         profile = HeadProfile(model=None, shares=shares / shares.sum(), meta={})
-    scorer = make_scorer("streaming", sink=0, recent=window)
-    scope = make_scope(name, spec, layers, heads, scorer, profile)
+    scorer = make_scorer("streaming", sink=0, window=window)
+    options = {"floor_alpha": alpha} if name != "uniform" else {}
+    scope = make_scope(name, spec, layers, heads, scorer, profile, **options)
     scope.home_size = Homes(heads, ranks).per_rank
     return scope
 
