@@ -46,10 +46,10 @@ test: lint types pytest  ## everything that has to pass: ruff, mypy, all tests b
 lint: $(VENV)/developing  ## ruff
 	$(BIN)/ruff check .
 
-# mypy sees the layout of the installed package: kernels/ and patches/ inside fairkv_sglang
+# mypy sees the layout of a checkout as it is imported: kernels/, patches/ and bench/ inside fairkv_sglang
 types: $(VENV)/developing  ## mypy
 	@rm -rf build/types && mkdir -p build/types/fairkv_sglang
-	@cd build/types/fairkv_sglang && ln -s ../../../fairkv_sglang/* ../../../kernels ../../../patches . && rm -f __pycache__
+	@cd build/types/fairkv_sglang && ln -s ../../../fairkv_sglang/* ../../../kernels ../../../patches ../../../bench . && rm -f __pycache__
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
 
 pytest: $(VENV)/developing  ## the tests alone; options in PYTEST_ARGS
@@ -58,8 +58,8 @@ pytest: $(VENV)/developing  ## the tests alone; options in PYTEST_ARGS
 sweep: $(VENV)/developing  ## the long tests: many placements, models and TP sizes
 	FAIRKV_SWEEP_REPORT=$(abspath docs/results) $(BIN)/pytest -m sweep $(PYTEST_ARGS)
 
-bench: $(VENV)/installed  ## CPU benchmarks
-	$(BIN)/fairkv bench
+bench: $(VENV)/installed  ## all variants side by side on a model of Qwen3-0.6B's proportions
+	$(BIN)/fairkv bench --variants all --prompts 16 --prompt-len 2048 --shared-prefix 2016 --output-len 32 --ratio 0.25
 
 format: $(VENV)/developing  ## ruff's formatter
 	$(BIN)/ruff check --fix -q . && $(BIN)/ruff format .

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmark of the placement policies and the router on every head profile of a folder.
 
-    python bench/placement.py [--profiles FOLDER] [--out docs/results] [--quick] [--adapt]
+    python -m fairkv_sglang.bench.placement [--profiles FOLDER] [--out FOLDER] [--quick] [--adapt]
 
 Writes placement.json, placement.md and pictures to --out, prints the tables and one line per
 requirement (met or not), and exits with 1 if one is not met. Without the folder it runs on
@@ -17,6 +17,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,7 @@ from fairkv_sglang.placement.solver.small_curves import MAX_HEADS
 from fairkv_sglang.placement.solver.stay import SAME
 from fairkv_sglang.profiles import read_profile
 
-FREE = ["contiguous", "best_effort", "equal_shares", "fair_copying"]
-ROUTED = ["contiguous", "best_effort", "equal_shares", "fair_copying"]
+POLICIES = ["contiguous", "best_effort", "equal_shares", "fair_copying"]
 BUDGET, BATCH = 1024.0, 64.0
 MEAN_COPIES = {2: 0.6, 4: 2.3, 8: 6.2}
 ROUTER_LIMIT = {2: 1.05, 4: 1.05, 8: 1.08}
@@ -113,7 +113,7 @@ def plan_rows(cases: list[Case], limit: float) -> list[dict[str, Any]]:
         for case in cases:
             for tp in (2, 4, 8):
                 for free in (True, False):
-                    names = FREE + (["exact"] if not free and limit > 0 else [])
+                    names = POLICIES + (["exact"] if not free and limit > 0 else [])
                     levels: dict[str, np.ndarray] = {}
                     for name in names:
                         plan, seconds = timed(name, case, tp, free, limit or 1.0)
@@ -155,12 +155,13 @@ def plan_rows(cases: list[Case], limit: float) -> list[dict[str, Any]]:
 
 def router_rows(folder: Path, steps: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Replay of the other half, both ways and two seeds, floor 0.2 and 0."""
-    rows, series = [], {}
+    rows: list[dict[str, Any]] = []
+    series: dict[str, Any] = {}
     jobs = [(f, s, r) for f in (0.2, 0.0) for s, r in find_requests(folder, f).items()]
     with progress("replaying", len(jobs) * 3) as step:
         for floor, scorer, requests in jobs:
             for tp in (2, 4, 8):
-                for policy in ROUTED:
+                for policy in POLICIES:
                     runs = []
                     for seed in (0, 1):
                         traffic = Traffic(batch=32, steps=steps, seed=seed)
@@ -234,8 +235,7 @@ def speed_rows() -> list[dict[str, Any]]:
 
 def check(data: dict[str, Any]) -> list[tuple[bool, str]]:
     """The requirements, with the measured figure."""
-    plans, routes, speed = data["plans"], data["router"], data["speed"]
-    out: list[tuple[bool, str]] = []
+    plans, out = data["plans"], list[tuple[bool, str]]()
     ours = [r for r in plans if r["policy"] == "fair_copying"]
     free = [r for r in ours if r["free"]]
     worst = max(r["tokens"] for r in free)
@@ -245,66 +245,82 @@ def check(data: dict[str, Any]) -> list[tuple[bool, str]]:
     for tp, limit in MEAN_COPIES.items():
         copies = [r["copies"] for r in free if r["tp"] == tp and r["heads"] >= 8]
         if copies:
-            out.append(
-                (
-                    float(np.mean(copies)) <= limit,
-                    f"copies per layer at TP {tp}, 8 or more heads: mean {np.mean(copies):.2f}, "
-                    f"largest profile {max(copies):.2f} (mean <= {limit})",
-                )
-            )
-    exact = [r for r in plans if r["policy"] == "exact"]
-    if exact:
-        proved = sum(r["proved"] for r in exact)
+            mean, most = float(np.mean(copies)), max(copies)
+            text = f"copies per layer at TP {tp}, 8 or more heads: mean {mean:.2f}, "
+            out.append((mean <= limit, f"{text}largest profile {most:.2f} (mean <= {limit})"))
+    if exact := [r for r in plans if r["policy"] == "exact"]:
+        proved, total = (sum(r[key] for r in exact) for key in ("proved", "layers"))
         worst = max(r["worst"] for r in exact)
-        total = sum(r["layers"] for r in exact)
-        out.append(
-            (
-                worst <= 1.01,
-                f"step time at most {worst:.5f} of exact on the {proved} of {total} layers proved "
-                "optimal (<= 1.01)",
-            )
-        )
-    certified = [r for r in plans if "optimal" in r]
-    if certified:
-        best, total = sum(r["optimal"] for r in certified), sum(r["layers"] for r in certified)
-        out.append(
-            (
-                best >= 0.99 * total,
-                f"step time within 0.1 % of the tree bound on {best} of {total} layers of up to "
-                f"{MAX_HEADS} heads (>= 99 %)",
-            )
-        )
+        text = f"step time at most {worst:.5f} of exact on the {proved} of {total} layers proved"
+        out.append((worst <= 1.01, f"{text} optimal (<= 1.01)"))
+    if certified := [r for r in plans if "optimal" in r]:
+        best, total = (sum(r[key] for r in certified) for key in ("optimal", "layers"))
+        text = f"step time within 0.1 % of the tree bound on {best} of {total} layers of up to"
+        out.append((best >= 0.99 * total, f"{text} {MAX_HEADS} heads (>= 99 %)"))
     above = sum(r.get("above", False) for r in plans)
     out.append((above == 0, f"no layer above best_effort or contiguous ({above} plans with one)"))
     for tp, limit in ROUTER_LIMIT.items():
-        values = [
-            max(r["imbalance"])
-            for r in routes
-            if r["tp"] == tp and r["policy"] == "fair_copying" and r["floor"] == 0.2
-        ]
-        out.append((max(values) <= limit, f"router, TP {tp}: worst {max(values):.3f} (<= {limit})"))
+        routed = [r for r in data["router"] if (r["tp"], r["policy"]) == (tp, "fair_copying")]
+        worst = max(max(r["imbalance"]) for r in routed if r["floor"] == 0.2)
+        out.append((worst <= limit, f"router, TP {tp}: worst {worst:.3f} (<= {limit})"))
     for tp, limit in ADAPT_LIMIT.items():
         rows = [r for r in data["adapt"] if r["tp"] == tp]
         worst, plain = (max(r[key] for r in rows) for key in ("after", "plain"))
         text = f"started without a profile, TP {tp}: worst {worst:.3f} after the first new plan"
         out.append((worst <= limit, f"{text}, plain TP {plain:.3f} (<= {limit})"))
     lost = [r["1"] / min(r["1"], r["2"], r["3"]) for r in data["slots"]]
-    out.append(
-        (
-            max(lost) <= 1.01,
-            f"one spare lane: best of 1, 2, 3 on {lost.count(1.0)} of {len(lost)} profiles and "
-            f"splits, else worse by at most {max(lost) - 1:.2%} (<= 1 %)",
-        )
+    text = (
+        f"one spare lane: best of 1, 2, 3 on {lost.count(1.0)} of {len(lost)} profiles and splits"
     )
-    for r in speed:
-        out.append(
-            (
-                r["seconds"] <= r["limit"],
-                f"{r['layers']} layers x {r['heads']} heads x TP {r['tp']}: {r['seconds']:.2f} s "
-                f"of CPU (<= {r['limit']:.0f})",
-            )
-        )
+    out.append((max(lost) <= 1.01, f"{text}, else worse by at most {max(lost) - 1:.2%} (<= 1 %)"))
+    for r in data["speed"]:
+        text = f"{r['layers']} layers x {r['heads']} heads x TP {r['tp']}: {r['seconds']:.2f} s"
+        out.append((r["seconds"] <= r["limit"], f"{text} of CPU (<= {r['limit']:.0f})"))
     return out
+
+
+PLANS = {
+    "profile": "profile", "TP": "tp", "policy": "policy", "tokens": "tokens:.3f",
+    "step": "step:.4f", "copies/layer": "copies:.2f", "most": "most", "extra MB": "extra_mb:.0f",
+    "memory": "memory:.4f", "rows at home": "home:.1%", "s": "seconds:.2f", "exact": "note",
+}  # fmt: skip
+ROUTER = {
+    "scorer": "scorer", "floor": "floor", "TP": "tp", "policy": "policy", "worst": "worst:.3f",
+    "mean": "mean:.3f", "worst step": "worst_step:.3f", "copies/layer": "copies_per_layer:.2f",
+    "most": "max_copies_in_a_layer",
+}  # fmt: skip
+ADAPT = {
+    "scorer": "scorer", "TP": "tp", "spare lanes": "spare", "plain TP": "plain:.3f",
+    "leaving": "between:.3f", "after": "after:.3f", "step": "step:.3f",
+    "copies/layer": "copies:.2f",
+}  # fmt: skip
+SLOTS = {"profile": "profile", "TP": "tp", "1": "1:.3f", "2": "2:.3f", "3": "3:.3f"}
+"""Columns of the tables: key of a row, and its format."""
+
+
+def table(
+    title: str, text: str, columns: dict[str, str], rows: Iterable[dict[str, Any]]
+) -> list[str]:
+    """Lines of a section with a table; what a row does not have is a dash."""
+    lines = ["", f"## {title}", "", text, "", "| " + " | ".join(columns) + " |"]
+    lines.append("|" + "---|" * len(columns))
+    for row in rows:
+        cells = []
+        for column in columns.values():
+            key, _, form = column.partition(":")
+            cells.append("-" if row.get(key) is None else format(row[key], form))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def note(row: dict[str, Any]) -> str:
+    """What `exact` found."""
+    if "proved" not in row:
+        return ""
+    return (
+        f"{row['proved']}/{row['layers']} proved, gap <= {row['gap']:.3f}, fair_copying <= "
+        f"{row['worst']:.4f} there"
+    )
 
 
 def markdown(data: dict[str, Any]) -> str:
@@ -317,65 +333,39 @@ def markdown(data: dict[str, Any]) -> str:
         (True, "Copies cost nothing (fewest copies for 1.02)"),
         (False, f"Weight slices counted (batch {BATCH:.0f}, mean budget {BUDGET:.0f}, 16 bit)"),
     ):
-        lines += [
-            "", f"## {title}", "",
+        text = (
             "tokens: sum over layers of the fullest rank over the mean rank. step: modelled step "
             "time over its lower bound. memory: fullest rank's total over the mean. A note: "
-            "qwen3-30b was averaged over two ranks upstream and says nothing about imbalance.", "",
-            "| profile | TP | policy | tokens | step | copies/layer | most | extra MB | memory "
-            "| rows at home | s | exact |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
-        ]  # fmt: skip
-        for r in data["plans"]:
-            if r["free"] == free:
-                note, home = "", "-" if r.get("home") is None else f"{r['home']:.1%}"
-                if "proved" in r:
-                    note = (
-                        f"{r['proved']}/{r['layers']} proved, gap <= {r['gap']:.3f}, fair_copying "
-                        f"<= {r['worst']:.4f} there"
-                    )
-                lines.append(
-                    f"| {r['profile']} | {r['tp']} | {r['policy']} | {r['tokens']:.3f} | "
-                    f"{r['step']:.4f} | {r['copies']:.2f} | {r['most']} | {r['extra_mb']:.0f} | "
-                    f"{r['memory']:.4f} | {home} | {r['seconds']:.2f} | {note} |"
-                )
-    lines += [
-        "", "## Router, held-out prompts", "",
+            "qwen3-30b was averaged over two ranks upstream and says nothing about imbalance."
+        )
+        rows = ({**r, "note": note(r)} for r in data["plans"] if r["free"] == free)
+        lines += table(title, text, PLANS, rows)
+    lines += table(
+        "Router, held-out prompts",
         "Plan from half of the distinct prompts, replay of the other half, then swapped; two seeds "
-        "each; batch 32, arrivals and departures. The worst of the four runs, and their mean.", "",
-        "| scorer | floor | TP | policy | worst | mean | worst step | copies/layer | most |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    lines += [
-        f"| {r['scorer']} | {r['floor']} | {r['tp']} | {r['policy']} | {max(r['imbalance']):.3f} | "
-        f"{np.mean(r['imbalance']):.3f} | {r['worst_step']:.3f} | {r['copies_per_layer']:.2f} | "
-        f"{r['max_copies_in_a_layer']} |"
-        for r in data["router"]
-    ]
-    lines += [
-        "", "## Started without a profile", "",
+        "each; batch 32, arrivals and departures. The worst of the four runs, and their mean.",
+        ROUTER,
+        (
+            {**r, "worst": max(r["imbalance"]), "mean": np.mean(r["imbalance"])}
+            for r in data["router"]
+        ),
+    )
+    lines += table(
+        "Started without a profile",
         "Contiguous heads at first; a new plan from the first 64 prompts of one half, after which "
         "the prompts are of the other half, then swapped; two seeds each; batch 32; the worst of "
         "the four runs. leaving: until the last request from before the plan has left; after: from "
-        "then on; step: modelled step then, all slots' weights counted, over plain TP.", "",
-        "| scorer | TP | spare lanes | plain TP | leaving | after | step | copies/layer |",
-        "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    lines += [
-        f"| {r['scorer']} | {r['tp']} | {r['spare']} | {r['plain']:.3f} | {r['between']:.3f} | "
-        f"{r['after']:.3f} | {r['step']:.3f} | {r['copies']:.2f} |"
-        for r in data["adapt"]
-    ]
-    lines += [
-        "", "## Spare lanes", "",
+        "then on; step: modelled step then, all slots' weights counted, over plain TP.",
+        ADAPT,
+        data["adapt"],
+    )
+    lines += table(
+        "Spare lanes",
         f"Modelled step over contiguous heads without spare lanes, batch {BATCH:.0f}; all slots' "
-        "weights counted.", "",
-        "| profile | TP | 1 | 2 | 3 |", "|---|---|---|---|---|",
-    ]  # fmt: skip
-    lines += [
-        f"| {r['profile']} | {r['tp']} | {r['1']:.3f} | {r['2']:.3f} | {r['3']:.3f} |"
-        for r in data["slots"]
-    ]
+        "weights counted.",
+        SLOTS,
+        data["slots"],
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -424,7 +414,7 @@ def main() -> int:
     else:
         routes, series = router_rows(args.profiles, 100 if args.quick else 400)
         data = {
-            "command": "python " + " ".join(["bench/placement.py", *sys.argv[1:]]),
+            "command": "python -m fairkv_sglang.bench.placement " + " ".join(sys.argv[1:]),
             "machine": {
                 "CPU": f"{platform.machine()}, {os.cpu_count()} cores, one thread used",
                 "Python": platform.python_version(),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Re-planning while serving, on real engines: docs/replanning.md has the figures.
 
-    python bench/replan.py shift [--profile FILE] [--out FOLDER]
-    python bench/replan.py start [--model demo|skewed] [--tp N] [--rounds N] [--profile FILE]
+    python -m fairkv_sglang.bench.replan shift [--profile FILE] [--out FOLDER]
+    python -m fairkv_sglang.bench.replan start [--model demo|skewed] [--tp N] [--rounds N]
 
 `shift`: task A's prompts, then task B's; balance by prompt beside an engine that never plans anew
 and one that starts with a plan made from B's counts. `start`: an engine without a profile serves 64
@@ -23,19 +23,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
-sys.path.append(str(HERE))  # behind everything else: see replan_engine.py
+import numpy as np
 
-import numpy as np  # noqa: E402
-import replan_model  # noqa: E402
-from replan_engine import Call, Engine  # noqa: E402
+from fairkv_sglang.bench import replan_model
+from fairkv_sglang.bench.engine.process import Call, EngineProcess
+from fairkv_sglang.bench.stats import ratios, rotated, spread
+from fairkv_sglang.placement import CostModel, make_plan
 
-from fairkv_sglang.bench.stats import ratios, rotated, spread  # noqa: E402
-from fairkv_sglang.placement import CostModel, make_plan  # noqa: E402
-
-sys.path.append(str(HERE.parent))  # fairkv_sglang takes it off
-from demo.prompts import make_prompts  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # behind everything else; `demo` is a folder of the checkout
+from demo.prompts import make_prompts  # type: ignore[import-not-found]  # noqa: E402
 
 AT_ONCE, BATCH, NEW = 12, 16, 96
 """Requests of the stream; of a timed round, and how many tokens each gets."""
@@ -75,15 +72,26 @@ class Bench(contextlib.ExitStack):
         self.tp, self.rounds, self.folder = options.tp, options.rounds, Path(folder)
         self.is_demo = options.what == "start" and options.model == "demo"
         self.ratio = 0.25 if self.is_demo else replan_model.RATIO
-        self.model = HERE.parent / "demo" / "model"
+        self.model = ROOT / "demo" / "model"
         if not self.is_demo:
             target = replan_model.targets(options.profile)
             self.model = replan_model.build_skewed(target, self.folder / "model")
 
-    def engine(self, name: str, **fairkv: Any) -> Engine:
+    def engine(self, name: str, **fairkv: Any) -> EngineProcess:
         """A new engine, frozen until it is called."""
-        log, fairkv = self.folder / f"{name}.log", {"ratio": self.ratio, **fairkv}
-        made = Engine(self.model, log, fairkv, self.tp)
+        options = {
+            "model_path": str(self.model),
+            "tp_size": self.tp,
+            "device": "cpu",
+            "dtype": "float32",
+            "max_total_tokens": 32768,
+            "skip_tokenizer_init": True,
+            "dist_timeout": 24 * 3600,  # engines are frozen between their turns
+            "random_seed": 1,
+            "log_level": "info",
+        }
+        both = {"fairkv": {"ratio": self.ratio, **fairkv}, "engine": options}
+        made = EngineProcess(self.folder / f"{name}.log", both, measure=True)
         self.callback(made.close)
         made.freeze()
         print(f"{name} is ready", file=sys.stderr, flush=True)
@@ -117,10 +125,10 @@ class Bench(contextlib.ExitStack):
         following = self.engine("following")
         runs = {"re-planning": following.call("serve", **stream)}
         following.close()
-        state = runs["re-planning"]["state"]
+        state = runs["re-planning"]["fairkv"]
         plain = self.engine("plain", replan="off", placement="contiguous")
         short = {"new_tokens": [2] * OF_B, "at_once": AT_ONCE}
-        plan = self.plan(_kept(plain.call("serve", prompts=b, **short)["state"]), state)
+        plan = self.plan(_kept(plain.call("serve", prompts=b, **short)["fairkv"]), state)
         runs["plain TP"] = plain.call("serve", **stream)
         plain.close()
         offline = self.engine("offline", replan="off", plan=plan)
@@ -153,7 +161,8 @@ class Bench(contextlib.ExitStack):
         """An engine without a profile after 64 prompts, beside a plan from the same counts."""
         following = self.engine("following")
         stream = {"new_tokens": [NEW] * AFTER, "at_once": AT_ONCE}
-        learned = following.call("serve", prompts=self.prompts(AFTER, 11), **stream)["state"]
+        learned = following.call("serve", prompts=self.prompts(AFTER, 11), **stream)["fairkv"]
+        following.freeze()
         plan = self.plan(_kept(learned), learned)
         engines = {
             "re-planning": following,
@@ -167,7 +176,8 @@ class Bench(contextlib.ExitStack):
             found = {}
             for name in rotated(list(engines), number):
                 run = {"prompts": prompts, "new_tokens": [NEW] * BATCH, "at_once": BATCH}
-                found[name] = timed(engines[name].call("serve", **run)["state"])
+                found[name] = timed(engines[name].call("serve", **run))
+                engines[name].freeze()
             rounds += [found] if number >= 0 else []
             print(f"round {number + 1} of {self.rounds}", file=sys.stderr, flush=True)
         times = {n: [r[n]["step_ms"] for r in rounds] for n in engines}
@@ -191,11 +201,11 @@ def _kept(state: Call) -> Any:
     return np.array(state["kept"]["tokens"]) / state["kept"]["prompts"]
 
 
-def timed(state: Call) -> Call:
+def timed(run: Call) -> Call:
     """Figures of one round: balance is that of the last 64 decode steps."""
-    names = ("steps", "batch", "period_ms", "cpu_slowest_ms")
-    steps, batch, period, cpu = (state["measured"][name] for name in names)
-    found = {"steps": steps, "batch": batch, "step_ms": period, "cpu_ms": cpu}
+    names = {"steps": "steps", "batch": "batch", "step_ms": "period_ms", "cpu_ms": "cpu_slowest_ms"}
+    found = {name: run["measured"][key] for name, key in names.items()}
+    state = run["fairkv"]
     return {**found, "imbalance": 1 / state["balancedness"], "replans": state["replans"]}
 
 

@@ -16,18 +16,16 @@ finds the scales with the scorer of the product.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
-from fairkv_sglang.bench.model import BenchModel
-from fairkv_sglang.bench.shares import map_profile, synthetic_profile
+from fairkv_sglang.bench import checkpoint
+from fairkv_sglang.bench.shares import find_profile
 from fairkv_sglang.budgets import make_scorer
-from fairkv_sglang.profiles import read_profile
+from fairkv_sglang.model import Model
 
 FloatArray = NDArray[np.float64]
 
@@ -40,9 +38,7 @@ preference keeps everything, and keeps less the larger its scale."""
 STEEPEST = 60.0
 LEAST = 0.1
 """Least share of a head: its best token brings its neighbours (pooling of 7)."""
-SHAPE = BenchModel(
-    layers=4, kv_heads=8, group=2, head_dim=128, hidden=128, vocab=2048, context=2048
-)
+SHAPE = Model("skewed", 4, 16, 8, 128, 128, 128, 2048, context=2048)
 OUT = 32  # dimensions that are written
 SPECIAL = 3  # ids below are never in a prompt
 
@@ -50,17 +46,14 @@ Weights = dict[str, torch.Tensor]
 
 
 def targets(
-    profile: Path | None, layers: int = SHAPE.layers, heads: int = SHAPE.kv_heads
+    profile: Path | None, layers: int = SHAPE.num_layers, heads: int = SHAPE.num_kv_heads
 ) -> FloatArray:
     """``[task, L, H]`` shares of what the heads of a layer compete for, mean 1 over each layer.
 
     Four layers of the profile (log-normal shares without one). Task B has the heads in reverse, so
     that other heads are hot and other ranks are full.
     """
-    if profile is not None and profile.exists():
-        shares = map_profile(read_profile(profile), layers, heads).shares
-    else:
-        shares = synthetic_profile(layers, heads).shares
+    shares = find_profile(profile, layers, heads).shares
     relative = np.maximum(shares / shares.mean(axis=1, keepdims=True), LEAST)
     relative /= relative.mean(axis=1, keepdims=True)
     return np.stack([relative, relative[:, ::-1]])
@@ -68,24 +61,21 @@ def targets(
 
 def prompts(task: str, count: int, seed: int, length: int = PROMPT) -> list[list[int]]:
     """Random prompts of a task: each has half of the vocabulary."""
-    middle = SHAPE.vocab // 2
-    low, high = (SPECIAL, middle) if task == "A" else (middle, SHAPE.vocab)
+    middle = SHAPE.vocab_size // 2
+    low, high = (SPECIAL, middle) if task == "A" else (middle, SHAPE.vocab_size)
     rng = np.random.default_rng([seed, TASKS.index(task)])
     return rng.integers(low, high, (count, length)).tolist()  # type: ignore[no-any-return]
 
 
 def build_skewed(target: FloatArray, folder: Path, seed: int = 0) -> Path:
     """Write the checkpoint (float32 safetensors, no tokenizer) to ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
     weights = random_weights(seed)
     for task, scales in enumerate(calibrate(weights, target)):
         _set_scales(weights, task, scales)
-    config = SHAPE.config()
+    config = checkpoint.config(SHAPE)
     # The dimension that is read is the slowest of the rotary embedding: it stands still.
     config["rope_parameters"] = {"rope_theta": 1e9, "rope_type": "default"}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return checkpoint.write(folder, config, weights)
 
 
 def calibrate(weights: Weights, target: FloatArray, samples: int = 8) -> FloatArray:
@@ -115,7 +105,7 @@ def read_noise(weights: Weights, task: int, samples: int) -> list[FloatArray]:
     """What the heads' keys read of the tokens of some prompts, each ``[L, H, N]``."""
     table = weights["model.embed_tokens.weight"]
     keys = torch.stack(
-        [weights[_name(i, "k_proj")][_slow(SHAPE.kv_heads)] for i in range(SHAPE.layers)]
+        [weights[_name(i, "k_proj")][_slow(SHAPE.num_kv_heads)] for i in range(SHAPE.num_layers)]
     )
     ids = torch.tensor(prompts(TASKS[task], samples, seed=1 << 20))
     return [np.asarray((keys @ table[row].T).numpy(), dtype=np.float64) for row in ids]
@@ -144,25 +134,25 @@ def random_weights(seed: int = 0) -> Weights:
         out[:, part] = torch.randn((rows, width), generator=generator) * size * width**-0.5
         return out
 
-    hidden, inner = SHAPE.hidden, SHAPE.intermediate
+    hidden, inner = SHAPE.hidden_size, SHAPE.intermediate_size
     noise, out, everything = slice(2, hidden - OUT), slice(hidden - OUT, hidden), slice(None)
-    q, kv = SHAPE.q_heads * SHAPE.head_dim, SHAPE.kv_heads * SHAPE.head_dim
-    table = torch.zeros((SHAPE.vocab, hidden))
+    q, kv = SHAPE.num_q_heads * SHAPE.head_dim, SHAPE.num_kv_heads * SHAPE.head_dim
+    table = torch.zeros((SHAPE.vocab_size, hidden))
     width = hidden - OUT - 2
-    random = torch.randn((SHAPE.vocab, width), generator=generator)
+    random = torch.randn((SHAPE.vocab_size, width), generator=generator)
     table[:, noise] = random / random.norm(dim=1, keepdim=True) * width**0.5
     # All rows have the norm that RMSNorm gives them, so that it changes nothing.
-    table[: SHAPE.vocab // 2, 0] = table[SHAPE.vocab // 2 :, 1] = (hidden - width) ** 0.5
+    table[: SHAPE.vocab_size // 2, 0] = table[SHAPE.vocab_size // 2 :, 1] = (hidden - width) ** 0.5
     weights = {
         "model.embed_tokens.weight": table,
         "model.norm.weight": torch.ones(hidden),
         # Next tokens depend as much on what attention read as on the last token.
-        "lm_head.weight": matrix(SHAPE.vocab, hidden, noise)
-        + matrix(SHAPE.vocab, hidden, out, 100.0),
+        "lm_head.weight": matrix(SHAPE.vocab_size, hidden, noise)
+        + matrix(SHAPE.vocab_size, hidden, out, 100.0),
     }
-    for i in range(SHAPE.layers):
+    for i in range(SHAPE.num_layers):
         keys = matrix(kv, hidden, noise)
-        slow = _slow(SHAPE.kv_heads)
+        slow = _slow(SHAPE.num_kv_heads)
         keys[slow] *= (width / (keys[slow].norm(dim=1, keepdim=True) ** 2 * width)) ** 0.5
         written = torch.zeros((hidden, q)), torch.zeros((hidden, inner))
         written[0][out] = matrix(OUT, q, everything, 0.1)
@@ -185,8 +175,8 @@ def _set_scales(weights: Weights, task: int, scales: FloatArray) -> None:
     """Queries of a task: its dimension times the scale, before attention divides by sqrt(D)."""
     constant = weights["model.embed_tokens.weight"][:, task].max()
     for i, row in enumerate(scales):
-        per_query = torch.from_numpy(np.repeat(row, SHAPE.group)).float()
-        weights[_name(i, "q_proj")][_slow(SHAPE.q_heads), task] = (
+        per_query = torch.from_numpy(np.repeat(row, SHAPE.group_size)).float()
+        weights[_name(i, "q_proj")][_slow(SHAPE.num_q_heads), task] = (
             per_query * SHAPE.head_dim**0.5 / constant
         )
 

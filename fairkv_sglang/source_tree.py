@@ -2,10 +2,11 @@
 """Running from a checkout, whatever the import path says.
 
 ``kernels/`` and ``patches/`` stand beside this package in the repository and inside it once
-installed. When Python finds the package through the current directory (``python -m
-sglang.launch_server`` in the repository), two things go wrong: the package lacks the two folders,
-and they can be imported under their bare names. The second breaks transformers, which takes a
-folder ``kernels`` for the package of that name.
+installed; ``bench/`` stands there, too, and is not installed: ``fairkv_sglang.bench`` exists in a
+checkout only. When Python finds the package through the current directory (``python -m
+sglang.launch_server`` in the repository), two things go wrong: the package lacks the folders, and
+they can be imported under their bare names. The second breaks transformers, which takes a folder
+``kernels`` for the package of that name.
 """
 
 from __future__ import annotations

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from fairkv_sglang.bench.trace import Recorder, summarise
 from fairkv_sglang.patches.ledger import Hook, verify
+from fairkv_sglang.patches.stretches import StretchRecorder
 
 VARIABLE = "FAIRKV_MEASURE_WAIT"
 STATE = "fairkv_measure"
-"""Key of the result in the scheduler's internal state."""
+"""Key in the scheduler's internal state: what each rank has recorded, by rank."""
 
-_recorder = Recorder()
+_recorder = StretchRecorder()
 
 
 def is_asked_for(environment: Mapping[str, str] = os.environ) -> bool:
@@ -73,11 +73,11 @@ def around_forward(
 
 
 def _resident_tokens() -> Any:
-    """``[L, R]`` kept tokens that each rank reads now; None without FairKV."""
+    """``[L][R]`` kept tokens that each rank reads now; None without FairKV."""
     from fairkv_sglang import runtime
 
     try:
-        return runtime.get_runtime().router.loads().copy()
+        return runtime.get_runtime().router.loads().tolist()
     except RuntimeError:
         return None
 
@@ -96,7 +96,7 @@ def after_get_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: 
         mine = ranks[0]
         ranks = [None] * size
         dist.all_gather_object(ranks, mine, group=scheduler.tp_cpu_group)
-    result.internal_state[STATE] = summarise(ranks)
+    result.internal_state[STATE] = ranks
     return result
 
 

@@ -3,45 +3,34 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
 import numpy as np
 import pytest
 import torch
 
+from fairkv_sglang.bench import replan_model
 from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.placement import make_plan
 
-FILE = Path(__file__).resolve().parents[2] / "bench" / "replan_model.py"
 FLOOR = 0.2  # what every head has of a layer's budget, FairKV's default
 
 
-@pytest.fixture(scope="module")
-def model() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("replan_model", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_heads_keep_their_share_on_each_task(model: ModuleType) -> None:
-    target, shape = model.targets(None), model.SHAPE
-    weights = model.random_weights()
-    scales = model.calibrate(weights, target)
-    beyond = model.RATIO * model.PROMPT - model.WINDOW
-    expected = model.WINDOW + beyond * (FLOOR + (1 - FLOOR) * target)
-    scorer = make_scorer("snapkv", window=model.WINDOW)
-    spec = BudgetSpec(ratio=model.RATIO)
-    scope = make_scope("layer", spec, shape.layers, shape.kv_heads, scorer, floor_alpha=FLOOR)
-    for task in range(len(model.TASKS)):
-        kept = np.zeros((shape.layers, shape.kv_heads))
-        for noise in model.read_noise(weights, task, samples=8):
-            for layer, scores in enumerate(model.scores(noise, scales[task])):
-                heads, score = range(shape.kv_heads), torch.from_numpy(scores)
-                kept[layer] += scope.counts(layer, heads, score, model.PROMPT).numpy() / 8
+def test_heads_keep_their_share_on_each_task() -> None:
+    target, shape = replan_model.targets(None), replan_model.SHAPE
+    weights = replan_model.random_weights()
+    scales = replan_model.calibrate(weights, target)
+    beyond = replan_model.RATIO * replan_model.PROMPT - replan_model.WINDOW
+    expected = replan_model.WINDOW + beyond * (FLOOR + (1 - FLOOR) * target)
+    scorer = make_scorer("snapkv", window=replan_model.WINDOW)
+    spec = BudgetSpec(ratio=replan_model.RATIO)
+    scope = make_scope(
+        "layer", spec, shape.num_layers, shape.num_kv_heads, scorer, floor_alpha=FLOOR
+    )
+    for task in range(len(replan_model.TASKS)):
+        kept = np.zeros((shape.num_layers, shape.num_kv_heads))
+        for noise in replan_model.read_noise(weights, task, samples=8):
+            for layer, scores in enumerate(replan_model.scores(noise, scales[task])):
+                heads, score = range(shape.num_kv_heads), torch.from_numpy(scores)
+                kept[layer] += scope.counts(layer, heads, score, replan_model.PROMPT).numpy() / 8
         assert np.abs(kept - expected[task]).sum() < 0.05 * kept.sum()
     # A plan that was made for one task is bad for the other.
     shares = make_plan("fair_copying", expected[0], 2, max_lanes=5).shares()
@@ -50,14 +39,14 @@ def test_heads_keep_their_share_on_each_task(model: ModuleType) -> None:
     assert imbalance[0] < 1.02 and imbalance[1] > 1.1
 
 
-def test_a_task_has_its_own_half_of_the_vocabulary(model: ModuleType) -> None:
-    a, b = (np.array(model.prompts(task, 3, seed=1)) for task in model.TASKS)
-    assert a.max() < model.SHAPE.vocab // 2 <= b.min()
-    assert model.prompts("A", 3, seed=1) == a.tolist()
+def test_a_task_has_its_own_half_of_the_vocabulary() -> None:
+    a, b = (np.array(replan_model.prompts(task, 3, seed=1)) for task in replan_model.TASKS)
+    assert a.max() < replan_model.SHAPE.vocab_size // 2 <= b.min()
+    assert replan_model.prompts("A", 3, seed=1) == a.tolist()
 
 
-def test_a_head_that_would_keep_more_than_its_prompt_is_refused(model: ModuleType) -> None:
-    target = np.zeros((2, model.SHAPE.layers, model.SHAPE.kv_heads))
-    target[:, :, 0] = model.SHAPE.kv_heads / model.RATIO
+def test_a_head_that_would_keep_more_than_its_prompt_is_refused() -> None:
+    target = np.zeros((2, replan_model.SHAPE.num_layers, replan_model.SHAPE.num_kv_heads))
+    target[:, :, 0] = replan_model.SHAPE.num_kv_heads / replan_model.RATIO
     with pytest.raises(ValueError, match="cannot keep"):
-        model.calibrate(model.random_weights(), target)
+        replan_model.calibrate(replan_model.random_weights(), target)

@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 
-from fairkv_sglang.bench import run as module
-from fairkv_sglang.bench.model import BenchModel
-from fairkv_sglang.bench.run import run_bench
-from fairkv_sglang.bench.settings import Settings
-from fairkv_sglang.bench.workload import Workload
+from fairkv_sglang.bench.engine import run as module
+from fairkv_sglang.bench.engine.run import run_bench
+from fairkv_sglang.bench.engine.settings import EngineSettings
 from fairkv_tests.bench_runs import a_run
 
 VARIANTS = ("stock", "contiguous", "fair_copying")
@@ -29,13 +27,13 @@ class Stage:
         self.closed: list[str] = []
         self.end_after = end_after
 
-    def engine(self, name: str, options: dict[str, Any], environment: Any, log: Path) -> Any:
-        stage = self
+    def engine(self, log: Path, options: dict[str, Any], measure: bool) -> Any:
+        stage, name = self, log.stem.partition("-tp")[0]
 
         class Engine:
-            def run(self, workload: Workload, vocab: int, index: int) -> dict[str, Any]:
-                if index < 1 << 20:  # not the warm-up
-                    stage.calls.append((name, index))
+            def call(self, method: str, prompts: Any, new_tokens: list[int]) -> dict[str, Any]:
+                if new_tokens[0] != 4:  # not the warm-up
+                    stage.calls.append((name, prompts[0][0]))
                     if len(stage.calls) == stage.end_after:
                         os.kill(os.getpid(), signal.SIGTERM)
                 return a_run(1.0 + len(name), 30.0, 20.0)
@@ -50,33 +48,37 @@ class Stage:
         return Engine()
 
 
-def settings(**changes: Any) -> Settings:
+def settings(**changes: Any) -> EngineSettings:
     values: dict[str, Any] = {
         "variants": VARIANTS,
         "rounds": 3,
         "keep_alive": 3,
-        "model": BenchModel(layers=2, hidden=16, intermediate=16, vocab=64),
-        "workload": Workload(prompts=4, prompt_lengths=(100,), output_length=11),
+        "model": "attention-only,layers=2,hidden=16,mlp=16,vocab=64",
+        "prompts": 4,
+        "prompt_len": (100,),
+        "output_len": 11,
         **changes,
     }
-    return Settings(**values)
+    return EngineSettings(**values)
 
 
 def test_every_round_runs_all_variants_in_another_order(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     stage = Stage()
-    monkeypatch.setattr(module, "BenchEngine", stage.engine)
+    monkeypatch.setattr(module, "EngineProcess", stage.engine)
     lines: list[str] = []
     result = run_bench(settings(budgets=(32, 64)), tmp_path, lines.append)
     first = stage.calls[:9]
-    assert [index for _, index in first] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    token = [settings().make_prompts(64, index)[0][0] for index in range(3)]
+    assert [index for _, index in first] == [token[i // 3] for i in range(9)]
     assert [first[i][0] for i in (0, 3, 6)] == list(VARIANTS)
     assert sorted(stage.closed) == sorted(VARIANTS * 2)
     assert [case["budget"] for case in result["cases"]] == [32, 64]
-    assert (result["format"], result["version"]) == ("fairkv-bench", 1)
+    assert (result["format"], result["version"]) == ("fairkv-bench", 2)
     assert sum("starting" not in line for line in lines) == 18
-    assert Settings(**result["settings"]) == settings(budgets=(32, 64))
+    assert EngineSettings(**result["settings"]) == settings(budgets=(32, 64))
+    assert result["model"].startswith("attention-only,layers=2,hidden=16,mlp=16,vocab=64: 2 layers")
     json.dumps(result, allow_nan=False)
 
 
@@ -84,7 +86,7 @@ def test_an_interrupted_run_keeps_its_whole_rounds_and_leaves_no_engine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     stage = Stage(end_after=8)
-    monkeypatch.setattr(module, "BenchEngine", stage.engine)
+    monkeypatch.setattr(module, "EngineProcess", stage.engine)
     result = run_bench(settings(budgets=(32, 64)), tmp_path, lambda line: None)
     (case,) = result["cases"]
     assert case["interrupted"]
@@ -96,7 +98,7 @@ def test_an_interrupt_before_the_first_whole_round_is_an_interrupt(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     stage = Stage(end_after=2)
-    monkeypatch.setattr(module, "BenchEngine", stage.engine)
+    monkeypatch.setattr(module, "EngineProcess", stage.engine)
     with pytest.raises(KeyboardInterrupt):
         run_bench(settings(), tmp_path, lambda line: None)
     assert sorted(stage.closed) == ["contiguous", "stock"]

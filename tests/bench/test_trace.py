@@ -8,24 +8,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from fairkv_sglang.bench.trace import Recorder, steady, summarise
+from fairkv_sglang.bench.engine.trace import steady, summarise
+from fairkv_sglang.patches.stretches import StretchRecorder
 
 
 def recording(compute: list[float], collective: list[float], steps: int = 6) -> dict[str, Any]:
     """Equal steps of one rank; the period is 10 ms longer than the step."""
     wall = np.empty(len(compute) + len(collective))
     wall[0::2], wall[1::2] = compute, collective
-    period = wall.sum() + 0.010
-    return {
-        "batch": np.full(steps, 4),
-        "forward": np.arange(steps) + 7,
-        "start": np.arange(steps) * period,
-        "wall": np.tile(wall, (steps, 1)),
-        "cpu": np.tile(wall, (steps, 1)),
-        "prefill_seconds": 0.5,
-        "loads": None,
-    }
+    return recorded(np.tile(wall, (steps, 1)), wall.sum() + 0.010)
+
+
+def recorded(wall: NDArray[np.float64], period: float) -> dict[str, Any]:
+    """What a rank hands over whose steps have these stretches ``[steps, 2n + 1]``."""
+    ends = np.pad(wall.cumsum(axis=1), ((0, 0), (1, 0)))
+    marks = [[(i * period + at, i * period + at) for at in row] for i, row in enumerate(ends)]
+    steps = [(4, i + 7, row) for i, row in enumerate(marks)]
+    return {"steps": steps, "prefill_seconds": 0.5, "loads": None}
 
 
 def test_the_slower_rank_makes_the_other_wait() -> None:
@@ -39,7 +40,6 @@ def test_the_slower_rank_makes_the_other_wait() -> None:
     assert found["compute_ms"] == pytest.approx([55, 55])  # equal sums hide the imbalance
     assert found["slowest_ms"] == pytest.approx(75)
     assert found["even_ms"] == pytest.approx(55)
-    assert found["removable_ms"] == pytest.approx(20)
     assert found["period_ms"] == pytest.approx(87)
     assert found["allowed_speedup"] == pytest.approx(87 / 67)
     assert found["cpu_imbalance"] == pytest.approx(75 / 55)
@@ -49,10 +49,11 @@ def test_the_slower_rank_makes_the_other_wait() -> None:
 
 def test_noise_that_hits_either_rank_is_not_imbalance() -> None:
     generator = np.random.default_rng(0)
-    ranks = [recording([0.010, 0.010], [0.001], steps=400) for _ in range(2)]
-    for rank in ranks:
-        late = generator.random(400) < 0.2
-        rank["wall"][late, 0] *= 3
+    ranks = []
+    for _ in range(2):
+        wall = np.tile([0.010, 0.001, 0.010], (400, 1))
+        wall[generator.random(400) < 0.2, 0] *= 3
+        ranks.append(recorded(wall, 0.05))
     assert summarise(ranks)["imbalance"] == pytest.approx(1.0)
 
 
@@ -78,14 +79,14 @@ def test_only_steps_of_the_steady_batch_count() -> None:
 
 def test_a_prefill_pass_between_two_steps_is_not_part_of_a_period() -> None:
     one = recording([0.010], [], steps=6)
-    gap = np.array([0, 0, 0, 1, 1, 1])
-    one["forward"] = one["forward"] + gap
-    one["start"] = one["start"] + gap * 5.0
+    for i, (batch, forward, marks) in enumerate(one["steps"]):
+        late = [(wall + 5, cpu) for wall, cpu in marks]
+        one["steps"][i] = (batch, forward + 1, late) if i >= 3 else (batch, forward, marks)
     assert summarise([one])["period_ms"] == pytest.approx(20)
 
 
 def test_nothing_recorded() -> None:
-    assert summarise([Recorder().take()]) == {"steps": 0, "prefill_s": [0.0]}
+    assert summarise([StretchRecorder().take()]) == {"steps": 0, "prefill_s": [0.0]}
 
 
 def test_ranks_that_ran_different_steps_are_refused() -> None:
@@ -93,21 +94,21 @@ def test_ranks_that_ran_different_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="different numbers"):
         summarise([one, two])
     other = recording([0.01], [])
-    other["batch"] = other["batch"] + 1
+    other["steps"] = [(5, *step[1:]) for step in other["steps"]]
     with pytest.raises(ValueError, match="different batches"):
         summarise([one, other])
 
 
 def test_balancedness_counts_the_fullest_rank_of_each_layer() -> None:
     one = recording([0.010], [])
-    one["loads"] = np.array([[30.0, 10.0], [10.0, 30.0]])
+    one["loads"] = [[30.0, 10.0], [10.0, 30.0]]
     found = summarise([one])
     assert found["rank_tokens"] == [40, 40]
     assert found["balancedness"] == pytest.approx(40 / 60)
 
 
 def test_the_recorder_cuts_steps_at_marks_and_starts_anew() -> None:
-    recorder = Recorder()
+    recorder = StretchRecorder()
     recorder.mark()  # outside of a step: nothing
     assert not recorder.in_step
     for batch in (2, 3, 3):
@@ -119,8 +120,11 @@ def test_the_recorder_cuts_steps_at_marks_and_starts_anew() -> None:
         assert recorder.end() == (recorder.forwards < 3)  # a larger batch than before
     recorder.begin(9)
     recorder.end()  # a step without collectives is not of the usual form
-    data = recorder.take()
-    assert data["batch"].tolist() == [2, 3, 3]
-    assert data["wall"].shape == data["cpu"].shape == (3, 3)
-    assert (data["wall"] >= 0).all() and (np.diff(data["start"]) > 0).all()
-    assert len(recorder.take()["batch"]) == 0
+    taken = recorder.take()
+    assert [(batch, forward) for batch, forward, _ in taken["steps"]] == [
+        (2, 1), (3, 2), (3, 3), (9, 3)
+    ]  # fmt: skip
+    found = summarise([taken])
+    assert (found["steps"], found["batch"], found["collectives"]) == (2, 3, 1)
+    assert found["period_ms"] >= found["compute_ms"][0] > 0
+    assert recorder.take()["steps"] == []

@@ -11,30 +11,30 @@ import numpy as np
 import pytest
 import torch
 
-from fairkv_sglang.bench.sizes import PRESETS, Link
-from fairkv_sglang.bench.virtual import (
-    PLACEMENTS,
-    VirtualSettings,
+from fairkv_sglang.bench.virtual.rank import Device, decoder
+from fairkv_sglang.bench.virtual.settings import PLACEMENTS, VirtualSettings
+from fairkv_sglang.bench.virtual.step import (
+    cost_model,
     kept_tokens,
-    measured_cost,
     owners_of,
     place,
     run_virtual,
 )
-from fairkv_sglang.bench.virtual_rank import Device, LayerShare
 from fairkv_sglang.cli.main import main
 from fairkv_sglang.kernels import ops
+from fairkv_sglang.model import PRESETS
 
 TINY = PRESETS["tiny"]
+FLOAT32 = torch.float32
 
 
 def settings(**changes: Any) -> VirtualSettings:
     values: dict[str, Any] = {
-        "sizes": TINY,
-        "tp_sizes": (4,),
-        "batches": (8,),
+        "model": TINY,
+        "tp": (4,),
+        "batch": (8,),
         "budgets": (96,),
-        "prompt_len": 512,
+        "prompt_len": (512,),
         "repeats": 1,
         "dtype": "float32",
         **changes,
@@ -42,24 +42,15 @@ def settings(**changes: Any) -> VirtualSettings:
     return VirtualSettings(**values)
 
 
-def test_presets_have_the_published_sizes() -> None:
-    sizes = PRESETS["llama-3.3-70b"]
-    attention = sizes.layers * sizes.hidden * sizes.head_dim * 2 * (sizes.q_heads + sizes.kv_heads)
-    mlp = sizes.layers * 3 * sizes.hidden * sizes.intermediate
-    total = attention + mlp + 2 * sizes.vocab * sizes.hidden
-    assert total == pytest.approx(70.55e9, rel=0.001)
-    assert PRESETS["mistral-small-24b"].group == 4
-
-
 def test_the_all_reduce_model() -> None:
-    link = Link(bandwidth_gb_s=100, latency_us=5)
-    assert link.seconds(1e6, 1) == 0
-    assert link.seconds(1e6, 4) == pytest.approx(5e-6 + 1.5e6 / 100e9)
+    link = settings(bandwidth=100, latency=5)
+    assert link.all_reduce_seconds(1e6, 1) == 0
+    assert link.all_reduce_seconds(1e6, 4) == pytest.approx(5e-6 + 1.5e6 / 100e9)
 
 
 def test_rank_local_keeps_equal_totals_on_contiguous_heads() -> None:
     kept = kept_tokens(settings(), 96)
-    plan, tokens = place("rank_local", kept, 4, TINY.cost_model(4, 8))
+    plan, tokens = place("rank_local", kept, 4, cost_model(settings(), 8))
     loads = np.einsum("lrh,lh->lr", plan.shares(), tokens)
     assert loads.max(axis=1) == pytest.approx(loads.min(axis=1), rel=0.02)
     assert loads.sum() == pytest.approx(kept.sum(), rel=0.01)
@@ -68,16 +59,16 @@ def test_rank_local_keeps_equal_totals_on_contiguous_heads() -> None:
 
 def test_every_head_of_every_request_has_one_owner_that_serves_it() -> None:
     kept = kept_tokens(settings(), 96)
-    plan, tokens = place("fair_copying", kept, 4, TINY.cost_model(4, 8))
+    plan, tokens = place("fair_copying", kept, 4, cost_model(settings(), 8))
     owners = owners_of(plan, tokens, 8)
     served = plan.shares() > 0
-    assert owners.shape == (8, TINY.layers, TINY.kv_heads)
-    for layer, head in np.ndindex(TINY.layers, TINY.kv_heads):
+    assert owners.shape == (8, TINY.num_layers, TINY.num_kv_heads)
+    for layer, head in np.ndindex(TINY.num_layers, TINY.num_kv_heads):
         assert all(served[layer, rank, head] for rank in owners[:, layer, head])
 
 
 def test_pages_of_a_share_hold_its_lengths() -> None:
-    device = Device.create("cpu", "float32")
+    device = Device("cpu", FLOAT32)
     lengths = np.array([[40, 0], [16, 33], [0, 1]])
     pages = device.pages(lengths, 16)
     pages.check_integrity()
@@ -88,23 +79,22 @@ def test_pages_of_a_share_hold_its_lengths() -> None:
 
 
 def test_attention_of_a_share_is_that_of_the_engines_kernel() -> None:
-    device = Device.create("cpu", "float32")
+    device = Device("cpu", FLOAT32)
     lengths = np.array([[20, 0], [3, 50]])
-    share = LayerShare(device, TINY, lengths)
     pages = device.pages(lengths, TINY.head_dim)
     rows = torch.tensor([1, 2])
-    q = device.random(2, 2 * TINY.group, TINY.head_dim)
+    q = device.random(2, 2 * TINY.group_size, TINY.head_dim)
     out = torch.empty_like(q)
-    share._decoder(pages, rows, q, out)(0)
+    decoder(device, pages, rows, q, out, TINY.group_size)(0)
     want = torch.empty_like(q)
     ops.decode(pages, q, rows, 0, 2, TINY.head_dim**-0.5, want)
     assert torch.equal(out, want)
-    assert not out[0, TINY.group :].any()  # not served here
-    assert out[0, : TINY.group].any()
+    assert not out[0, TINY.group_size :].any()  # not served here
+    assert out[0, : TINY.group_size].any()
 
 
 def test_pages_can_grow_by_one_page_in_every_lane() -> None:
-    pages = Device.create("cpu", "float32").pages(np.full((3, 5), 16), 8)
+    pages = Device("cpu", FLOAT32).pages(np.full((3, 5), 16), 8)
     slots = torch.empty((3, 5), dtype=torch.int64)
     ops.grow(pages, torch.tensor([1, 2, 3]), slots)
     assert pages.lens[1:].tolist() == [[17] * 5] * 3
@@ -130,34 +120,20 @@ def test_a_small_run_of_all_placements() -> None:
     assert len(total) == 1  # the same tokens, placed otherwise
 
 
-def test_costs_measured_on_the_device_are_seconds() -> None:
-    device = Device.create("cpu", "float32")
-    bytes_alone = TINY.cost_model(4, 8)
-    cost = measured_cost(device, TINY, bytes_alone, 256, repeats=3)
-    assert bytes_alone.kv_byte_cost == 1
-    # a step of 8 x 256 tokens of a head: microseconds to milliseconds on any machine
-    assert 1e-6 < cost.head_cost([[256.0]])[0, 0] < 0.1
-    assert 1e-9 <= cost.lane_cost < 0.1
-    result = run_virtual(
-        settings(layers=1, placements=("fair_copying",), cost="measured"), lambda line: None
-    )
-    assert result["cases"][0]["cost_model"]["kv_byte_cost"] < 1e-6
-
-
 def test_threads_are_as_before_after_a_run() -> None:
     before = torch.get_num_threads()
-    with Device.create("cpu", "float32").alone():
+    with Device("cpu", FLOAT32).alone():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
 
 
 def test_wrong_settings_say_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match="--dtype int8"):
-        Device.create("cpu", "int8")
+    with pytest.raises(ValueError, match="'bfloat16', 'float16' or 'float32'"):
+        settings(dtype="int8")
     with pytest.raises(ValueError, match="--decode flashinfer does not run on cpu"):
-        Device.create("cpu", "float32", "flashinfer")
+        Device("cpu", FLOAT32, "flashinfer")
     with pytest.raises(ValueError, match="--tp 3: an MLP of 128"):
-        run_virtual(settings(tp_sizes=(3,)), lambda line: None)
+        run_virtual(settings(tp=(3,)), lambda line: None)
     with pytest.raises(ValueError, match="--budgets 512: a prompt of 512 tokens is kept whole"):
         run_virtual(settings(budgets=(512,)), lambda line: None)
 
@@ -165,11 +141,11 @@ def test_wrong_settings_say_what_is_wrong() -> None:
 def test_command_writes_table_json_and_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["bench", "--virtual", "--sizes", "tiny", "--tp", "2", "--batch", "4", "--layers", "1"]
+    words = ["bench", "--virtual", "--model", "tiny", "--tp", "2", "--batch", "4", "--layers", "1"]
     words += ["--budgets", "64", "--repeats", "1", "--device", "cpu", "--dtype", "float32"]
     words += ["--placements", "contiguous,fair_copying", "--out", str(tmp_path)]
     assert main(words) == 0
     assert "fair_copying" in capsys.readouterr().out
     data = json.loads((tmp_path / "virtual.json").read_text())
-    assert (data["format"], data["version"]) == ("fairkv-virtual", 1)
+    assert (data["format"], data["version"]) == ("fairkv-virtual", 2)
     assert (tmp_path / "virtual.png").stat().st_size > 5_000

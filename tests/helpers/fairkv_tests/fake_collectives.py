@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from fairkv_sglang.bench.gpu.hand_over import Group, Ranks
+from fairkv_tests.gpu_hand_over import Group, Ranks
 
 __all__ = ["Collectives", "Group", "ranks_as_threads"]
 
