@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fairkv_sglang.config import ConfigError, FairKVConfig
+from fairkv_sglang.decode_backends import choose
 from fairkv_sglang.model_facts import ModelFacts
 from fairkv_sglang.placement import Plan
 from fairkv_sglang.planning import make_budgets, make_placement
@@ -315,6 +316,7 @@ def check_model(config: FairKVConfig, model: ModelFacts, tp_size: int, device: s
     """
     shape = model.shape(device)
     try:
+        choose(config.decode_backend, device)
         _, scope, _ = make_budgets(config, shape.num_layers, shape.num_kv_heads)
         return make_placement(config, shape, scope, tp_size)
     except ValueError as error:

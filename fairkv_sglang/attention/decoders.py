@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from fairkv_sglang.decode_backends import choose
 from fairkv_sglang.kernels import ops, reference
 from fairkv_sglang.kernels.pages import HeadPages
 
@@ -83,16 +84,7 @@ def make_decoder(runtime: FairKVRuntime, device: str) -> Decoder:
     Raises:
         ValueError: if the named implementation does not run on the device, with those that do.
     """
-    wanted = runtime.config.decode_backend
-    on_cuda = device.startswith("cuda")
-    choices = ("flashinfer", "triton", "torch") if on_cuda else ("numba", "torch")
-    name = choices[0] if wanted == "auto" else wanted
-    if name not in choices:
-        raise ValueError(
-            f"--fairkv-decode-backend {wanted} does not run on {device}: use auto or one of "
-            + ", ".join(choices)
-        )
-    runtime.decode_backend = name
+    name = runtime.decode_backend = choose(runtime.config.decode_backend, device)
     if name == "flashinfer":
         from fairkv_sglang.attention.flashinfer import FlashInferDecoder
 

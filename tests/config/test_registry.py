@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from fairkv_sglang.decode_backends import DECODE_BACKENDS, choose
 from fairkv_sglang.registry import Registry, option
 
 
@@ -84,6 +85,7 @@ def package(
 
 CODE = """
 from dataclasses import dataclass
+from fairkv_sglang.decode_backends import DECODE_BACKENDS, choose
 from fairkv_sglang.registry import option
 
 @dataclass(frozen=True)
@@ -130,3 +132,28 @@ def test_a_package_that_raises_is_one_line(
     assert list(registry) == []
     with pytest.raises(ValueError, match="RuntimeError: no licence"):
         registry["good"]
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "chosen"),
+    [
+        ("auto", "cpu", "numba"),
+        ("auto", "cuda:1", "flashinfer"),
+        ("torch", "cpu", "torch"),
+        ("triton", "cuda", "triton"),
+    ],
+)
+def test_decode_backend_of_a_device(name: str, device: str, chosen: str) -> None:
+    assert choose(name, device) == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "others"),
+    [("flashinfer", "cpu", "numba, torch"), ("numba", "cuda:0", "flashinfer, triton, torch")],
+)
+def test_decode_backend_of_another_device_is_one_line(name: str, device: str, others: str) -> None:
+    assert name in DECODE_BACKENDS
+    wanted = f"--fairkv-decode-backend {name} does not run on {device}: use auto or one of {others}"
+    with pytest.raises(ValueError) as caught:
+        choose(name, device)
+    assert str(caught.value) == wanted

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fairkv_sglang.config import ConfigError
+from fairkv_sglang.config import ConfigError, FairKVConfig
 from fairkv_sglang.model_facts import ModelFacts
-from fairkv_sglang.support import REFUSALS, Refusal, check_split, refuse, table
+from fairkv_sglang.support import REFUSALS, Refusal, check_model, check_split, refuse, table
 
 LLAMA = ModelFacts(
     name="tiny",
@@ -127,3 +127,10 @@ def test_fewer_kv_heads_than_ranks_pass() -> None:
 def test_table_has_a_row_for_each() -> None:
     """The table of docs/support.md is made from the list."""
     assert len(table().splitlines()) == len(REFUSALS) + 2
+
+
+def test_a_decode_backend_of_another_device_is_refused_before_weights() -> None:
+    config = FairKVConfig(enabled=True, decode_backend="flashinfer")
+    with pytest.raises(ConfigError, match="flashinfer does not run on cpu: use auto or one of num"):
+        check_model(config, LLAMA, 2, "cpu")
+    assert check_model(FairKVConfig(enabled=True), LLAMA, 2, "cpu").tp_size == 2

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Implementations of decode attention by name, and the devices that they run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fairkv_sglang.registry import Registry
+
+
+@dataclass(frozen=True)
+class DecodeBackend:
+    """An implementation of decode attention.
+
+    Attributes:
+        name: Key in ``DECODE_BACKENDS`` and value of ``--fairkv-decode-backend``.
+        summary: What it is, in a few words, for ``--help``.
+        devices: Kinds of device that it runs on, ``cpu`` or ``cuda``; none: it is a choice of
+            another one.
+        order: Of those that run on a device, the lowest is its default.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    devices: ClassVar[tuple[str, ...]] = ()
+    order: ClassVar[int] = 0
+
+
+DECODE_BACKENDS: Registry[DecodeBackend] = Registry(
+    "decode backend", "fairkv_sglang.decode_backends"
+)
+
+
+@DECODE_BACKENDS.register
+@dataclass(frozen=True)
+class Auto(DecodeBackend):
+    """The device's default."""
+
+    name: ClassVar[str] = "auto"
+    summary: ClassVar[str] = "the first of the others that runs on the device"
+
+
+@DECODE_BACKENDS.register
+@dataclass(frozen=True)
+class FlashInfer(DecodeBackend):
+    """FlashInfer's paged tensor-core kernel."""
+
+    name: ClassVar[str] = "flashinfer"
+    summary: ClassVar[str] = "FlashInfer's kernel, CUDA"
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+
+
+@DECODE_BACKENDS.register
+@dataclass(frozen=True)
+class Numba(DecodeBackend):
+    """Compiled for the CPU."""
+
+    name: ClassVar[str] = "numba"
+    summary: ClassVar[str] = "compiled code, CPU"
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+
+
+@DECODE_BACKENDS.register
+@dataclass(frozen=True)
+class Triton(DecodeBackend):
+    """Triton's kernel."""
+
+    name: ClassVar[str] = "triton"
+    summary: ClassVar[str] = "Triton's kernel, CUDA"
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    order: ClassVar[int] = 1
+
+
+@DECODE_BACKENDS.register
+@dataclass(frozen=True)
+class Torch(DecodeBackend):
+    """Plain torch, to compare with."""
+
+    name: ClassVar[str] = "torch"
+    summary: ClassVar[str] = "plain torch, slow, any device"
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    order: ClassVar[int] = 2
+
+
+def choose(name: str, device: str) -> str:
+    """The implementation that ``name`` means on ``device``, e.g. ``cuda:0``.
+
+    Raises:
+        ValueError: in one line, if it does not run there, with those that do.
+    """
+    kind = device.partition(":")[0]
+    named = {other: DECODE_BACKENDS[other] for other in DECODE_BACKENDS}
+    running = [other for other in named if kind in named[other].devices]
+    running.sort(key=lambda other: named[other].order)
+    if running and not DECODE_BACKENDS[name].devices:
+        return running[0]
+    if name not in running:
+        raise ValueError(
+            f"--fairkv-decode-backend {name} does not run on {device}: use auto or one of "
+            + ", ".join(running)
+        )
+    return name
