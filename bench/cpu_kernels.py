@@ -26,9 +26,9 @@ import numba as nb
 import numpy as np
 import torch
 
+from fairkv_sglang.bench.resident import KINDS, lengths, resident
 from fairkv_sglang.bench.stats import ratios
-from fairkv_sglang.kernels import numba_cpu
-from fairkv_sglang.kernels.workload import KINDS, lengths, resident
+from fairkv_sglang.kernels.cpu import operations
 
 CASES = [
     ("float32", 2, 32), ("float32", 1, 128), ("float32", 4, 128), ("float32", 8, 128),
@@ -62,7 +62,7 @@ def run_case(dtype_name: str, group: int, dim: int, mebibytes: int, repeats: int
         lens = lengths(kind, bs * HEADS, MEAN).view(bs, HEADS)
         pages = resident(lens, dim, dtype, scattered=scattered)
         name = f"{kind}, scattered pages" if scattered else kind
-        work[name] = partial(numba_cpu.decode, pages, q, rows, 0, HEADS, dim**-0.5, out)
+        work[name] = partial(operations.decode, pages, q, rows, 0, HEADS, dim**-0.5, out)
     times: dict[str, list[float]] = {name: [] for name in work}
     for index in range(repeats + 1):  # the first one compiles
         for name, call in work.items():

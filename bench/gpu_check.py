@@ -56,7 +56,7 @@ def load(module: str, package: str = "triton", name: str = "Triton") -> Any:
 
 
 def triton_kernels() -> Any:
-    return load("fairkv_sglang.kernels.triton_ops")
+    return load("fairkv_sglang.kernels.cuda.operations")
 
 
 def steps() -> Any:
@@ -79,10 +79,10 @@ def check(report: Report) -> None:
         return checks.contender_equals_torch(CONTENDERS["stock"], cuda, bf16, TOLERANCE, DIM)
 
     def gather() -> Any:
-        return load("fairkv_sglang.kernels.flashinfer_decode").gather_pages
+        return load("fairkv_sglang.kernels.cuda.flashinfer").gather_pages
 
     def score() -> Any:
-        return load("fairkv_sglang.kernels.triton_score").snapkv_score
+        return load("fairkv_sglang.kernels.cuda.score").snapkv_score
 
     run("plans against FlashInfer's rules, page lists", lambda: checks.random_plans(cuda, gather()))
     run("page operations", lambda: checks.page_operations(triton(), cuda, bf16, False))

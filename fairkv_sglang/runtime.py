@@ -89,8 +89,8 @@ class FairKVRuntime:
 
     def create_book(self, division: MemoryDivision, dtype: torch.dtype, device: str) -> RowBook:
         """Allocate the arena and the page tables of this rank."""
-        from fairkv_sglang.kernels import ops
-        from fairkv_sglang.kernels.pages import HeadPages
+        from fairkv_sglang.kernels import HeadPages
+        from fairkv_sglang.kernels.warm_up import warm_up
         from fairkv_sglang.memory import PageDemand, PageLedger
         from fairkv_sglang.memory.rows import RowBook
 
@@ -104,7 +104,7 @@ class FairKVRuntime:
             dtype=dtype,
             device=device,
         )
-        ops.warm_up(dtype, self.shape.head_dim, self.shape.group_size, device)
+        warm_up(dtype, self.shape.head_dim, self.shape.group_size, device)
         self.division = division
         self._book = RowBook(
             heads=self.heads,

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from .interface import Kernels, kernels_for
+
 PAGE_TOKENS = 16
 """Tokens per head page. Page ids are int32 and a page belongs to exactly one (row, lane)."""
 
@@ -95,6 +97,7 @@ class HeadPages:
     free_pages: torch.Tensor  # int32 [num_pages], a stack
     free_count: torch.Tensor  # int64 [1], top of the stack
     error: torch.Tensor  # int32 [1], bits set by device kernels
+    kernels: Kernels  # operations on this device
     _host: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -154,6 +157,7 @@ class HeadPages:
             free_pages=free,
             free_count=torch.full((1,), num_pages, dtype=torch.int64, device=device),
             error=zeros((1,), torch.int32),
+            kernels=kernels_for(torch.device(device).type),
         )
 
     @property

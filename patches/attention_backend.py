@@ -18,7 +18,6 @@ from fairkv_sglang.attention.compress import PromptCompressor
 from fairkv_sglang.attention.decoders import Decoder
 from fairkv_sglang.attention.forward_plan import ForwardPlan
 from fairkv_sglang.attention.mixed import prompts_only
-from fairkv_sglang.kernels import ops
 from fairkv_sglang.runtime import FairKVRuntime
 
 
@@ -93,8 +92,8 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         self._slots = torch.empty(
             (rows.shape[0], pages.lanes), dtype=torch.int64, device=pages.device
         )
-        ops.grow(pages, rows, self._slots)
-        self.decoder.plan(pages, rows)
+        pages.kernels.grow(pages, rows, self._slots)
+        self.decoder.plan(rows)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """Padded rows point at row 0, which owns no lane."""
@@ -102,7 +101,7 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Buffers of the largest captured batch; only decode is captured."""
-        self.decoder.reserve(self.runtime.book.pages, max_bs)
+        self.decoder.reserve(max_bs)
 
     # -- attention ------------------------------------------------------------------------------
 
@@ -156,7 +155,7 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         pages = self.runtime.book.pages
         batch = q.shape[0]
         if save_kv_cache and k is not None:
-            ops.append(
+            pages.kernels.append(
                 pages,
                 self._slots[:, lane : lane + heads],
                 k.view(batch, heads, self.head_dim),
@@ -164,7 +163,7 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
             )
         q = q.view(batch, -1, self.head_dim)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self.decoder.decode(pages, q, self._rows, index, heads, layer.scaling, out)
+        self.decoder.decode(q, self._rows, index, heads, layer.scaling, out)
         return out.view(batch, -1)
 
     def support_triton(self) -> bool:

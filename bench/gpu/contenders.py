@@ -38,23 +38,25 @@ class Contender:
 
 def ours(pages: HeadPages, group: int, scale: float, **options: Any) -> Contender:
     """FlashInfer's kernel with the plan made on the device, as serving runs it; options are those
-    of `FlashInferDecode`.
+    of `FlashInferDecoder`.
     """
     require("flashinfer", "FlashInfer")
-    from fairkv_sglang.kernels.flashinfer_decode import FlashInferDecode
+    from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
 
     batch, lanes = torch.arange(1, pages.rows, device=pages.device), list(range(pages.lanes + 1))
-    runner = FlashInferDecode(pages, len(batch), lanes, group, scale, **options)
-    return Contender(runner.run, lambda: runner.plan(batch))
+    decoder = FlashInferDecoder(pages, lanes, group, scale, **options)
+    return Contender(
+        lambda i, q, out: decoder.decode(q, batch, i, 1, scale, out), lambda: decoder.plan(batch)
+    )
 
 
 def triton(pages: HeadPages, group: int, scale: float) -> Contender:
     """The fallback without FlashInfer: no plan, one program for each row."""
     require("triton", "Triton")
-    from fairkv_sglang.kernels import triton_decode
+    from fairkv_sglang.kernels.cuda import attention
 
     batch = torch.arange(1, pages.rows, device=pages.device)
-    return Contender(lambda i, q, out: triton_decode.decode(pages, q, batch, i, 1, scale, out))
+    return Contender(lambda i, q, out: attention.decode(pages, q, batch, i, 1, scale, out))
 
 
 def stock(pages: HeadPages, group: int, scale: float) -> Contender:

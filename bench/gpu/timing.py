@@ -17,8 +17,8 @@ import torch
 from fairkv_sglang.bench.clocks import Clock
 from fairkv_sglang.bench.gpu.contenders import Maker
 from fairkv_sglang.bench.gpu.report import NotRun, table
+from fairkv_sglang.bench.resident import KINDS, lengths, resident
 from fairkv_sglang.kernels import PAGE_TOKENS
-from fairkv_sglang.kernels.workload import KINDS, lengths, resident
 
 SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 """Rows B' of a layer: requests times heads of a rank."""
@@ -114,21 +114,20 @@ def planner(
     clock: Clock, layers: int = 80, bs: int = 64, heads: int = 8, dim: int = DIM, **options: Any
 ) -> dict[str, float]:
     """Device time of one plan of a large model, and the host's time where it is not captured."""
-    from fairkv_sglang.kernels import triton_ops
-    from fairkv_sglang.kernels.flashinfer_decode import FlashInferDecode
+    from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
 
     lanes = layers * heads
     pages = resident(
         torch.full((bs, lanes), 65), dim, torch.bfloat16, clock.device, by_columns=False
     )
     starts = list(range(0, lanes + 1, heads))
-    runner = FlashInferDecode(pages, bs, starts, GROUP, 0.1, **options)
+    decoder = FlashInferDecoder(pages, starts, GROUP, 0.1, **options)
     rows = torch.arange(1, bs + 1, device=clock.device)
     slots = torch.empty((bs, lanes), dtype=torch.int64, device=clock.device)
     result = {
-        "plan_us": clock.ms(lambda: runner.plan(rows)) * 1e3,
-        "grow_us": clock.ms(lambda: triton_ops.grow(pages, rows, slots)) * 1e3,
-        "plan_host_us_uncaptured": clock.host_us(lambda: runner.plan(rows)),
+        "plan_us": clock.ms(lambda: decoder.plan(rows)) * 1e3,
+        "grow_us": clock.ms(lambda: decoder.pages.kernels.grow(pages, rows, slots)) * 1e3,
+        "plan_host_us_uncaptured": clock.host_us(lambda: decoder.plan(rows)),
     }
     pages.check_integrity()
     return result

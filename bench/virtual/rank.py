@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fairkv_sglang.bench.clocks import Clock, CpuClock, CudaClock
-from fairkv_sglang.kernels import ops
+from fairkv_sglang.bench.resident import resident
 from fairkv_sglang.kernels.pages import PAGE_TOKENS, HeadPages
-from fairkv_sglang.kernels.workload import resident
 from fairkv_sglang.model import Model
 from fairkv_sglang.placement import Plan
 
@@ -123,7 +122,7 @@ def share_seconds(device: Device, model: Model, lengths: NDArray[np.int64]) -> t
 
     def weights(i: int) -> None:
         qkv(x, i)
-        ops.append(pages, slots, new[:, :n], new[:, n:])
+        pages.kernels.append(pages, slots, new[:, :n], new[:, n:])
         o(out.view(batch, -1), i)
 
     return device.seconds(weights), device.seconds(decoder(device, pages, rows, q, out, group))
@@ -135,12 +134,12 @@ def decoder(
     """Decode attention of one layer as the engine runs it."""
     heads, scale = pages.lanes, pages.head_dim**-0.5
     if device.decode == "flashinfer":
-        from fairkv_sglang.kernels.flashinfer_decode import FlashInferDecode
+        from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
 
-        kernel = FlashInferDecode(pages, len(rows), [0, heads], group, scale)
+        kernel = FlashInferDecoder(pages, [0, heads], group, scale)
         kernel.plan(rows)
-        return lambda i: kernel.run(0, q, out)
-    return lambda i: ops.decode(pages, q, rows, 0, heads, scale, out)
+        return lambda i: kernel.decode(q, rows, 0, heads, scale, out)
+    return lambda i: pages.kernels.decode(pages, q, rows, 0, heads, scale, out)
 
 
 def _last_slots(pages: HeadPages, rows: Tensor) -> Tensor:
@@ -154,7 +153,7 @@ def _last_slots(pages: HeadPages, rows: Tensor) -> Tensor:
 def upkeep_seconds(
     device: Device, model: Model, plan: Plan, tokens: NDArray[np.int64], owners: Owners
 ) -> float:
-    """Table upkeep of a step over all layers (``ops.grow``), and FlashInfer's plan, on the rank
+    """Table upkeep of a step over all layers (``Kernels.grow``), and FlashInfer's plan, on the rank
     with the most lanes.
     """
     rank = max(range(plan.tp_size), key=lambda r: int(plan.lane_start(r)[-1]))
@@ -169,13 +168,11 @@ def upkeep_seconds(
     # A lane has one spare page, so there must not be more steps than tokens in it. They advance
     # lengths and cannot be replayed.
     clock = device.clock(min(device.repeats, PAGE_TOKENS // 2))
-    spent = clock.ms(lambda: ops.grow(pages, rows, slots), capture=False) * 1e-3
+    spent = clock.ms(lambda: pages.kernels.grow(pages, rows, slots), capture=False) * 1e-3
     if device.decode == "flashinfer":
-        from fairkv_sglang.kernels.flashinfer_decode import FlashInferDecode
+        from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
 
         start: list[Any] = [int(x) for x in plan.lane_start(rank)]
-        kernel = FlashInferDecode(
-            pages, len(rows), start, model.group_size, 1.0, module="plans alone"
-        )
+        kernel = FlashInferDecoder(pages, start, model.group_size, 1.0, module="plans alone")
         spent += device.seconds(lambda i: kernel.plan(rows))
     return spent

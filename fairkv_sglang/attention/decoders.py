@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from fairkv_sglang.decode_backends import choose
-from fairkv_sglang.kernels import ops, reference
-from fairkv_sglang.kernels.pages import HeadPages
+from fairkv_sglang.kernels import HeadPages, torch_decode
 
 if TYPE_CHECKING:
     from fairkv_sglang.runtime import FairKVRuntime
@@ -19,20 +18,18 @@ if TYPE_CHECKING:
 class Decoder(Protocol):
     """Attends one new token per request to the head pages of its lanes."""
 
-    def reserve(self, pages: HeadPages, max_batch: int) -> None:
+    def reserve(self, max_batch: int) -> None:
         """Allocate for the largest batch of a CUDA graph."""
 
-    def plan(self, pages: HeadPages, rows: torch.Tensor) -> None:
+    def plan(self, rows: torch.Tensor) -> None:
         """Once per step, for all layers, after the step's tokens got their slots.
 
         Args:
-            pages: Device state.
             rows: ``int64 [bs]`` request-table rows.
         """
 
     def decode(
         self,
-        pages: HeadPages,
         q: torch.Tensor,
         rows: torch.Tensor,
         layer: int,
@@ -47,26 +44,29 @@ class Decoder(Protocol):
 
 
 class PageTableDecoder:
-    """Operations that read the page tables themselves and need no plan.
+    """Kernels that read the page tables themselves and need no plan.
 
     Args:
+        pages: Head pages of this rank.
         lane_start: ``[L + 1]`` first lane of each layer.
-        operation: ``ops.decode``, the device's kernel, or ``reference.decode``, plain torch.
+        operation: ``decode`` of :class:`fairkv_sglang.kernels.Kernels`, the pages' own or torch's.
     """
 
-    def __init__(self, lane_start: tuple[int, ...], operation: Callable[..., None]) -> None:
+    def __init__(
+        self, pages: HeadPages, lane_start: tuple[int, ...], operation: Callable[..., None]
+    ) -> None:
+        self.pages = pages
         self.lane_start = lane_start
         self.operation = operation
 
-    def reserve(self, pages: HeadPages, max_batch: int) -> None:
+    def reserve(self, max_batch: int) -> None:
         """Nothing to allocate."""
 
-    def plan(self, pages: HeadPages, rows: torch.Tensor) -> None:
+    def plan(self, rows: torch.Tensor) -> None:
         """Nothing to plan."""
 
     def decode(
         self,
-        pages: HeadPages,
         q: torch.Tensor,
         rows: torch.Tensor,
         layer: int,
@@ -75,7 +75,7 @@ class PageTableDecoder:
         out: torch.Tensor,
     ) -> None:
         """See :class:`Decoder`."""
-        self.operation(pages, q, rows, self.lane_start[layer], lanes, scale, out)
+        self.operation(self.pages, q, rows, self.lane_start[layer], lanes, scale, out)
 
 
 def make_decoder(runtime: FairKVRuntime, device: str) -> Decoder:
@@ -85,9 +85,13 @@ def make_decoder(runtime: FairKVRuntime, device: str) -> Decoder:
         ValueError: if the named implementation does not run on the device, with those that do.
     """
     name = runtime.decode_backend = choose(runtime.config.decode_backend, device)
+    pages, lane_start = runtime.book.pages, runtime.heads.lane_start
     if name == "flashinfer":
-        from fairkv_sglang.attention.flashinfer import FlashInferDecoder
+        from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
+        from fairkv_sglang.kernels.cuda.flashinfer_check import assert_plan_matches_flashinfer
 
-        return FlashInferDecoder(runtime, device)
-    operation = reference.decode if name == "torch" else ops.decode
-    return PageTableDecoder(runtime.heads.lane_start, operation)
+        group = runtime.shape.group_size
+        assert_plan_matches_flashinfer(pages.dtype, pages.head_dim, group, device)
+        return FlashInferDecoder(pages, lane_start, group, pages.head_dim**-0.5)
+    operation = torch_decode.decode if name == "torch" else pages.kernels.decode
+    return PageTableDecoder(pages, lane_start, operation)

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from fairkv_sglang.attention.forward_plan import PromptSpan
 from fairkv_sglang.budgets import BudgetScope, Kept
-from fairkv_sglang.kernels import ops
 from fairkv_sglang.kernels.pages import HeadPages
 from fairkv_sglang.parallel import RankHeads
 from fairkv_sglang.parallel.lanes import EMPTY
@@ -144,7 +143,7 @@ class HandOver:
         for ending, choice in zip(endings, choices, strict=True):
             columns = self._columns(layer, ending)
             if (columns >= 0).any():
-                ops.store_kept(
+                self.pages.kernels.store_kept(
                     self.pages,
                     ending.span.row,
                     self.heads.lane_start[layer],
@@ -211,7 +210,9 @@ class HandOver:
             k, v = (
                 arrival.rows[:, part : part + 1].expand(-1, counts.shape[0], -1) for part in (0, 1)
             )
-            ops.store_kept(self.pages, row, lane_lo, k, v, identity, kept_idx, counts, columns)
+            self.pages.kernels.store_kept(
+                self.pages, row, lane_lo, k, v, identity, kept_idx, counts, columns
+            )
         self.seconds += time.perf_counter() - started
 
     def _device(self, values: IntArray) -> Tensor:

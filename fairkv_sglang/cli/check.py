@@ -81,11 +81,11 @@ def _device() -> str:
 def _kernels() -> str:
     import torch
 
-    from fairkv_sglang.kernels import ops
+    from fairkv_sglang.kernels.warm_up import warm_up
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    seconds = ops.warm_up(dtype, 64, 2, device)
+    seconds = warm_up(dtype, 64, 2, device)
     return f"compiled for {device} in {seconds:.1f} s"
 
 

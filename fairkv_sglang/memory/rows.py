@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 
 from fairkv_sglang.budgets import BudgetScope
-from fairkv_sglang.kernels import ops
 from fairkv_sglang.kernels.pages import HeadPages
 from fairkv_sglang.memory.demand import PageDemand
 from fairkv_sglang.memory.ledger import PageLedger
@@ -159,12 +158,14 @@ class RowBook:
         """
         if self._to_release:
             rows = torch.tensor(self._to_release, dtype=torch.int64)
-            ops.release(self.pages, rows.to(self.pages.device, non_blocking=True))
+            self.pages.kernels.release(self.pages, rows.to(self.pages.device, non_blocking=True))
             self._to_release.clear()
         for row in last_chunks:
             life = self._lives[row]
             life.stored = True
-            ops.set_owned(self.pages, row, life.owned.to(self.pages.device, non_blocking=True))
+            self.pages.kernels.set_owned(
+                self.pages, row, life.owned.to(self.pages.device, non_blocking=True)
+            )
 
     def note_kept(self, row: int, kept: torch.Tensor) -> None:
         """Remember the kept counts ``int64 [L, H]`` (host memory, maybe still being copied)."""

@@ -6,10 +6,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fairkv_sglang.attention.decoders import PageTableDecoder, make_decoder
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan, plan_forward
-from fairkv_sglang.kernels import ops, reference
+from fairkv_sglang.kernels import HeadPages, torch_decode
+from fairkv_sglang.kernels.cpu import operations
 
 
 def request(row: int, end: int, prompt_len: int) -> SimpleNamespace:
@@ -44,7 +46,7 @@ def test_decode_has_no_prompts() -> None:
 
 @pytest.mark.parametrize(
     ("name", "operation"),
-    [("auto", ops.decode), ("numba", ops.decode), ("torch", reference.decode)],
+    [("auto", operations.decode), ("numba", operations.decode), ("torch", torch_decode.decode)],
 )
 def test_decoders_on_cpu(name: str, operation: object) -> None:
     decoder = make_decoder(runtime(name), "cpu")
@@ -60,5 +62,7 @@ def test_a_decoder_of_another_device_is_refused() -> None:
 
 def runtime(name: str):
     return SimpleNamespace(
-        config=SimpleNamespace(decode_backend=name), heads=SimpleNamespace(lane_start=(0, 1))
+        config=SimpleNamespace(decode_backend=name),
+        heads=SimpleNamespace(lane_start=(0, 1)),
+        book=SimpleNamespace(pages=HeadPages.create(1, 2, 1, 1, 8, torch.float32)),
     )

@@ -15,7 +15,7 @@ from fairkv_sglang.attention import hand_over
 from fairkv_sglang.attention.forward_plan import PromptSpan
 from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver
 from fairkv_sglang.budgets import Kept
-from fairkv_sglang.kernels import HeadPages, ops, reference
+from fairkv_sglang.kernels import HeadPages, torch_decode
 from fairkv_sglang.parallel import RankHeads
 from fairkv_sglang.placement import Plan
 from fairkv_tests.compress_cases import source_of
@@ -100,7 +100,9 @@ def run(case: Case, bounded: list[bool]) -> tuple[list[HandOver], Collectives]:
         endings = []
         for number, owners in enumerate(case.owners):
             row, length = number + 1, case.lengths[number]
-            ops.set_owned(over.pages, row, torch.from_numpy(over.heads.owned(owners)))
+            over.pages.kernels.set_owned(
+                over.pages, row, torch.from_numpy(over.heads.owned(owners))
+            )
             source = over.heads.homes.source
             sources = source[np.arange(len(source))[None], owners]
             span = PromptSpan(row, 0, length, length, length)
@@ -147,7 +149,7 @@ def test_owners_hold_what_is_kept(
             for lane, (layer, head) in enumerate(
                 zip(over.heads.lane_layer, over.heads.lane_head, strict=True)
             ):
-                k, v = reference.gather(over.pages, number + 1, lane)
+                k, v = torch_decode.gather(over.pages, number + 1, lane)
                 if owners[layer, head] != rank:
                     assert len(k) == 0
                     continue
@@ -181,7 +183,7 @@ def test_heads_that_keep_nothing_leave_no_gap(bounded: bool) -> None:
         assert over.rows_sent == (2 * 60 if bounded else 20 + 23)
         for lane, head in enumerate(over.heads.lane_head.tolist()):
             positions = case.kept[0][lane // 3][head]
-            k, v = reference.gather(over.pages, 1, lane)
+            k, v = torch_decode.gather(over.pages, 1, lane)
             assert torch.equal(k, case.k[lane // 3, case.slots[0][positions], head]), (rank, lane)
             assert torch.equal(v, case.v[lane // 3, case.slots[0][positions], head])
 

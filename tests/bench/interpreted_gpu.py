@@ -17,11 +17,11 @@ import torch
 from fairkv_sglang.bench.clocks import captured
 from fairkv_sglang.bench.gpu import timing
 from fairkv_sglang.bench.gpu.contenders import CONTENDERS, Maker, ours, triton
-from fairkv_sglang.kernels import triton_ops
-from fairkv_sglang.kernels.flashinfer_decode import gather_pages
-from fairkv_sglang.kernels.flashinfer_model import FlashInferModel
-from fairkv_sglang.kernels.triton_score import snapkv_score
+from fairkv_sglang.kernels.cuda import operations as triton_ops
+from fairkv_sglang.kernels.cuda.flashinfer import gather_pages
+from fairkv_sglang.kernels.cuda.score import snapkv_score
 from fairkv_tests import fake_flashinfer, gpu_checks, gpu_steps
+from fairkv_tests.flashinfer_model import FlashInferModel
 
 MODEL: dict[str, Any] = {"module": FlashInferModel(), "spare": 9}
 SMALL: dict[str, Any] = {"lens": gpu_checks.SHORT, "groups": (1, 5), "by_columns": False}

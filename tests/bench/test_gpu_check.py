@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from fairkv_sglang.attention.hand_over import HandOver
-from fairkv_sglang.bench import gpu_check
+from fairkv_sglang.bench import gpu_check, resident
 from fairkv_sglang.bench.gpu import timing
 from fairkv_sglang.bench.gpu.contenders import CONTENDERS
 from fairkv_sglang.bench.gpu.report import Report
-from fairkv_sglang.kernels import HeadPages, numba_cpu, plan, reference, workload
-from fairkv_tests import fake_flashinfer, gpu_checks, gpu_hand_over
+from fairkv_sglang.kernels import HeadPages
+from fairkv_sglang.kernels.cpu import operations as numba_cpu
+from fairkv_sglang.kernels.cuda import tiles as plan
+from fairkv_tests import fake_flashinfer, gpu_checks, gpu_hand_over, reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parents[2]
@@ -275,7 +277,7 @@ def test_the_table_shows_bandwidth_cost_of_uneven_lengths_and_reasons() -> None:
 
 def test_all_kinds_of_a_size_hold_equal_bytes() -> None:
     for rows in timing.SIZES:
-        made = [timing.problem(rows, kind) for kind in workload.KINDS]
+        made = [timing.problem(rows, kind) for kind in resident.KINDS]
         sums = {tuple(lens.sum(0).tolist()) for lens, _ in made}
         assert len(sums) == 1 and set(*sums) == {rows * timing.MEAN}
         assert all(point["page_overhead"] < 1.01 for _, point in made)

@@ -21,7 +21,6 @@ from fairkv_sglang.bench.virtual.step import (
     run_virtual,
 )
 from fairkv_sglang.cli.main import main
-from fairkv_sglang.kernels import ops
 from fairkv_sglang.model import PRESETS
 
 TINY = PRESETS["tiny"]
@@ -87,7 +86,7 @@ def test_attention_of_a_share_is_that_of_the_engines_kernel() -> None:
     out = torch.empty_like(q)
     decoder(device, pages, rows, q, out, TINY.group_size)(0)
     want = torch.empty_like(q)
-    ops.decode(pages, q, rows, 0, 2, TINY.head_dim**-0.5, want)
+    pages.kernels.decode(pages, q, rows, 0, 2, TINY.head_dim**-0.5, want)
     assert torch.equal(out, want)
     assert not out[0, TINY.group_size :].any()  # not served here
     assert out[0, : TINY.group_size].any()
@@ -96,7 +95,7 @@ def test_attention_of_a_share_is_that_of_the_engines_kernel() -> None:
 def test_pages_can_grow_by_one_page_in_every_lane() -> None:
     pages = Device("cpu", FLOAT32).pages(np.full((3, 5), 16), 8)
     slots = torch.empty((3, 5), dtype=torch.int64)
-    ops.grow(pages, torch.tensor([1, 2, 3]), slots)
+    pages.kernels.grow(pages, torch.tensor([1, 2, 3]), slots)
     assert pages.lens[1:].tolist() == [[17] * 5] * 3
     assert len(slots.unique()) == 15
 

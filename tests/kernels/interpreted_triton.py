@@ -16,26 +16,20 @@ from dataclasses import fields
 import pytest
 import torch
 
-from fairkv_sglang.kernels import (
-    HeadPages,
-    flashinfer_decode,
-    ops,
-    plan,
-    reference,
-    triton_decode,
-    triton_ops,
-    triton_score,
-)
+from fairkv_sglang.kernels import HeadPages, warm_up
 from fairkv_sglang.kernels import pages as pages_module
-from fairkv_sglang.kernels.flashinfer_model import FlashInferModel
+from fairkv_sglang.kernels.cuda import attention, flashinfer, operations, score, tiles
+from fairkv_tests import reference
+from fairkv_tests.flashinfer_model import FlashInferModel
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 LENS = [[0, 0, 0], [1, 15, 16], [17, 0, 70], [64, 130, 3]]
 
 
 def on_device(pages: HeadPages) -> HeadPages:
-    tensors = {f.name: getattr(pages, f.name) for f in fields(pages) if f.name != "_host"}
-    return HeadPages(**{name: t.to(DEVICE, copy=True) for name, t in tensors.items()})
+    names = [f.name for f in fields(pages) if f.name not in ("kernels", "_host")]
+    moved = {name: getattr(pages, name).to(DEVICE, copy=True) for name in names}
+    return HeadPages(**moved, kernels=operations)
 
 
 def same(fast: HeadPages, slow: HeadPages) -> None:
@@ -57,7 +51,7 @@ def same(fast: HeadPages, slow: HeadPages) -> None:
 def test_grow_and_append(
     filled: Callable[..., HeadPages], monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(triton_ops, "GROW_BLOCK", block)
+    monkeypatch.setattr(operations, "GROW_BLOCK", block)
     owned = [[0, 0, 0], [1, 1, 1], [1, 0, 1], [1, 1, 1]]
     slow = filled(LENS, 24, owned=owned, by_columns=False)
     fast = on_device(slow)
@@ -67,26 +61,26 @@ def test_grow_and_append(
         slots = torch.full((5, 4), -9)[:, :3]
         got = torch.full((5, 7), -9, device=DEVICE)[:, 2:5]
         reference.grow(slow, rows, slots)
-        triton_ops.grow(fast, rows.to(DEVICE), got)
+        operations.grow(fast, rows.to(DEVICE), got)
         assert torch.equal(got.cpu(), slots)
         fused = torch.randn((5, 9, 24), generator=make)
         k, v = fused[:, 3:5], fused[:, 6:8]
         reference.append(slow, slots[:, 1:], k, v)
         fused = fused.to(DEVICE)
-        triton_ops.append(fast, got[:, 1:], fused[:, 3:5], fused[:, 6:8])
+        operations.append(fast, got[:, 1:], fused[:, 3:5], fused[:, 6:8])
         # Lane 0 has no new rows yet: give both the same.
         reference.append(slow, slots[:, :1], k[:, :1], v[:, :1])
-        triton_ops.append(fast, got[:, :1], fused[:, 3:4], fused[:, 6:7])
+        operations.append(fast, got[:, :1], fused[:, 3:4], fused[:, 6:7])
         same(fast, slow)
 
 
 def test_exhausted_arena_sets_the_error_bit_and_damages_nothing() -> None:
     pages = HeadPages.create(2, 3, 2, 1, 16, torch.float32, DEVICE, by_columns=False)
     everything = torch.ones(2, dtype=torch.uint8, device=DEVICE)
-    triton_ops.set_owned(pages, 1, everything)
-    triton_ops.set_owned(pages, 2, everything)
+    operations.set_owned(pages, 1, everything)
+    operations.set_owned(pages, 2, everything)
     slots = torch.empty((2, 2), dtype=torch.int64, device=DEVICE)
-    triton_ops.grow(pages, torch.tensor([1, 2], device=DEVICE), slots)
+    operations.grow(pages, torch.tensor([1, 2], device=DEVICE), slots)
     assert slots.tolist() == [[0, 16], [-1, -1]]
     assert pages.lens.tolist() == [[0, 0], [1, 1], [0, 0]]
     with pytest.raises(RuntimeError, match="no free head page"):
@@ -94,14 +88,14 @@ def test_exhausted_arena_sets_the_error_bit_and_damages_nothing() -> None:
     pages.error.zero_()
     pages.check_integrity()
     for _ in range(15):
-        triton_ops.grow(pages, torch.tensor([1], device=DEVICE), slots[:1])
+        operations.grow(pages, torch.tensor([1], device=DEVICE), slots[:1])
     pages.check_integrity()
-    triton_ops.grow(pages, torch.tensor([1], device=DEVICE), slots[:1])
+    operations.grow(pages, torch.tensor([1], device=DEVICE), slots[:1])
     assert slots[0].tolist() == [-1, -1]
     assert int(pages.error) == pages_module.ERROR_ROW_FULL
     pages.error.zero_()
     pages.check_integrity()
-    triton_ops.set_owned(pages, 1, everything)
+    operations.set_owned(pages, 1, everything)
     assert int(pages.error) == pages_module.ERROR_ROW_NOT_EMPTY
 
 
@@ -148,7 +142,7 @@ def test_store_kept_and_release(
         where = None if columns is None else torch.tensor(columns, device=to)
         module.store_kept(pages, row, 1, k, v, *rest, where)  # type: ignore[attr-defined]
 
-    for module, pages in ((reference, slow), (triton_ops, fast)):
+    for module, pages in ((reference, slow), (operations, fast)):
         module.release(pages, torch.tensor([3, 3, 0], device=pages.device))
         module.set_owned(pages, 2, torch.tensor([1, 0, 1], dtype=torch.uint8).to(pages.device))
         module.set_owned(pages, 3, torch.tensor([0, 1, 1], dtype=torch.uint8).to(pages.device))
@@ -159,17 +153,17 @@ def test_store_kept_and_release(
         [int(counts[c]) if mine and c >= 0 else 0 for c, mine in zip(lanes, owns, strict=True)]
         for owns in ((0, 1), (1, 1))
     ]
-    for module, pages in ((reference, slow), (triton_ops, fast)):
+    for module, pages in ((reference, slow), (operations, fast)):
         module.release(pages, torch.tensor([3], device=pages.device))
     # Row 1 holds pages: refused as a whole, unless no lane takes anything.
     before = fast.lens.clone()
-    store(triton_ops, fast, 1)
+    store(operations, fast, 1)
     bit = pages_module.ERROR_ROW_NOT_EMPTY if max(lanes) >= 0 else 0
     assert int(fast.error) == bit
     assert torch.equal(fast.lens, before)
     fast.error.zero_()
     same(fast, slow)
-    for module, pages in ((reference, slow), (triton_ops, fast)):
+    for module, pages in ((reference, slow), (operations, fast)):
         module.release(pages, torch.tensor([1, 2], device=pages.device))
     same(fast, slow)
     assert fast.num_used == 0
@@ -189,12 +183,12 @@ def test_store_kept_into_a_full_arena_changes_nothing() -> None:
         pages = HeadPages.create(
             num_pages, 2, 2, max_pages, 16, torch.float32, DEVICE, by_columns=False
         )
-        triton_ops.set_owned(pages, 1, torch.ones(2, dtype=torch.uint8, device=DEVICE))
+        operations.set_owned(pages, 1, torch.ones(2, dtype=torch.uint8, device=DEVICE))
         pool = torch.ones((20, 2, 16), device=DEVICE)
         at = torch.arange(20, device=DEVICE)
         counts = torch.tensor([20, 3], device=DEVICE)
         where = None if columns is None else torch.tensor(columns, device=DEVICE)
-        triton_ops.store_kept(pages, 1, 0, pool, pool, at, at.repeat(2, 1), counts, where)
+        operations.store_kept(pages, 1, 0, pool, pool, at, at.repeat(2, 1), counts, where)
         assert int(pages.error) == bit
         assert pages.num_used == (0 if bit else num_pages)
         assert bool(pages.lens.any()) == (bit == 0)
@@ -215,8 +209,8 @@ def test_store_kept_refuses_wrong_shapes() -> None:
         ((pool, pool, at, kept, counts, at[:3] * 0), "3 lanes from 0 on, of 2"),
     ):
         with pytest.raises(ValueError, match=message):
-            triton_ops.store_kept(pages, 1, 0, *bad)
-    triton_ops.store_kept(pages, 1, 2, pool, pool, at, kept, counts, at[:0])  # a layer of no lanes
+            operations.store_kept(pages, 1, 0, *bad)
+    operations.store_kept(pages, 1, 2, pool, pool, at, kept, counts, at[:0])  # a layer of no lanes
     pages.check_integrity()
 
 
@@ -232,7 +226,7 @@ def test_decode(filled: Callable[..., HeadPages], group: int, dim: int) -> None:
         out = torch.full(q.shape, torch.nan, device=DEVICE)
         want = torch.empty(q.shape)
         args = (lane_lo, n, dim**-0.5)
-        triton_decode.decode(fast, fused.to(DEVICE)[:, : n * group], rows.to(DEVICE), *args, out)
+        attention.decode(fast, fused.to(DEVICE)[:, : n * group], rows.to(DEVICE), *args, out)
         reference.decode(slow, q, rows, *args, want)
         torch.testing.assert_close(out.cpu(), want, atol=3e-6, rtol=3e-6)
         assert bool((out[1] == 0).all())
@@ -247,15 +241,15 @@ def test_snapkv_score(window: int, total: int, n: int, group: int, dim: int) -> 
     q = torch.randn((window, n, group + 1, dim), generator=make)[:, :, 1:]
     k = 3 * torch.randn((total, n + 1, dim), generator=make)[:, 1:]
     for kernel, pooling in ((7, "max"), (5, "avg"), (1, "max")):
-        got = triton_score.snapkv_score(q.to(DEVICE), k.to(DEVICE), 0.4, kernel, pooling)
+        got = score.snapkv_score(q.to(DEVICE), k.to(DEVICE), 0.4, kernel, pooling)
         want = reference.snapkv_score(q, k, 0.4, kernel, pooling)
         assert got.shape == (n, total - window)
         torch.testing.assert_close(got.cpu(), want, atol=1e-6, rtol=1e-5)
 
 
 def test_warm_up_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "backend", lambda device: triton_ops)
-    assert ops.warm_up(torch.float32, 16, 2, DEVICE) > 0
+    monkeypatch.setattr(pages_module, "kernels_for", lambda device: operations)
+    assert warm_up.warm_up(torch.float32, 16, 2, DEVICE) > 0
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the real FlashInfer is checked")
@@ -265,8 +259,8 @@ def test_flashinfer_decode_hands_over_a_correct_plan(filled: Callable[..., HeadP
     lens = [[0] * 4, [300, 0, 16, 1], [17, 200, 0, 0], [128, 129, 900, 33]]
     pages = filled(lens, 16, torch.bfloat16, owned=owned, by_columns=False)
     lane_start, group, bs = [0, 1, 4], 3, 4
-    runner = flashinfer_decode.FlashInferDecode(
-        pages, bs, lane_start, group, 0.25, spare=3, module=FlashInferModel()
+    decoder = flashinfer.FlashInferDecoder(
+        pages, lane_start, group, 0.25, spare=3, module=FlashInferModel()
     )
     slots = torch.empty((bs, 4), dtype=torch.int64)
     for seed, order in enumerate(([3, 1, 0, 2], [0, 2, 0, 3], [0, 0, 0, 0])):
@@ -275,12 +269,12 @@ def test_flashinfer_decode_hands_over_a_correct_plan(filled: Callable[..., HeadP
         reference.grow(pages, rows, slots)
         fused = torch.randn((bs, 4, 16), generator=make).bfloat16()
         reference.append(pages, slots, fused, fused)
-        runner.plan(rows)
+        decoder.plan(rows)
         for layer, (first, end) in enumerate(itertools.pairwise(lane_start)):
             q = torch.randn((bs, (end - first) * group, 17), generator=make).bfloat16()[..., :16]
             out = torch.full(q.shape, torch.nan, dtype=torch.bfloat16)
             want = torch.empty_like(out)
-            runner.run(layer, q, out)
+            decoder.decode(q, rows, layer, end - first, 0.25, out)
             reference.decode(pages, q, rows, first, end - first, 0.25, want)
             torch.testing.assert_close(out, want, atol=1e-2, rtol=1e-2)
             assert bool((out[want == 0] == 0).all())
@@ -289,11 +283,11 @@ def test_flashinfer_decode_hands_over_a_correct_plan(filled: Callable[..., HeadP
 def test_gather_pages_lists_what_the_tables_hold(filled: Callable[..., HeadPages]) -> None:
     pages = on_device(filled([[0, 0, 0], [1, 2300, 16], [17, 0, 70]], 16, by_columns=False))
     rows = torch.tensor([2, 1, 0], device=DEVICE)
-    fold = plan.Fold.create(3, [0, 2, 3], DEVICE)
-    tiles = plan.plan_tiles(fold.lens(pages.lens, pages.owned, rows), 4)
-    starts = plan.csr_starts(tiles.pages)
+    fold = tiles.Fold.create(3, [0, 2, 3], DEVICE)
+    planned = tiles.plan_tiles(fold.lens(pages.lens, pages.owned, rows), 4)
+    starts = tiles.csr_starts(planned.pages)
     got = torch.full((200,), -1, dtype=torch.int32, device=DEVICE)
-    flashinfer_decode.gather_pages(pages.page_table, rows, fold, tiles.pages, starts, got)
+    flashinfer.gather_pages(pages.page_table, rows, fold, planned.pages, starts, got)
     cells = [(r, lane) for lanes in ((0, 1), (2,)) for r in (2, 1, 0) for lane in lanes]
     want = [
         page

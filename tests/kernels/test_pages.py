@@ -9,7 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages, numba_cpu, reference
+from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages
+from fairkv_sglang.kernels.cpu import operations
+from fairkv_tests import reference
 
 ROWS, LANES, MAX_PAGES, DIM, POOL = 5, 3, 4, 8, 90
 
@@ -41,7 +43,7 @@ class Pages(RuleBasedStateMachine):
         """Run on both arenas; True if both did it, False if both refused and changed nothing."""
         done = []
         for module, arena, result in zip(
-            (numba_cpu, reference), self.arenas, results or (None, None), strict=True
+            (operations, reference), self.arenas, results or (None, None), strict=True
         ):
             before = [t.clone() for t in (arena.page_table, arena.lens, arena.free_count)]
             extra = () if result is None else (result,)
@@ -144,47 +146,47 @@ TestPages.settings = settings(max_examples=30, stateful_step_count=20, deadline=
 
 def test_full_arena_is_refused_and_unchanged() -> None:
     pages = HeadPages.create(3, 3, 2, 2, DIM, torch.float32)
-    numba_cpu.set_owned(pages, 1, torch.ones(2))
-    numba_cpu.set_owned(pages, 2, torch.ones(2))
+    operations.set_owned(pages, 1, torch.ones(2))
+    operations.set_owned(pages, 2, torch.ones(2))
     slots = torch.zeros((2, 2), dtype=torch.int64)
     with pytest.raises(RuntimeError, match="no free head page"):
-        numba_cpu.grow(pages, torch.tensor([1, 2]), slots)
+        operations.grow(pages, torch.tensor([1, 2]), slots)
     assert pages.num_used == 0
     assert torch.equal(slots, torch.zeros_like(slots))
-    numba_cpu.grow(pages, torch.tensor([1]), slots[:1])
+    operations.grow(pages, torch.tensor([1]), slots[:1])
     assert pages.num_used == 2
     for _ in range(31):
-        numba_cpu.release(pages, torch.tensor([2]))
-        numba_cpu.set_owned(pages, 2, torch.tensor([0, 1]))
-        numba_cpu.grow(pages, torch.tensor([2]), slots[:1])
+        operations.release(pages, torch.tensor([2]))
+        operations.set_owned(pages, 2, torch.tensor([0, 1]))
+        operations.grow(pages, torch.tensor([2]), slots[:1])
     with pytest.raises(RuntimeError, match="no free head page"):
         for _ in range(16):
-            numba_cpu.grow(pages, torch.tensor([1]), slots[:1])
+            operations.grow(pages, torch.tensor([1]), slots[:1])
     pages.check_integrity()
 
 
 def test_full_row_is_refused() -> None:
     pages = HeadPages.create(9, 2, 1, 2, DIM, torch.float32)
-    numba_cpu.set_owned(pages, 1, torch.ones(1))
+    operations.set_owned(pages, 1, torch.ones(1))
     slots = torch.zeros((1, 1), dtype=torch.int64)
     for _ in range(2 * PAGE_TOKENS):
-        numba_cpu.grow(pages, torch.tensor([1]), slots)
+        operations.grow(pages, torch.tensor([1]), slots)
     with pytest.raises(RuntimeError, match="more pages than its page table"):
-        numba_cpu.grow(pages, torch.tensor([1]), slots)
+        operations.grow(pages, torch.tensor([1]), slots)
     assert pages.num_used == 2
 
 
 def test_bad_arguments_are_refused() -> None:
     pages = HeadPages.create(9, 2, 2, 2, DIM, torch.float32)
     with pytest.raises(ValueError, match="row 0 pads"):
-        numba_cpu.set_owned(pages, 0, torch.ones(2))
+        operations.set_owned(pages, 0, torch.ones(2))
     with pytest.raises(ValueError, match="slots must be"):
-        numba_cpu.grow(pages, torch.tensor([1]), torch.zeros((1, 3), dtype=torch.int64))
+        operations.grow(pages, torch.tensor([1]), torch.zeros((1, 3), dtype=torch.int64))
     with pytest.raises(RuntimeError, match="out of range"):
-        numba_cpu.grow(pages, torch.tensor([2]), torch.zeros((1, 2), dtype=torch.int64))
+        operations.grow(pages, torch.tensor([2]), torch.zeros((1, 2), dtype=torch.int64))
     with pytest.raises(RuntimeError, match="out of range"):
-        numba_cpu.release(pages, torch.tensor([-1]))
-    numba_cpu.set_owned(pages, 1, torch.ones(2))
+        operations.release(pages, torch.tensor([-1]))
+    operations.set_owned(pages, 1, torch.ones(2))
     pool = torch.zeros((4, 1, DIM))
     good = (torch.arange(4), torch.tensor([[0, 3]]), torch.tensor([2]))
     for at, wrong in (
@@ -194,21 +196,21 @@ def test_bad_arguments_are_refused() -> None:
     ):
         bad = [*good[:at], wrong, *good[at + 1 :]]
         with pytest.raises(RuntimeError, match="out of range"):
-            numba_cpu.store_kept(pages, 1, 0, pool, pool, *bad)
+            operations.store_kept(pages, 1, 0, pool, pool, *bad)
     with pytest.raises(RuntimeError, match="row, column"):
-        numba_cpu.store_kept(pages, 1, 0, pool, pool, *good, torch.tensor([0, 1]))
+        operations.store_kept(pages, 1, 0, pool, pool, *good, torch.tensor([0, 1]))
     with pytest.raises(RuntimeError, match="out of range"):  # more lanes than there are
-        numba_cpu.store_kept(pages, 1, 0, pool, pool, *good, torch.tensor([0, -1, -1]))
+        operations.store_kept(pages, 1, 0, pool, pool, *good, torch.tensor([0, -1, -1]))
     with pytest.raises(ValueError, match="kept_idx must have 1 rows"):
-        numba_cpu.store_kept(pages, 1, 0, pool, pool, good[0], good[1].repeat(2, 1), good[2])
+        operations.store_kept(pages, 1, 0, pool, pool, good[0], good[1].repeat(2, 1), good[2])
     with pytest.raises(ValueError, match="k_pool must be"):
-        numba_cpu.store_kept(pages, 1, 0, pool.expand(-1, 2, -1), pool, *good)
+        operations.store_kept(pages, 1, 0, pool.expand(-1, 2, -1), pool, *good)
     assert pages.num_used == 0
-    numba_cpu.store_kept(pages, 1, 0, pool, pool, *good)
+    operations.store_kept(pages, 1, 0, pool, pool, *good)
     with pytest.raises(RuntimeError, match="still holds pages"):
-        numba_cpu.store_kept(pages, 1, 0, pool, pool, *good)
+        operations.store_kept(pages, 1, 0, pool, pool, *good)
     with pytest.raises(RuntimeError, match="still holds pages"):
-        numba_cpu.set_owned(pages, 1, torch.ones(2))
+        operations.set_owned(pages, 1, torch.ones(2))
     for name in ("num_pages", "rows", "lanes", "max_pages", "head_dim"):
         sizes = {"num_pages": 1, "rows": 1, "lanes": 1, "max_pages": 1, "head_dim": 8, name: 0}
         with pytest.raises(ValueError, match=f"{name} must be at least 1"):
@@ -223,15 +225,15 @@ def test_a_column_needs_pages_once_for_every_lane_that_takes_it() -> None:
     arguments = (pool, pool, at, at.repeat(2, 1), torch.tensor([20, 90]))
     for num_pages, fits in ((3, False), (4, True)):
         pages = HeadPages.create(num_pages, 2, 3, 4, DIM, torch.float32)
-        numba_cpu.set_owned(pages, 1, torch.ones(3))
+        operations.set_owned(pages, 1, torch.ones(3))
         if not fits:
             with pytest.raises(RuntimeError, match="no free head page"):
-                numba_cpu.store_kept(pages, 1, 0, *arguments, torch.tensor([0, 0, -1]))
+                operations.store_kept(pages, 1, 0, *arguments, torch.tensor([0, 0, -1]))
             assert pages.num_used == 0
             continue
-        numba_cpu.store_kept(pages, 1, 0, *arguments, torch.tensor([0, -1, -1]))
+        operations.store_kept(pages, 1, 0, *arguments, torch.tensor([0, -1, -1]))
         # A lane that holds pages is in nobody's way as long as it takes no column.
-        numba_cpu.store_kept(pages, 1, 0, *arguments, torch.tensor([-1, 0, -1]))
+        operations.store_kept(pages, 1, 0, *arguments, torch.tensor([-1, 0, -1]))
         assert pages.lens[1].tolist() == [20, 20, 0]
         pages.check_integrity()
 
@@ -239,8 +241,8 @@ def test_a_column_needs_pages_once_for_every_lane_that_takes_it() -> None:
 def test_integrity_check_sees_every_damage() -> None:
     def damaged(damage: str) -> HeadPages:
         pages = HeadPages.create(6, 3, 2, 2, DIM, torch.float32)
-        numba_cpu.set_owned(pages, 1, torch.ones(2))
-        numba_cpu.grow(pages, torch.tensor([1]), torch.zeros((1, 2), dtype=torch.int64))
+        operations.set_owned(pages, 1, torch.ones(2))
+        operations.grow(pages, torch.tensor([1]), torch.zeros((1, 2), dtype=torch.int64))
         pages.check_integrity()
         exec(damage, {"p": pages})
         return pages
@@ -265,15 +267,15 @@ def test_integrity_check_sees_every_damage() -> None:
 def test_store_and_append_from_strided_views_and_any_dtype() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         pages = HeadPages.create(9, 2, 2, 2, DIM, dtype)
-        numba_cpu.set_owned(pages, 1, torch.ones(2))
+        operations.set_owned(pages, 1, torch.ones(2))
         make = torch.Generator().manual_seed(1)
         pool = torch.randn((2, 40, 6, DIM), generator=make).to(dtype)
         k, v = pool[0, ::2, 1:3], pool[1, 5:25, 3:5]
         slots, kept = torch.randperm(20, generator=make), torch.tensor([[1, 2, 7], [0, 5, -1]])
-        numba_cpu.store_kept(pages, 1, 0, k, v, slots, kept, torch.tensor([3, 2]))
+        operations.store_kept(pages, 1, 0, k, v, slots, kept, torch.tensor([3, 2]))
         wide = torch.empty((1, 5), dtype=torch.int64)
-        numba_cpu.grow(pages, torch.tensor([1]), wide[:, 1:3])
-        numba_cpu.append(pages, wide[:, 1:3], pool[0, 30:31, 2:4], pool[1, 30:31, 4:6])
+        operations.grow(pages, torch.tensor([1]), wide[:, 1:3])
+        operations.append(pages, wide[:, 1:3], pool[0, 30:31, 2:4], pool[1, 30:31, 4:6])
         for lane, (new_k, new_v) in enumerate(((2, 4), (3, 5))):
             got_k, got_v = reference.gather(pages, 1, lane)
             chosen = slots[kept[lane][kept[lane] >= 0]]
@@ -289,9 +291,9 @@ def test_store_from_one_column_seen_as_many() -> None:
     slots = torch.randperm(40, generator=make)
     kept, counts = torch.tensor([[1, 2, 7], [0, 5, 99], [3, 4, 6]]), torch.tensor([3, 2, 1])
     pages = HeadPages.create(9, 2, 4, 2, DIM, torch.float32)
-    numba_cpu.set_owned(pages, 1, torch.ones(4))
+    operations.set_owned(pages, 1, torch.ones(4))
     columns = torch.tensor([[2, 8], [1, 8], [-1, 8], [2, 8]])[:, 0]
-    numba_cpu.store_kept(pages, 1, 0, k, v, slots, kept, counts, columns)
+    operations.store_kept(pages, 1, 0, k, v, slots, kept, counts, columns)
     for lane, positions in enumerate(([3], [0, 5], [], [3])):
         got_k, got_v = reference.gather(pages, 1, lane)
         assert torch.equal(got_k, pool[slots[positions], 1])

@@ -16,23 +16,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fairkv_sglang.kernels import flashinfer_decode, triton_decode, triton_ops, triton_score
+from fairkv_sglang.kernels.cuda import attention, flashinfer, operations, score
 
 PAGES = "*i32 *i32 *u8 *i32 *i64 *i32"
 HEAD = {"D": 80, "D_PAD": 128}
 WINDOW = {"W": 20, "W_PAD": 32, **HEAD, "KEYS": 64}
 KERNELS = [
-    (triton_ops._grow, PAGES + " *i64 i32 *i64 i32 i32 i32 i32",
+    (operations._grow, PAGES + " *i64 i32 *i64 i32 i32 i32 i32",
      {"PAGE": 16, "BLOCK": 1024, "NO_PAGE": 1, "FULL": 2}),
-    (triton_ops._release, "*i32 *i32 *i64 *i64 *i64 i32 i32", {"BLOCK": 128}),
-    (triton_ops._store_kept, "*i32 T T T T *i64 *i64 i32 *i64 *i64 *i32 *i64 *i64" + 6 * " i32",
+    (operations._release, "*i32 *i32 *i64 *i64 *i64 i32 i32", {"BLOCK": 128}),
+    (operations._store_kept, "*i32 T T T T *i64 *i64 i32 *i64 *i64 *i32 *i64 *i64" + 6 * " i32",
      {**HEAD, "PAGE": 16}),
-    (triton_ops._append, "T T *i64 i32 T T i32 i32 i32 i32", HEAD),
-    (triton_decode._decode, "T T T T *i32 *i32 *u8 *i64 fp32" + 7 * " i32",
+    (operations._append, "T T *i64 i32 T T i32 i32 i32 i32", HEAD),
+    (attention._decode, "T T T T *i32 *i32 *u8 *i64 fp32" + 7 * " i32",
      {"G": 5, "G_PAD": 16, **HEAD, "PAGE": 16, "BLOCK": 64}),
-    (triton_score._statistics, "T T *fp32 *fp32 fp32" + 7 * " i32", WINDOW),
-    (triton_score._columns, "T T *fp32 *fp32 fp32" + 8 * " i32", WINDOW),
-    (flashinfer_decode._gather_pages, "*i32 *i64 *i64 *i32 *i32 *i32 i32 i32 i32", {"BLOCK": 128}),
+    (score._statistics, "T T *fp32 *fp32 fp32" + 7 * " i32", WINDOW),
+    (score._columns, "T T *fp32 *fp32 fp32" + 8 * " i32", WINDOW),
+    (flashinfer._gather_pages, "*i32 *i64 *i64 *i32 *i32 *i32 i32 i32 i32", {"BLOCK": 128}),
 ]
 for kernel, kinds, constants in KERNELS:
     names = [name for name in kernel.arg_names if name not in constants]

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairkv_sglang.kernels import ops
 from fairkv_sglang.placement import Plan
 from fairkv_tests.core_cases import (
     QUICK,
@@ -97,7 +96,9 @@ def store(book, row: int, count: int) -> None:
     pool = torch.zeros((count, 2, 8))
     positions = torch.arange(count)
     counts = torch.tensor([count, count])
-    ops.store_kept(book.pages, row, 0, pool, pool, positions, positions.expand(2, -1), counts)
+    book.pages.kernels.store_kept(
+        book.pages, row, 0, pool, pool, positions, positions.expand(2, -1), counts
+    )
     if book.scope.input_dependent:
         book.note_kept(row, counts[None])
 

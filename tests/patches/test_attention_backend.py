@@ -16,7 +16,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 import fairkv_sglang.runtime
 from fairkv_sglang.attention.decoders import PageTableDecoder
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
-from fairkv_sglang.kernels import reference
+from fairkv_sglang.kernels import torch_decode
 from fairkv_sglang.patches.attention_backend import FairKVAttnBackend
 from fairkv_tests.compress_cases import (
     DIM,
@@ -97,7 +97,9 @@ class Server:
             req_to_token_pool=SimpleNamespace(req_to_token=self.rank.table),
             token_to_kv_pool=pool,
         )
-        decoder = PageTableDecoder(self.runtime.heads.lane_start, reference.decode)
+        decoder = PageTableDecoder(
+            self.book.pages, self.runtime.heads.lane_start, torch_decode.decode
+        )
         self.backend = FairKVAttnBackend(runner, self.prefill, decoder, self.runtime, None)
 
     def extend(self, parts: list[tuple[Prompt, int, int]], running: list[int]) -> Any:
@@ -145,7 +147,7 @@ def server(tmp_path: Path) -> Server:
 
 def kept_of(server: Server, row: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     pages, lanes = server.book.pages, server.runtime.heads.num_lanes
-    return [reference.gather(pages, row, lane) for lane in range(lanes)]
+    return [torch_decode.gather(pages, row, lane) for lane in range(lanes)]
 
 
 def test_a_prompt_is_sglangs_and_then_compressed(server: Server) -> None:

@@ -59,6 +59,7 @@ class SnapKV(Scorer):
         if len(q) < min(self.window, total):
             raise ValueError(f"scorer 'snapkv' needs {self.window} queries, not {len(q)}")
         # Here, not above: flags are made from this module in processes that score nothing.
-        from fairkv_sglang import kernels
+        from fairkv_sglang.kernels import kernels_for
 
+        kernels = kernels_for(q.device.type)
         return kernels.snapkv_score(q, k, scale, self.kernel_size, self.pooling)

@@ -18,7 +18,7 @@ from fairkv_sglang.attention import compress, exchange, hand_over
 from fairkv_sglang.attention.compress import PromptCompressor
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
 from fairkv_sglang.config import FairKVConfig
-from fairkv_sglang.kernels import reference
+from fairkv_sglang.kernels import torch_decode
 from fairkv_sglang.memory import MemoryDivision
 from fairkv_sglang.placement import Plan
 from fairkv_sglang.placement.homes import Homes
@@ -290,7 +290,7 @@ def check(ranks: list[Rank], config: FairKVConfig, prompts: list[Prompt]) -> lis
             for layer in range(LAYERS):
                 for local, head in enumerate(rank.heads[layer]):
                     lane = rank.runtime.heads.lane_start[layer] + local
-                    k, v = reference.gather(rank.book.pages, prompt.row, lane)
+                    k, v = torch_decode.gather(rank.book.pages, prompt.row, lane)
                     if owners[prompt.row][layer, head] != index:
                         assert len(k) == 0
                         continue

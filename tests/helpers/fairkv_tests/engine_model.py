@@ -17,7 +17,6 @@ import torch
 
 import fairkv_sglang.runtime
 from fairkv_sglang.budgets import BudgetScope, pick
-from fairkv_sglang.kernels import ops
 from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.patches import scheduling
 from fairkv_sglang.patches.prefill_budget import FairKVPrefillBudget
@@ -277,7 +276,7 @@ class Engine:
             book.begin_forward([r.row for r, _ in batch.ended])
             if len(rows):
                 slots = torch.empty((len(rows), book.pages.lanes), dtype=torch.int64)
-                ops.grow(book.pages, rows, slots)
+                book.pages.kernels.grow(book.pages, rows, slots)
                 owned = [book.heads.owned(book.owners(int(row))) for row in rows]
                 assert torch.equal(slots >= 0, torch.from_numpy(np.stack(owned)) > 0)
         for request, _ in batch.ended:
@@ -298,7 +297,7 @@ class Engine:
                 heads = list(plan.heads(layer, rank))
                 choice = pick(table[heads], torch.from_numpy(kept[layer, heads]), total)
                 pool = self.zeros[:, : len(heads)]
-                ops.store_kept(
+                book.pages.kernels.store_kept(
                     book.pages,
                     request.row,
                     book.heads.lane_start[layer],

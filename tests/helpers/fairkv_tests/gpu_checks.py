@@ -2,7 +2,7 @@
 """Correctness checks on one set of kernels and one device; each raises if something differs.
 
 The same functions check numba on CPU, Triton in its interpreter on CPU, and Triton and FlashInfer
-on CUDA. The other side is always `kernels.reference` or a scalar restatement of the rules.
+on CUDA. The other side is always `reference` or a scalar restatement of the rules.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 
+from fairkv_sglang.bench import resident
 from fairkv_sglang.bench.gpu.contenders import Maker
 from fairkv_sglang.bench.gpu.report import need
-from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages, plan, reference, workload
-from fairkv_sglang.kernels.flashinfer_model import scalar_plan
+from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages, kernels_for
+from fairkv_sglang.kernels.cuda import tiles as plan
 from fairkv_sglang.kernels.pages import ERROR_NO_FREE_PAGE, ERROR_ROW_FULL
+from fairkv_tests import reference
+from fairkv_tests.flashinfer_model import scalar_plan
 
 LANE_START = [0, 2, 5]
 """Lanes of two layers with two and three heads."""
@@ -31,8 +34,9 @@ GROUPS = (1, 2, 4, 5, 7, 8, 16)
 
 def copy_to(pages: HeadPages, device: str) -> HeadPages:
     """The same state on another device, sharing nothing."""
-    tensors = {f.name: getattr(pages, f.name) for f in fields(pages) if f.name != "_host"}
-    return HeadPages(**{name: t.to(device, copy=True) for name, t in tensors.items()})
+    names = [f.name for f in fields(pages) if f.name not in ("kernels", "_host")]
+    moved = {name: getattr(pages, name).to(device, copy=True) for name in names}
+    return HeadPages(**moved, kernels=kernels_for(torch.device(device).type))
 
 
 def same_pages(fast: HeadPages, slow: HeadPages, when: str) -> None:
@@ -189,7 +193,7 @@ def decode_equals_torch(
     by_columns: bool | None = None,
 ) -> str:
     """Decode of 4 heads with padding rows and rows that are not served, for several group sizes."""
-    pages = workload.resident(
+    pages = resident.resident(
         torch.tensor(lens), dim, dtype, device, scattered=True, by_columns=by_columns
     )
     pages.lens[2, 1], pages.owned[2, 1] = 0, 0
@@ -214,7 +218,7 @@ def contender_equals_torch(
     """A kernel of the comparison on two layers of uneven rows, none of them empty."""
     group, scale = 4, 0.1
     lens = torch.tensor([[1, 200], [16, 15], [17, 300], [700, 1], [129, 64]])
-    pages = workload.resident(lens, dim, dtype, device, scattered=True, by_columns=False)
+    pages = resident.resident(lens, dim, dtype, device, scattered=True, by_columns=False)
     rows = torch.arange(1, len(lens) + 1, device=device)
     make = torch.Generator(device).manual_seed(0)
     q = torch.randn((len(lens), group, dim), generator=make, device=device).to(dtype)
@@ -255,7 +259,7 @@ def random_plans(device: str, gather: Callable[..., None] | None = None, rounds:
         make = torch.Generator().manual_seed(seed)
         lens = torch.randint(0, 3000, (4, 6), generator=make)
         lens *= torch.rand(4, 6, generator=make) > 0.3
-        pages = workload.resident(lens, 8, torch.float32, device, scattered=True)
+        pages = resident.resident(lens, 8, torch.float32, device, scattered=True)
         pages.owned[1:] = (lens > 0).to(device, torch.uint8)
         rows = torch.tensor([3, 0, 4, 2], device=device)
         fold = plan.Fold.create(4, lane_start, device)

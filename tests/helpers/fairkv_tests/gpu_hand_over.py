@@ -30,9 +30,10 @@ from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver
 from fairkv_sglang.bench.gpu.report import NotRun, need
 from fairkv_sglang.budgets import BudgetSpec, Kept, Scorer, make_scope, pick
 from fairkv_sglang.budgets.scorers.snapkv import SnapKV
-from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages, ops, reference
+from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages
 from fairkv_sglang.parallel import RankHeads
 from fairkv_sglang.placement import Plan
+from fairkv_tests import reference
 
 if TYPE_CHECKING:
     from fairkv_sglang.bench.clocks import Clock
@@ -179,9 +180,9 @@ class Pass:
     def admit(self) -> None:
         """Give the prompts their rows, emptied."""
         for rank in self.ranks:
-            ops.release(rank.pages, self.rows)
+            rank.pages.kernels.release(rank.pages, self.rows)
             for row, owned in enumerate(rank.owned, 1):
-                ops.set_owned(rank.pages, row, owned)
+                rank.pages.kernels.set_owned(rank.pages, row, owned)
 
     def run(self) -> None:
         """Compress the prompts, layer by layer."""
@@ -264,7 +265,7 @@ def one_layer(clock: Clock, tokens: int = 8192, kept: int = 2048, dim: int = 128
     own = RankHeads(Plan.from_shares(shares.astype(float), "next rank"), 0, GROUP)
     n, most = len(own.home), -(-kept // PAGE_TOKENS)
     pages = HeadPages.create(n * most, 2, n, most, dim, torch.bfloat16, device)
-    ops.set_owned(pages, 1, torch.ones(n, dtype=torch.uint8, device=device))
+    pages.kernels.set_owned(pages, 1, torch.ones(n, dtype=torch.uint8, device=device))
     pools = torch.randn((2, tokens, n, dim), device=device).bfloat16()
     span = PromptSpan(1, 0, tokens, tokens, tokens)
     sources = own.homes.source[np.arange(heads), owners]

@@ -14,15 +14,18 @@ from typing import Any
 
 import torch
 
+from fairkv_sglang.bench import resident
 from fairkv_sglang.bench.clocks import captured
 from fairkv_sglang.bench.gpu.report import need, require
-from fairkv_sglang.kernels import HeadPages, reference, triton_ops, workload
-from fairkv_sglang.kernels.flashinfer_decode import FlashInferDecode
+from fairkv_sglang.kernels import HeadPages
+from fairkv_sglang.kernels.cuda import operations as triton_ops
+from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
+from fairkv_tests import reference
 from fairkv_tests.gpu_checks import copy_to, difference
 
 
 def planned_decode(**options: Any) -> Callable[..., None]:
-    """`ops.decode` through FlashInferDecode, for checks; options are those of that class."""
+    """`Kernels.decode` through FlashInferDecoder, for checks; options are those of that class."""
 
     def decode(
         pages: HeadPages,
@@ -34,9 +37,9 @@ def planned_decode(**options: Any) -> Callable[..., None]:
         out: torch.Tensor,
     ) -> None:
         need(lane_lo == 0 and n == pages.lanes, "planned_decode serves one layer of all lanes")
-        runner = FlashInferDecode(pages, len(rows), [0, n], q.shape[1] // n, scale, **options)
-        runner.plan(rows)
-        runner.run(0, q, out)
+        decoder = FlashInferDecoder(pages, [0, n], q.shape[1] // n, scale, **options)
+        decoder.plan(rows)
+        decoder.decode(q, rows, 0, n, scale, out)
 
     return decode
 
@@ -46,7 +49,7 @@ def flashinfer_plan(dim: int) -> str:
     require("flashinfer", "FlashInfer")
     import flashinfer
 
-    from fairkv_sglang.kernels.flashinfer_check import assert_plan_matches_flashinfer
+    from fairkv_sglang.kernels.cuda.flashinfer_check import assert_plan_matches_flashinfer
 
     start = time.perf_counter()
     for group in (1, 4, 8):
@@ -58,18 +61,18 @@ def flashinfer_plan(dim: int) -> str:
 def orders_agree(device: str, dim: int, **options: Any) -> None:
     """Longest first, FlashInfer's order and other spare tiles at the same chunk: equal bits."""
     # Short: the chunk is 128 for every number of spare tiles below.
-    lens = workload.lengths("lognormal", 64, 100).view(16, 4)
-    pages = workload.resident(lens, dim, torch.bfloat16, device, by_columns=False)
+    lens = resident.lengths("lognormal", 64, 100).view(16, 4)
+    pages = resident.resident(lens, dim, torch.bfloat16, device, by_columns=False)
     rows = torch.arange(1, 17, device=device)
     q = torch.randn((16, 16, dim), device=device).bfloat16()
     results = []
     for longest_first, spare in ((True, 264), (False, 264), (True, 132), (True, 1000)):
-        runner = FlashInferDecode(
-            pages, 16, [0, 4], 4, 0.1, spare=spare, longest_first=longest_first, **options
+        decoder = FlashInferDecoder(
+            pages, [0, 4], 4, 0.1, spare=spare, longest_first=longest_first, **options
         )
         out = torch.empty_like(q)
-        runner.plan(rows)
-        runner.run(0, q, out)
+        decoder.plan(rows)
+        decoder.decode(q, rows, 0, 4, 0.1, out)
         results.append(out)
     need(all(torch.equal(results[0], x) for x in results[1:]), "tile order changes the result")
 
@@ -78,9 +81,9 @@ def replayed_step(device: str, dim: int, rounds: int = 5, **options: Any) -> Non
     """A captured step (grow, plan, append, decode of two layers), replayed over many batches."""
     lens = torch.tensor([[15, 16, 300, 5], [200, 0, 31, 64], [1000, 77, 15, 128]])
     bs, group, lane_start = 3, 4, [0, 1, 4]
-    pages = workload.resident(lens, dim, torch.bfloat16, device, by_columns=False)
+    pages = resident.resident(lens, dim, torch.bfloat16, device, by_columns=False)
     twin = copy_to(pages, device)
-    runner = FlashInferDecode(pages, bs, lane_start, group, dim**-0.5, **options)
+    decoder = FlashInferDecoder(pages, lane_start, group, dim**-0.5, **options)
     rows = torch.zeros(bs, dtype=torch.int64, device=device)
     slots = torch.empty((bs, 4), dtype=torch.int64, device=device)
     kv = torch.randn((bs, 8, dim), device=device).bfloat16()
@@ -89,11 +92,12 @@ def replayed_step(device: str, dim: int, rounds: int = 5, **options: Any) -> Non
 
     def step() -> None:
         triton_ops.grow(pages, rows, slots)
-        runner.plan(rows)
+        decoder.plan(rows)
         for layer, (a, b) in enumerate(itertools.pairwise(lane_start)):
             triton_ops.append(pages, slots[:, a:b], kv[:, a:b], kv[:, 4 + a : 4 + b])
             part = torch.empty((bs, (b - a) * group, dim), dtype=q.dtype, device=device)
-            runner.run(layer, q[:, a * group : b * group], part)
+            queries = q[:, a * group : b * group]
+            decoder.decode(queries, rows, layer, b - a, dim**-0.5, part)
             out[:, a * group : b * group].copy_(part)
 
     replay = captured(step, device)  # on padding rows alone: changes nothing
@@ -130,16 +134,16 @@ def operations(device: str, dim: int, **options: Any) -> dict[str, Callable[[], 
     kv = torch.randn((2, 10, dim), device=device).bfloat16()
     q = torch.randn((2, 20, dim), device=device).bfloat16()
     out = torch.empty_like(q)
-    runner = FlashInferDecode(pages, 2, [0, 5], 4, 0.1, **options)
+    decoder = FlashInferDecoder(pages, [0, 5], 4, 0.1, **options)
     return {
         "set_owned": lambda: triton_ops.set_owned(pages, 1, owned),
         "store_kept": lambda: triton_ops.store_kept(
             pages, 1, 0, pool[:, :5], pool[:, 5:], *arguments
         ),
         "grow": lambda: triton_ops.grow(pages, rows, slots),
-        "plan": lambda: runner.plan(rows),
+        "plan": lambda: decoder.plan(rows),
         "append": lambda: triton_ops.append(pages, slots, kv[:, :5], kv[:, 5:]),
-        "decode": lambda: runner.run(0, q, out),
+        "decode": lambda: decoder.decode(q, rows, 0, 5, 0.1, out),
         "Triton decode": lambda: triton_ops.decode(pages, q, rows, 0, 5, 0.1, out),
         "release": lambda: triton_ops.release(pages, row),
     }

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairkv_sglang.kernels.flashinfer_model import scalar_plan
-from fairkv_sglang.kernels.plan import Fold, csr_starts, plan_tiles
+from fairkv_sglang.kernels.cuda.tiles import Fold, csr_starts, plan_tiles
+from fairkv_tests.flashinfer_model import scalar_plan
 
 
 def test_golden_case() -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fairkv_sglang.kernels import numba_score, ops, reference
+from fairkv_sglang.kernels.cpu import score
+from fairkv_tests import reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -24,23 +25,25 @@ def test_score_is_the_reference(dtype, pooling, window, total, n, group, dim, ke
     source = torch.Generator().manual_seed(total)
     q = torch.randn(window, n, group, dim, generator=source).to(dtype)
     k = torch.randn(total, 2 * n, dim, generator=source).to(dtype)[:, ::2]  # a strided view
-    scores = ops.snapkv_score(q, k, 0.3, kernel, pooling)
+    scores = score.snapkv_score(q, k, 0.3, kernel, pooling)
     assert scores.shape == (n, total - window)
     wanted = reference.snapkv_score(q, k, 0.3, kernel, pooling)
     torch.testing.assert_close(scores, wanted, rtol=2e-5, atol=1e-9)
     # In bounded memory, and whichever other heads are in the call: the same bits.
     for head in range(n):
-        alone = ops.snapkv_score(q[:, head : head + 1], k[:, head : head + 1], 0.3, kernel, pooling)
+        alone = score.snapkv_score(
+            q[:, head : head + 1], k[:, head : head + 1], 0.3, kernel, pooling
+        )
         assert torch.equal(alone[0], scores[head])
-    monkeypatch.setattr(numba_score, "BUFFER_BYTES", 1)
-    tight = ops.snapkv_score(q, k, 0.3, kernel, pooling)
+    monkeypatch.setattr(score, "BUFFER_BYTES", 1)
+    tight = score.snapkv_score(q, k, 0.3, kernel, pooling)
     torch.testing.assert_close(tight, scores, rtol=2e-5, atol=1e-9)
 
 
 def test_large_logits_and_nothing_to_score():
     q, k = torch.full((4, 1, 2, 16), 80.0), torch.full((40, 1, 16), 80.0)
     k[7] *= 2
-    scores = ops.snapkv_score(q, k, 1.0, 1, "max")
+    scores = score.snapkv_score(q, k, 1.0, 1, "max")
     assert scores.argmax() == 7 and scores[0, 7] == pytest.approx(1.0)
     assert torch.isfinite(scores).all()
-    assert ops.snapkv_score(q, k[:4], 1.0, 3, "avg").shape == (1, 0)
+    assert score.snapkv_score(q, k[:4], 1.0, 3, "avg").shape == (1, 0)

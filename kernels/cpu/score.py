@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numba.core import types
 
-from .numba_decode import FLAGS, LOG2_E, exp2
+from .attention import FLAGS, LOG2_E, exp2
 
 BUFFER_BYTES = 32 << 20
 """Logits of some query heads that are alive at a time."""
@@ -69,7 +69,7 @@ def _add_pooled(logits, scale, kernel, largest, padded, out):  # type: ignore[no
 def snapkv_score(
     q: torch.Tensor, k: torch.Tensor, scale: float, kernel: int, pooling: str
 ) -> torch.Tensor:
-    """`ops.snapkv_score` on CPU tensors.
+    """`Kernels.snapkv_score` on CPU tensors.
 
     Each head's numbers come from products whose shapes depend on its own sizes only, over
     contiguous copies of its own rows: the same bits whichever other heads are in the call.

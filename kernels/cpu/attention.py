@@ -18,9 +18,10 @@ import numpy as np
 from llvmlite.binding import get_host_cpu_features
 from numba.core import types
 
+from fairkv_sglang.kernels.pages import PAGE_TOKENS
+
 from . import simd
-from .numba_pages import I64, I64_1D, LENS, OWNED, TABLE
-from .pages import PAGE_TOKENS
+from .bookkeeping import I64, I64_1D, LENS, OWNED, TABLE
 from .simd import accumulate, highest_of, load_row, scores, store_row
 
 BLOCK = 256

@@ -2,7 +2,7 @@
 """Decode attention over head pages in Triton: needs no plan and no workspace.
 
 The fallback where FlashInfer is not installed, and a second opinion in checks. One program serves
-one (request, head), so a batch of few long rows does not fill a GPU; `flashinfer_decode` splits
+one (request, head), so a batch of few long rows does not fill a GPU; `flashinfer` splits
 rows. Checked with Triton's interpreter on CPU tensors; not yet run on a GPU.
 """
 
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .pages import PAGE_TOKENS, HeadPages
+from fairkv_sglang.kernels.pages import PAGE_TOKENS, HeadPages
 
 LOG2_E = math.log2(math.e)
 
@@ -72,7 +72,7 @@ def decode(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """`ops.decode` on CUDA tensors. Makes no tensor and does not wait for the device."""
+    """`Kernels.decode` on CUDA tensors. Makes no tensor and does not wait for the device."""
     if n < 1 or q.shape[1] % n or not 0 <= lane_lo <= pages.lanes - n:
         last = lane_lo + n - 1
         raise ValueError(

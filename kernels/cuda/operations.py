@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operations of `ops` on CUDA tensors: Triton kernels and their launchers.
+"""The operations of `interface` on CUDA tensors: Triton kernels and their launchers.
 
 No operation waits for the device. Launchers of `grow`, `append` and `decode` make no tensors, so a
 decode step can be captured in a CUDA graph. Page ids come off the stack in the same order as on the
@@ -14,8 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import triton_decode, triton_score
-from .pages import (
+from fairkv_sglang.kernels.pages import (
     ERROR_INDEX,
     ERROR_NO_FREE_PAGE,
     ERROR_ROW_FULL,
@@ -24,6 +23,8 @@ from .pages import (
     PAGE_TOKENS,
     HeadPages,
 )
+
+from . import attention, score
 
 GROW_BLOCK = 1024
 
@@ -227,5 +228,5 @@ def append(pages: HeadPages, slots: torch.Tensor, k: torch.Tensor, v: torch.Tens
     )  # fmt: skip
 
 
-decode = triton_decode.decode
-snapkv_score = triton_score.snapkv_score
+decode = attention.decode
+snapkv_score = score.snapkv_score

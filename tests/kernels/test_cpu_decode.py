@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU decode attention against the torch reference."""
+"""CPU decode attention against the torch torch_decode."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fairkv_sglang.kernels import HeadPages, numba_cpu, reference, simd
+from fairkv_sglang.kernels import HeadPages, torch_decode
+from fairkv_sglang.kernels.cpu import operations, simd
 
 # Around page borders, around the 256-token block of the online softmax, and long.
 LENS = [
@@ -52,9 +53,9 @@ def test_equals_reference(
     pages = filled(LENS, head_dim, dtype)
     for lane_lo, n, rows in ((0, 5, [2, 1, 3]), (1, 3, [3, 0, 1]), (4, 1, [2])):
         q, of, out = batch(pages, n, group, rows)
-        numba_cpu.decode(pages, q, of, lane_lo, n, head_dim**-0.5, out)
+        operations.decode(pages, q, of, lane_lo, n, head_dim**-0.5, out)
         want = torch.empty_like(out)
-        reference.decode(pages, q, of, lane_lo, n, head_dim**-0.5, want)
+        torch_decode.decode(pages, q, of, lane_lo, n, head_dim**-0.5, want)
         torch.testing.assert_close(out, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
@@ -63,7 +64,7 @@ def test_zero_for_what_is_not_served(filled: Callable[..., HeadPages]) -> None:
     lens = [[n * o for n, o in zip(*row, strict=True)] for row in zip(LENS, owned, strict=True)]
     pages = filled(lens, 32, owned=owned)
     q, rows, out = batch(pages, 5, 2, [0, 1, 2, 3])
-    numba_cpu.decode(pages, q, rows, 0, 5, 1.0, out)
+    operations.decode(pages, q, rows, 0, 5, 1.0, out)
     empty = (torch.tensor(lens) == 0).repeat_interleave(2, dim=1)
     assert torch.equal(out[empty], torch.zeros_like(out[empty]))
     assert bool((out[~empty] != 0).all())
@@ -74,20 +75,20 @@ def test_result_does_not_depend_on_the_batch_or_threads(
 ) -> None:
     pages = filled(LENS, 32)
     q, rows, together = batch(pages, 5, 2, [1, 2, 3])
-    numba_cpu.decode(pages, q, rows, 0, 5, 0.3, together)
+    operations.decode(pages, q, rows, 0, 5, 0.3, together)
     alone = torch.empty_like(together)
     for i in range(3):
         for h in range(5):
             part = alone[i : i + 1, 2 * h : 2 * h + 2]
-            numba_cpu.decode(
+            operations.decode(
                 pages, q[i : i + 1, 2 * h : 2 * h + 2], rows[i : i + 1], h, 1, 0.3, part
             )
     assert torch.equal(alone, together)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(numba_cpu, "MIN_TOKENS_PER_THREAD", 1)
-    assert len(list(numba_cpu._parts(pages, rows, 0, 5))) == 3
+    monkeypatch.setattr(operations, "MIN_TOKENS_PER_THREAD", 1)
+    assert len(list(operations._parts(pages, rows, 0, 5))) == 3
     threaded = torch.empty_like(together)
-    numba_cpu.decode(pages, q, rows, 0, 5, 0.3, threaded)
+    operations.decode(pages, q, rows, 0, 5, 0.3, threaded)
     assert torch.equal(threaded, together)
 
 
@@ -95,7 +96,7 @@ def test_result_does_not_depend_on_the_batch_or_threads(
 def test_large_scores_stay_finite(filled: Callable[..., HeadPages], shift: float) -> None:
     """Scores of any size, rising over the blocks, so that the running maximum moves."""
     pages = filled([[0], [700]], 16)
-    k, _ = reference.gather(pages, 1, 0)
+    k, _ = torch_decode.gather(pages, 1, 0)
     ids = pages.page_table[1, 0, :44].long()
     flat = pages.keys[ids].reshape(-1, 16)
     flat[:700, 0] = torch.linspace(0, 60, 700) + shift
@@ -103,8 +104,8 @@ def test_large_scores_stay_finite(filled: Callable[..., HeadPages], shift: float
     q = torch.zeros((1, 1, 16))
     q[..., 0] = 1.0
     out, want = torch.empty((1, 1, 16)), torch.empty((1, 1, 16))
-    numba_cpu.decode(pages, q, torch.tensor([1]), 0, 1, 1.0, out)
-    reference.decode(pages, q, torch.tensor([1]), 0, 1, 1.0, want)
+    operations.decode(pages, q, torch.tensor([1]), 0, 1, 1.0, out)
+    torch_decode.decode(pages, q, torch.tensor([1]), 0, 1, 1.0, want)
     # Scores near 4e4 are themselves known to 0.004 only.
     tolerance = 4e-3 if shift < 0 else 1e-4
     torch.testing.assert_close(out, want, atol=tolerance, rtol=tolerance)
@@ -114,11 +115,11 @@ def test_large_scores_stay_finite(filled: Callable[..., HeadPages], shift: float
 def test_one_request_with_nan_leaves_the_others_alone(filled: Callable[..., HeadPages]) -> None:
     pages = filled(LENS, 32)
     q, rows, good = batch(pages, 5, 2, [1, 2, 3])
-    numba_cpu.decode(pages, q, rows, 0, 5, 0.3, good)
+    operations.decode(pages, q, rows, 0, 5, 0.3, good)
     q = q.clone()
     q[1] = torch.nan
     out = torch.empty_like(good)
-    numba_cpu.decode(pages, q, rows, 0, 5, 0.3, out)
+    operations.decode(pages, q, rows, 0, 5, 0.3, out)
     assert torch.equal(out[[0, 2]], good[[0, 2]])
     held = (pages.lens[2] > 0).repeat_interleave(2)
     assert bool(out[1, held].isnan().all())
@@ -136,11 +137,11 @@ def test_bad_shapes_are_refused(filled: Callable[..., HeadPages]) -> None:
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
-            numba_cpu.decode(*arguments)
+            operations.decode(*arguments)
     odd = HeadPages.create(1, 2, 1, 1, 12, torch.float32)
     q = torch.zeros((1, 1, 12))
     with pytest.raises(ValueError, match="multiple of 8"):
-        numba_cpu.decode(odd, q, torch.tensor([1]), 0, 1, 1.0, q.clone())
+        operations.decode(odd, q, torch.tensor([1]), 0, 1, 1.0, q.clone())
 
 
 def test_bfloat16_rounds_to_nearest_even() -> None:

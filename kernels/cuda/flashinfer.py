@@ -2,25 +2,26 @@
 """Decode attention through FlashInfer's FA2 tensor-core paged kernel, planned on the device.
 
 UNTESTED ON A GPU: written from the sources of FlashInfer 0.6.18; `bench/gpu_check.py` is the first
-run. `check_flashinfer` at start-up refuses a FlashInfer whose private plan layout differs.
+run. `flashinfer_check` at start-up refuses a FlashInfer whose private plan layout differs.
 
 Heads are folded into the batch: q [bs, n * g, D] is seen as [bs * n, g, D], one row per (request,
-head), with one KV head and its own page list. `plan` runs once per step for all layers and `run`
+head), with one KV head and its own page list. `plan` runs once per step for all layers and `decode`
 once per layer. Neither waits for the device nor allocates outside the caller's CUDA graph pool, and
 all buffers that FlashInfer reads keep their address, so both can be captured.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .pages import PAGE_TOKENS, HeadPages
-from .plan import Fold, Tiles, csr_starts, plan_tiles
+from fairkv_sglang.kernels.pages import PAGE_TOKENS, HeadPages
+
+from .tiles import Fold, Tiles, csr_starts, plan_tiles
 
 TESTED = ("0.6.15", "0.6.15.post1", "0.6.18", "0.7.2")
 """FlashInfer versions whose plan layout was read in source and found equal."""
@@ -136,34 +137,58 @@ class Workspace:
         return _aligned(tiles * group * head_dim * out_bytes) + _aligned(tiles * group * 4)
 
 
-class FlashInferDecode:
-    """Folded decode of one rank for a fixed batch size.
+def batch_bucket(batch: int) -> int:
+    """Batch size that a plan is made for; eager batches are padded up to it with row 0.
+
+    Every size has buffers of its own, so sizes are few; they include SGLang's usual graph sizes.
+    """
+    if batch <= 8:
+        return max(1, 1 << (batch - 1).bit_length())
+    step = 8 if batch <= 64 else 32
+    return -(-batch // step) * step
+
+
+class _Planned:
+    """What is planned for one batch size, in buffers of its own."""
+
+    def __init__(self, decoder: FlashInferDecoder, bs: int) -> None:
+        pages, group, device = decoder.pages, decoder.group, decoder.pages.device
+        self.bs = bs
+        self.fold = Fold.create(bs, list(decoder.lane_start), device)
+        self.workspace = Workspace(self.fold.rows, decoder.spare, device)
+        layers, width = self.fold.cell.shape
+        self.kv_indptr = torch.zeros((layers, width + 1), dtype=torch.int32, device=device)
+        self.last_page_len = torch.zeros((layers, width), dtype=torch.int32, device=device)
+        self.qo_indptr = torch.arange(width + 1, dtype=torch.int32, device=device)
+        sizes = (group, pages.head_dim, pages.dtype.itemsize)
+        self.infos = [self.workspace.plan_info(layer, *sizes) for layer in range(layers)]
+        need = self.workspace.float_bytes(*sizes)
+        if decoder.float_workspace is None or decoder.float_workspace.numel() < need:
+            decoder.float_workspace = torch.empty(need, dtype=torch.uint8, device=device)
+        self.float_workspace = decoder.float_workspace
+
+
+class FlashInferDecoder:
+    """Folded decode of one rank; the plan of all layers is made on the device.
 
     Args:
         pages: the rank's head pages on a CUDA device; float16 or bfloat16.
-        bs: batch size, padding rows included. One object per captured batch size; the float
-            workspace may be shared (`float_workspace`).
         lane_start: L + 1 lane numbers, layer l has lanes lane_start[l] : lane_start[l + 1].
         group: query heads per KV head.
         scale: softmax scale.
         spare: tiles beyond one per row; None = two per multiprocessor.
-        kv_indices: page lists of another object over the same pages; one plan is live at a time,
-            so all batch sizes can share them.
-        module: what runs the plan; None: FlashInfer's kernel. `flashinfer_model` has another for
-            checks.
+        longest_first: order of the tiles.
+        module: what runs the plan; None: FlashInfer's kernel. Checks have another one.
     """
 
     def __init__(
         self,
         pages: HeadPages,
-        bs: int,
-        lane_start: list[int],
+        lane_start: Sequence[int],
         group: int,
         scale: float,
         spare: int | None = None,
-        float_workspace: torch.Tensor | None = None,
         longest_first: bool = True,
-        kv_indices: torch.Tensor | None = None,
         module: Any = None,
     ) -> None:
         if pages.dtype not in (torch.float16, torch.bfloat16):
@@ -179,56 +204,72 @@ class FlashInferDecode:
         device = pages.device
         if spare is None:
             spare = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-        self.pages, self.bs, self.group, self.scale = pages, bs, group, float(scale)
+        self.pages, self.lane_start, self.group, self.scale = pages, lane_start, group, float(scale)
         self.spare, self.longest_first = spare, longest_first
-        self.heads = [b - a for a, b in itertools.pairwise(lane_start)]
-        self.fold = Fold.create(bs, lane_start, device)
-        self.workspace = Workspace(self.fold.rows, spare, device)
-        layers, width = self.fold.cell.shape
-        self.kv_indptr = torch.zeros((layers, width + 1), dtype=torch.int32, device=device)
-        self.last_page_len = torch.zeros((layers, width), dtype=torch.int32, device=device)
-        self.qo_indptr = torch.arange(width + 1, dtype=torch.int32, device=device)
-        # Masked loads may compute an address a tile past the last entry.
-        if kv_indices is None:
-            kv_indices = torch.zeros(pages.num_pages + 1024, dtype=torch.int32, device=device)
-        self.kv_indices = kv_indices
-        size = pages.k_pages.element_size()
-        need = self.workspace.float_bytes(group, pages.head_dim, size)
-        if float_workspace is None:
-            float_workspace = torch.empty(need, dtype=torch.uint8, device=device)
-        if float_workspace.numel() * float_workspace.element_size() < need:
-            raise ValueError(f"float workspace: {need} bytes needed")
-        self.float_workspace = float_workspace
-        self.infos = [
-            self.workspace.plan_info(layer, group, pages.head_dim, size) for layer in range(layers)
-        ]
+        # One plan is live at a time, so all batch sizes share the page lists. Masked loads may
+        # compute an address a tile past the last entry.
+        self.kv_indices = torch.zeros(pages.num_pages + 1024, dtype=torch.int32, device=device)
+        self.float_workspace: torch.Tensor | None = None
         self.k = pages.k_pages.unsqueeze(2)  # [pages, 16, 1 head, D]
         self.v = pages.v_pages.unsqueeze(2)
         self.module = module or load_module(pages.dtype, pages.head_dim)
+        self._by_batch: dict[int, _Planned] = {}
+        self._current: _Planned | None = None
+
+    def _sized(self, batch: int) -> _Planned:
+        size = batch_bucket(batch)
+        if size not in self._by_batch:
+            self._by_batch[size] = _Planned(self, size)
+        return self._by_batch[size]
+
+    def reserve(self, max_batch: int) -> None:
+        """Allocate for the largest batch of a CUDA graph, so that all sizes share its workspace."""
+        self._sized(max_batch)
 
     def plan(self, rows: torch.Tensor) -> None:
-        """Once per step, after `ops.grow`: work lists of all layers for rows int64 [bs]."""
-        state = self.pages
-        lens = self.fold.lens(state.lens, state.owned, rows)
+        """Once per step, after `grow`: work lists of all layers for rows int64 [bs]."""
+        state, self._current = self.pages, self._sized(rows.shape[0])
+        to, rows = self._current, _padded(rows, self._current.bs)
+        lens = to.fold.lens(state.lens, state.owned, rows)
         tiles = plan_tiles(lens, self.spare, longest_first=self.longest_first)
-        self.workspace.write(tiles)
-        self.kv_indptr.copy_(csr_starts(tiles.pages))
-        self.last_page_len.copy_(tiles.last_page_len)
-        gather_pages(
-            state.page_table, rows, self.fold, tiles.pages, self.kv_indptr, self.kv_indices
-        )
+        to.workspace.write(tiles)
+        to.kv_indptr.copy_(csr_starts(tiles.pages))
+        to.last_page_len.copy_(tiles.last_page_len)
+        gather_pages(state.page_table, rows, to.fold, tiles.pages, to.kv_indptr, self.kv_indices)
 
-    def run(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
-        """Attention of one layer. q, out: [bs, n * g, D] of the pages' dtype, out contiguous."""
-        n, rows = self.heads[layer], self.fold.rows[layer]
+    def decode(
+        self,
+        q: torch.Tensor,
+        rows: torch.Tensor,
+        layer: int,
+        lanes: int,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Attention of one layer, all of its lanes. q, out: [bs, n * g, D] of the pages' dtype."""
+        planned = self._current
+        if planned is None:
+            raise RuntimeError("FairKV: decode without a plan for this step")
+        if scale != self.scale:
+            raise ValueError(f"layer {layer} has softmax scale {scale}, planned was {self.scale}")
+        n = self.lane_start[layer + 1] - self.lane_start[layer]
+        if q.shape != (rows.shape[0], n * self.group, self.pages.head_dim) or out.shape != q.shape:
+            raise ValueError(f"layer {layer}: q and out must be [batch, {n * self.group}, D]")
+        if planned.bs == q.shape[0]:
+            self._run(planned, layer, q, out)
+            return
+        wide = torch.empty((planned.bs, *out.shape[1:]), dtype=out.dtype, device=out.device)
+        self._run(planned, layer, _padded(q, planned.bs), wide)
+        out.copy_(wide[: out.shape[0]])
+
+    def _run(self, planned: _Planned, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
+        rows = planned.fold.rows[layer]
         shape = (rows, self.group, self.pages.head_dim)
-        if q.shape != (self.bs, n * self.group, self.pages.head_dim) or out.shape != q.shape:
-            raise ValueError(f"layer {layer}: q and out must be [{self.bs}, {n * self.group}, D]")
         self.module.paged_run(
-            self.float_workspace, self.workspace.buffer, self.infos[layer],
+            planned.float_workspace, planned.workspace.buffer, planned.infos[layer],
             q.contiguous().view(shape), self.k, self.v,
-            self.qo_indptr[: rows + 1], self.kv_indptr[layer, : rows + 1], self.kv_indices,
-            self.last_page_len[layer, :rows], out.view(shape),
+            planned.qo_indptr[: rows + 1], planned.kv_indptr[layer, : rows + 1], self.kv_indices,
+            planned.last_page_len[layer, :rows], out.view(shape),
             None,  # log-sum-exp
             0,  # mask mode: none
             0,  # layout: NHD
@@ -240,8 +281,16 @@ class FlashInferDecode:
             None, None, None,  # scales of q, k, v
             1.0, 1e4,  # rope, not applied
             0,
-            self.float_workspace.numel() * self.float_workspace.element_size(),
+            planned.float_workspace.numel(),
         )  # fmt: skip
+
+
+def _padded(values: torch.Tensor, size: int) -> torch.Tensor:
+    """``values`` with zeros up to ``size`` rows; row 0 of the request table owns no lane."""
+    missing = size - values.shape[0]
+    if missing == 0:
+        return values
+    return torch.cat([values, values.new_zeros((missing, *values.shape[1:]))])
 
 
 def load_module(dtype: torch.dtype, head_dim: int) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from .pages import PAGE_TOKENS, HeadPages
+from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages
 
 KINDS = ("uniform", "lognormal", "heavy")
 

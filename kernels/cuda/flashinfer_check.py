@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import torch
 
-from . import reference
-from .flashinfer_decode import PLAN_FIELDS, TESTED, FlashInferDecode, Workspace, load_module
-from .pages import PAGE_TOKENS
-from .plan import plan_tiles
-from .workload import resident
+from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages, torch_decode
+
+from .flashinfer import PLAN_FIELDS, TESTED, FlashInferDecoder, Workspace, load_module
+from .tiles import plan_tiles
 
 LENS = (700, 16, 129, 1, 2050, 300)
 """No empty row, which FlashInfer gives a tile, and rows of several tiles, without which FlashInfer
@@ -106,15 +105,22 @@ def _flashinfer_plan(
 def _assert_decode_matches_torch(
     dtype: torch.dtype, head_dim: int, group: int, device: torch.device
 ) -> None:
-    pages = resident(torch.tensor([[300, 17], [5, 0]]), head_dim, dtype, device, scattered=True)
+    pages = HeadPages.create(30, 3, 2, 20, head_dim, dtype, device, by_columns=False)
+    everything = torch.ones(2, dtype=torch.uint8, device=device)
+    positions = torch.arange(300, device=device)
+    for row, lens in enumerate(([300, 17], [5, 0]), 1):
+        pages.kernels.set_owned(pages, row, everything)
+        k, v = torch.randn((2, 300, 2, head_dim), device=device).to(dtype)
+        counts = torch.tensor(lens, device=device)
+        pages.kernels.store_kept(pages, row, 0, k, v, positions, positions.repeat(2, 1), counts)
     rows = torch.tensor([1, 0, 2], device=device)
     q = torch.randn((3, 2 * group, head_dim), device=device).to(dtype)
     scale = head_dim**-0.5
-    runner = FlashInferDecode(pages, 3, [0, 2], group, scale)
+    decoder = FlashInferDecoder(pages, [0, 2], group, scale)
     out, want = torch.empty_like(q), torch.empty_like(q)
-    runner.plan(rows)
-    runner.run(0, q, out)
-    reference.decode(pages, q, rows, 0, 2, scale, want)
+    decoder.plan(rows)
+    decoder.decode(q, rows, 0, 2, scale, out)
+    torch_decode.decode(pages, q, rows, 0, 2, scale, want)
     if bool((out[want == 0] != 0).any()):
         raise RuntimeError("FlashInfer decode: a row without pages is not exactly zero")
     worst = float((out.float() - want.float()).abs().max())

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain torch reference of every operation on head pages: slow, obvious, on any device.
 
-It is the oracle of the tests. Shapes and meaning are those of `ops`; here each operation is
-written in as few lines as possible, with Python loops and host synchronisation. Where an arena or
-a page table would overflow it raises RuntimeError and changes nothing.
+It is the oracle of the tests and of the checks on a GPU. Shapes and meaning are those of
+`kernels.interface`; here each operation is written in as few lines as possible, with Python loops
+and host synchronisation. Where an arena or a page table would overflow it raises RuntimeError and
+changes nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .pages import (
+from fairkv_sglang.kernels.pages import (
     ERROR_INDEX,
     ERROR_NO_FREE_PAGE,
     ERROR_ROW_FULL,
@@ -20,6 +21,19 @@ from .pages import (
     HeadPages,
     describe_error,
 )
+from fairkv_sglang.kernels.torch_decode import decode, gather
+
+__all__ = [
+    "append",
+    "decode",
+    "gather",
+    "grow",
+    "pooled",
+    "release",
+    "set_owned",
+    "snapkv_score",
+    "store_kept",
+]
 
 
 def _held(pages: HeadPages, row: int, lane: int) -> int:
@@ -101,33 +115,6 @@ def append(pages: HeadPages, slots: torch.Tensor, k: torch.Tensor, v: torch.Tens
     page, offset, keys = slots[live] // PAGE_TOKENS, slots[live] % PAGE_TOKENS, pages.keys
     keys[page, offset] = k[live].unflatten(1, keys.shape[2:])
     pages.v_pages.view(-1, pages.head_dim)[slots[live]] = v[live]
-
-
-def gather(pages: HeadPages, row: int, lane: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V rows ``[len, D]`` that (row, lane) holds, in order, copied out of the pages."""
-    n = int(pages.lens[row, lane])
-    ids = pages.page_table[row, lane, : _held(pages, row, lane)].long()
-    k, v = pages.keys[ids], pages.v_pages[ids]
-    return k.reshape(-1, pages.head_dim)[:n], v.reshape(-1, pages.head_dim)[:n]
-
-
-def decode(
-    pages: HeadPages,
-    q: torch.Tensor,
-    rows: torch.Tensor,
-    lane_lo: int,
-    n: int,
-    scale: float,
-    out: torch.Tensor,
-) -> None:
-    g = q.shape[1] // n
-    out.zero_()
-    for i, r in enumerate(rows.tolist()):
-        for h in range(n):
-            k, v = (t.double() for t in gather(pages, r, lane_lo + h))
-            if pages.owned[r, lane_lo + h] and len(k):
-                qh = q[i, h * g : (h + 1) * g].double()
-                out[i, h * g : (h + 1) * g] = ((qh @ k.T * scale).softmax(-1) @ v).to(out.dtype)
 
 
 def snapkv_score(

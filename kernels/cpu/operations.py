@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operations of `ops` on CPU tensors: argument checks around the compiled numba kernels."""
+"""The operations of `interface` on CPU tensors: checks around the compiled numba kernels."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import numba_decode, numba_pages, numba_score, simd
-from .pages import ERROR_ROW_NOT_EMPTY, PADDING_ROW, PAGE_TOKENS, HeadPages, describe_error
+from fairkv_sglang.kernels.pages import (
+    ERROR_ROW_NOT_EMPTY,
+    PADDING_ROW,
+    PAGE_TOKENS,
+    HeadPages,
+    describe_error,
+)
+
+from . import attention, bookkeeping, score, simd
 
 CODES = {torch.float32: simd.F32, torch.bfloat16: simd.BF16, torch.float16: simd.F16}
 MIN_TOKENS_PER_THREAD = 512
@@ -65,11 +72,11 @@ def grow(pages: HeadPages, rows: torch.Tensor, slots: torch.Tensor) -> None:
     if slots.shape != (rows.shape[0], pages.lanes):
         want = [rows.shape[0], pages.lanes]
         raise ValueError(f"slots must be {want} (rows x lanes), got {list(slots.shape)}")
-    _check(numba_pages.grow(*_state(pages), rows.numpy(), slots.numpy()))
+    _check(bookkeeping.grow(*_state(pages), rows.numpy(), slots.numpy()))
 
 
 def release(pages: HeadPages, rows: torch.Tensor) -> None:
-    _check(numba_pages.release(*_state(pages), rows.numpy()))
+    _check(bookkeeping.release(*_state(pages), rows.numpy()))
 
 
 def store_kept(
@@ -92,7 +99,7 @@ def store_kept(
     v = _bytes(v_pool, "v_pool", shape, pages.dtype)
     arena = _arena(pages)
     _check(
-        numba_pages.store_kept(
+        bookkeeping.store_kept(
             *_state(pages), row, lane_lo, *arena, *k, *v, k_pool.shape[0],
             token_slots.numpy(), kept_idx.numpy(), counts.numpy(), taken,
         )
@@ -103,7 +110,7 @@ def append(pages: HeadPages, slots: torch.Tensor, k: torch.Tensor, v: torch.Tens
     shape = (*slots.shape, pages.head_dim)
     of_k = _bytes(k, "k", shape, pages.dtype)
     of_v = _bytes(v, "v", shape, pages.dtype)
-    numba_pages.append(slots.numpy(), *_arena(pages), *of_k, *of_v)
+    bookkeeping.append(slots.numpy(), *_arena(pages), *of_k, *of_v)
 
 
 @functools.cache
@@ -118,7 +125,7 @@ def _kernel(dtype: torch.dtype, group: int, dim: int) -> Callable[..., None]:
         raise ValueError(f"CPU decode supports {known}, got {dtype}")
     if dim % 8:
         raise ValueError(f"CPU decode needs a head dimension that is a multiple of 8, got {dim}")
-    return numba_decode.kernel(CODES[dtype], group, dim)
+    return attention.kernel(CODES[dtype], group, dim)
 
 
 def _parts(pages: HeadPages, rows: torch.Tensor, lane_lo: int, n: int) -> Iterable[tuple[int, int]]:
@@ -155,7 +162,7 @@ def decode(
     run = _kernel(pages.dtype, group, pages.head_dim)
     head = (*_state(pages)[:3], rows.numpy(), lane_lo, n)
     tail = (*_arena(pages)[:2], *of_q, to, to_row)
-    scale = scale * numba_decode.LOG2_E
+    scale = scale * attention.LOG2_E
     first, *others = _parts(pages, rows, lane_lo, n)
     if not others:
         run(*head, *first, *tail, scale)
@@ -167,4 +174,4 @@ def decode(
         job.result()
 
 
-snapkv_score = numba_score.snapkv_score
+snapkv_score = score.snapkv_score

@@ -11,7 +11,7 @@ nothing is summed across lanes. Sums over values are kept with even and odd colu
 `store_row`.
 
 Addresses are integers; `heads`, `dim` and `code` are compile-time constants. LLVM splits vectors
-where the CPU has narrower registers. numba's on-disk cache of `numba_decode` does not see a change
+where the CPU has narrower registers. numba's on-disk cache of `attention` does not see a change
 of this file: touch that file too.
 """
 

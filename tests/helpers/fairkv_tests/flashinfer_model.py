@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlashInfer's planner and FA2 paged kernel restated in plain Python: the oracle of checks.
 
-`plan` writes arrays that FlashInfer's kernel reads through byte offsets. Here is what that planner
-(`PrefillSplitQOKVIndptr`, include/flashinfer/attention/scheduler.cuh, 0.6.18) and that kernel do
-with them, one row and one tile at a time, so that the plan can be checked where there is no GPU.
+`kernels/cuda` writes arrays that FlashInfer's kernel reads through byte offsets. Here is what that
+planner (`PrefillSplitQOKVIndptr`, include/flashinfer/attention/scheduler.cuh, 0.6.18) and that
+kernel do with them, one row and one tile at a time, so that the plan can be checked where there is
+no GPU.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .pages import PAGE_TOKENS
-from .plan import CHUNK
+from fairkv_sglang.kernels import PAGE_TOKENS
+from fairkv_sglang.kernels.cuda.tiles import CHUNK
 
 
 def scalar_plan(lens: list[int], spare: int) -> tuple[int, list[int], list[tuple[int, int]]]:
@@ -41,7 +42,7 @@ def _require(ok: bool, what: str) -> None:
 
 
 class FlashInferModel:
-    """Stands in for FlashInfer's module in `FlashInferDecode(module=...)`; any device, slow.
+    """Stands in for FlashInfer's module in `FlashInferDecoder(module=...)`; any device, slow.
 
     Raises RuntimeError where FlashInfer would read past a buffer or get what it does not expect.
     """

@@ -12,10 +12,9 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
-
-from .reference import pooled
 
 LOG2_E = math.log2(math.e)
 KEYS = 64
@@ -93,7 +92,7 @@ def _columns(  # type: ignore[no-untyped-def]
 def snapkv_score(
     q: torch.Tensor, k: torch.Tensor, scale: float, kernel: int = 7, pooling: str = "max"
 ) -> torch.Tensor:
-    """`ops.snapkv_score` on CUDA tensors; any strides with a contiguous last dimension."""
+    """`Kernels.snapkv_score` on CUDA tensors; any strides with a contiguous last dimension."""
     rows, n, group, dim = q.shape
     total = k.shape[0]
     scored = max(total - rows, 0)
@@ -111,4 +110,7 @@ def snapkv_score(
     top = stats[0].amax(1, keepdim=True)
     lse = (top + (stats[1] * torch.exp2(stats[0] - top)).sum(1, keepdim=True).log2()).squeeze(1)
     _columns[grid](q, k, lse.contiguous(), attention, base2, total, scored, *strides, **sizes)
-    return pooled(attention, kernel, pooling)
+    if kernel > 1:
+        pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
+        attention = pool(attention, kernel, stride=1, padding=kernel // 2)
+    return attention.mean(1)

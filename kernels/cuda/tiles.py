@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .pages import PAGE_TOKENS
+from fairkv_sglang.kernels.pages import PAGE_TOKENS
 
 CHUNK = 128
 """Smallest tile in tokens, and the unit of larger ones: what the FA2 kernel reads per iteration."""
