@@ -16,6 +16,9 @@ from fairkv_sglang.memory.sizing import MemoryDivision
 from fairkv_sglang.patches.ledger import Hook
 from fairkv_sglang.runtime import FairKVRuntime, get_runtime
 
+ERRORS = "fairkv_errors"
+"""Attribute of a pass's result: the ticket of its device errors."""
+
 
 def after_alloc_for_extend(result: Any, batch: Any) -> None:
     """A prompt (or its next chunk) got its slots: fix owners, charge its head pages."""
@@ -156,6 +159,23 @@ def before_forward_batch(
     return None
 
 
+def after_forward_batch(result: Any, *args: Any, **kwargs: Any) -> Any:
+    """On the forward stream: the pass is launched, its device errors follow it."""
+    setattr(result, ERRORS, get_runtime().book.errors.send())
+    return result
+
+
+def before_process_result(scheduler: Any, batch: Any, result: Any) -> None:
+    """Device errors are looked at before any of the pass's tokens is given out.
+
+    Raises:
+        RuntimeError: if a kernel reported one; SGLang then stops the server.
+    """
+    ticket = getattr(result, ERRORS, None)
+    if ticket is not None:
+        get_runtime().book.errors.check(ticket)
+
+
 _ALLOCATOR = "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator"
 
 _BEAM = "sglang.srt.beam_search.coordinator"
@@ -240,6 +260,23 @@ HOOKS: tuple[Hook, ...] = (
         why="only the schedule batch knows which prompts end in a pass",
         since="0.5.17",
         upstream="sglang/srt/managers/tp_worker.py",
+    ),
+    Hook(
+        target="sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
+        kind="after",
+        function=after_forward_batch,
+        why="errors of device kernels come back with the result of their pass",
+        since="0.5.17",
+        upstream="sglang/srt/managers/tp_worker.py",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        kind="before",
+        function=before_process_result,
+        why="a rank with a device error must stop before it gives out a token",
+        since="0.5.17",
+        upstream="sglang/srt/managers/scheduler.py",
+        test="tests/patches/test_scheduling.py",
     ),
     *_BEAM_HOOKS,
 )

@@ -22,8 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from fairkv_sglang.budgets import BudgetScope
-from fairkv_sglang.kernels.pages import HeadPages
+from fairkv_sglang.kernels.pages import HeadPages, describe_error
 from fairkv_sglang.memory.demand import PageDemand
+from fairkv_sglang.memory.device_errors import DeviceErrors
 from fairkv_sglang.memory.ledger import PageLedger
 from fairkv_sglang.memory.residents import Residents
 from fairkv_sglang.parallel import RankHeads
@@ -103,6 +104,7 @@ class RowBook:
         self.router = router
         self.ledger = ledger
         self.pages = pages
+        self.errors = DeviceErrors(pages.error)
         self.dense_capacity = pool_tokens
         plan = heads.plan
         self.residents = Residents(plan.num_layers, plan.tp_size, plan.num_kv_heads)
@@ -259,6 +261,8 @@ class RowBook:
         if np.any(self.ledger.held != 0) or len(self.ledger):
             held = self.ledger.held.tolist()
             problems.append(f"FairKV: head pages still charged at idle: {held}")
+        if bits := int(self.pages.error):
+            problems.append(f"FairKV: a device kernel reported: {describe_error(bits)}")
         used = self.pages.num_used
         if used:
             problems.append(f"FairKV: {used} head pages leaked on rank {self.heads.rank}")

@@ -152,7 +152,7 @@ def test_lanes_close_gaps_with_their_pages() -> None:
     table.take(1, 0, 0)  # its requests have left; slots count over layers
     book.pages.owned[1, 4] = 0
     for layer in (0, 1):
-        ops.store_kept(
+        book.pages.kernels.store_kept(
             book.pages, 1, 4 * layer, pool, pool, kept, kept.expand(3, -1), torch.full((3,), 8),
             torch.tensor([0, 1, 2, -1]),
         )  # fmt: skip

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import fairkv_sglang.runtime
 from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
+from fairkv_sglang.kernels.pages import ERROR_NO_FREE_PAGE
 from fairkv_sglang.memory.sizing import LEAST_PAGES
 from fairkv_sglang.patches import scheduling
 from fairkv_sglang.patches.prefill_budget import FairKVPrefillBudget
@@ -229,3 +230,19 @@ def test_mixed_batches_reserve_the_pages_of_running_requests(
     monkeypatch.setattr(scheduling, "get_runtime", Runtime)
     scheduling.around_create_prefill_budget(None, None, None, num_mixed_decode_tokens=5)
     assert made == [5]
+
+
+def test_a_device_error_stops_the_rank_before_its_pass_gives_out_a_token() -> None:
+    runtime, _, _ = server(1, "uniform", 1, 40)
+    book = runtime.book
+    results = [SimpleNamespace(), SimpleNamespace(), SimpleNamespace()]
+    with mock.patch.object(fairkv_sglang.runtime, "_runtime", runtime):
+        assert scheduling.after_forward_batch(results[0], None) is results[0]
+        book.pages.error.bitwise_or_(ERROR_NO_FREE_PAGE)  # as a kernel of the second pass
+        scheduling.after_forward_batch(results[1], None)
+        # SGLang is a pass ahead: the first result is good, and stays so.
+        scheduling.before_process_result(None, None, results[0])
+        with pytest.raises(RuntimeError, match="no free head page"):
+            scheduling.before_process_result(None, None, results[1])
+        scheduling.before_process_result(None, None, results[2])  # nothing ran
+    assert any("no free head page" in problem for problem in book.check_idle())

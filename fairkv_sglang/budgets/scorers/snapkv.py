@@ -30,7 +30,7 @@ class SnapKV(Scorer):
 
     The GQA group is reduced before any top-k: a head keeps one set of tokens for its whole group.
 
-    A fused kernel computes it on each kind of device; ``kernels.reference`` has it in plain torch.
+    A fused kernel computes it on each kind of device; the tests have it in plain torch.
     """
 
     name: ClassVar[str] = "snapkv"
