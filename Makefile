@@ -8,11 +8,22 @@ PYTHON ?= $(shell for name in python3.11 python3 python; do \
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
+WORKERS ?= 2
+# Tests that share an engine stay on one worker; engines come first, so that no worker ends long before the other.
+PYTEST = $(ON_SGLANG) $(BIN)/pytest $(PYTEST_ARGS)
+PARALLEL = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
+# SGLANG=0.5.23: tests run on that version's wheel, which takes precedence over the installed SGLang.
+SGLANG ?=
+ifdef SGLANG
+WHEEL := build/sglang-$(SGLANG)/complete
+ON_SGLANG := PYTHONPATH=$(abspath $(dir $(WHEEL)))
+endif
 
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install dev demo test lint types pytest sweep bench format clean
+.PHONY: help install dev demo test lint types unit engine smoke sweep bench format clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,7 +52,12 @@ dev: $(VENV)/developing  ## set up .venv for development too
 demo: $(VENV)/installed  ## a server at TP 2 with a quarter of the cache, with and without FairKV
 	$(BIN)/python demo/run.py
 
-test: lint types pytest  ## everything that has to pass: ruff, mypy, all tests but the sweep
+ifdef SGLANG
+test: engine
+else
+test: lint types  ## everything that has to pass: ruff, mypy, all tests but the sweep; SGLANG=0.5.23: engine tests on that version
+	$(PYTEST) -m "not sweep" $(PARALLEL)
+endif
 
 lint: $(VENV)/developing  ## ruff
 	$(BIN)/ruff check .
@@ -52,11 +68,23 @@ types: $(VENV)/developing  ## mypy
 	@cd build/types/fairkv_sglang && ln -s ../../../fairkv_sglang/* ../../../kernels ../../../patches ../../../bench . && rm -f __pycache__
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
 
-pytest: $(VENV)/developing  ## the tests alone; options in PYTEST_ARGS
-	$(BIN)/pytest -m "not sweep" $(PYTEST_ARGS)
+unit: $(VENV)/developing $(WHEEL)  ## the quick tests: no engine is started
+	$(PYTEST) -m "not engine and not slow and not sweep" $(PARALLEL)
+
+engine: $(VENV)/developing $(WHEEL)  ## the tests of real engines
+	$(PYTEST) -m "engine and not sweep" $(PARALLEL)
+
+smoke: $(VENV)/developing $(WHEEL)  ## all hooks, and one engine compared with stock SGLang; for another version: SGLANG=0.5.23
+	$(PYTEST) -m smoke
 
 sweep: $(VENV)/developing  ## the long tests: many placements, models and TP sizes
-	FAIRKV_SWEEP_REPORT=$(abspath docs/results) $(BIN)/pytest -m sweep $(PYTEST_ARGS)
+	FAIRKV_SWEEP_REPORT=$(abspath docs/results) $(PYTEST) -m sweep
+
+build/sglang-%/complete: | $(VENV)/bin/python
+	@rm -rf $(@D) && mkdir -p $(@D)
+	$(PIP) download -q --no-deps --dest build/wheels sglang==$*
+	$(BIN)/python -m zipfile -e build/wheels/sglang-$*-*.whl $(@D)
+	@touch $@
 
 bench: $(VENV)/installed  ## all variants side by side on a model of Qwen3-0.6B's proportions
 	$(BIN)/fairkv bench --variants all --prompts 16 --prompt-len 2048 --shared-prefix 2016 --output-len 32 --ratio 0.25

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +27,31 @@ from hypothesis import settings  # noqa: E402
 
 import fairkv_sglang  # noqa: E402, F401  (takes the repository off the import path)
 
+SERVED = {"llama", "mistral", "qwen2", "qwen3"}
+"""SGLang's model files that tests serve. Each rank would import all 240 of them, for 5 s."""
+if (_sglang := importlib.util.find_spec("sglang")) is not None and _sglang.origin:
+    _models = {file.stem for file in Path(_sglang.origin).parent.glob("srt/models/*.py")}
+    os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(sorted(_models - SERVED)))
+
 settings.register_profile("no-deadline", deadline=None)  # speed is measured in benchmarks
 settings.load_profile("no-deadline")
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads groups, pytest's -m reads marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that both workers of ``-n 2`` are busy to the end.
+
+    Tests that share something of their module (an engine, mostly) stay on one worker.
+    """
+    engines = Path(__file__).parent / "engine"
+    for item in items:
+        if engines in item.path.parents:
+            item.add_marker(pytest.mark.engine)
+        fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
+        if any(definitions[-1].scope == "module" for definitions in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    for mark in ("slow", "engine"):
+        items.sort(key=lambda item, mark=mark: item.get_closest_marker(mark) is None)
 
 
 @pytest.fixture(scope="session")

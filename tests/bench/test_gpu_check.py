@@ -284,6 +284,7 @@ def test_all_kinds_of_a_size_hold_equal_bytes() -> None:
         assert all(int(lens.min()) >= 1 for lens, _ in made)
 
 
+@pytest.mark.slow
 def test_checks_and_timings_run_on_models() -> None:
     """Triton interpreted, a model of FlashInfer's kernel, a clock that does not measure."""
     environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

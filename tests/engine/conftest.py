@@ -3,23 +3,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from fairkv_tests.engine_process import EngineProcess, ServerProcess
 from fairkv_tests.plugin_folder import PROBE, install_plugin
 from fairkv_tests.workloads import BATCH, ENGINE, MODEL, NEW_TOKENS, STRESS, STRESS_TOKENS
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here runs the real engine."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.engine)
 
 
 @pytest.fixture(scope="module")
@@ -79,30 +75,33 @@ class Stock:
 def stock(
     tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Stock]:
-    """``stock("llama")``: stock SGLang at TP 1, run once per model and closed at once."""
-    folder = tmp_path_factory.mktemp("stock")
-    probe = install_plugin(folder / "probe", "rank_probe", PROBE)
-    done: dict[Path, Stock] = {}
+    """``stock("llama")``: stock SGLang at TP 1, run once per model by whoever asks first."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all workers of this run
 
     def run(architecture: str, **shape: int) -> Stock:
         model = tiny_model(architecture=architecture, **(shape or MODEL))
-        if model not in done:
-            engine = EngineProcess(
-                model,
-                folder / f"{model.name}.log",
-                environment={"PYTHONPATH": str(probe)},
-                **ENGINE,
-            )
-            try:
-                done[model] = Stock(
-                    model,
-                    engine.generate(BATCH, NEW_TOKENS),
-                    engine.generate_each(STRESS, STRESS_TOKENS),
-                    engine.internal_states()[0],
-                    engine.log,
-                )
-            finally:
-                engine.close()
-        return done[model]
+        file = shared / f"stock-{model.name}.json"
+        with FileLock(file.with_suffix(".lock")):
+            if not file.exists():
+                file.write_text(json.dumps(_run_stock(model, shared)))
+        return Stock(model, **json.loads(file.read_text()))
 
     return run
+
+
+def _run_stock(model: Path, folder: Path) -> dict[str, Any]:
+    """All of :class:`Stock` but the model."""
+    probe = install_plugin(folder / f"probe-{model.name}", "rank_probe", PROBE)
+    log = folder / f"stock-{model.name}.log"
+    engine = EngineProcess(model, log, environment={"PYTHONPATH": str(probe)}, **ENGINE)
+    try:
+        return {
+            "outputs": engine.generate(BATCH, NEW_TOKENS),
+            "stress_outputs": engine.generate_each(STRESS, STRESS_TOKENS),
+            "state": engine.internal_states()[0],
+            "log": engine.log,
+        }
+    finally:
+        engine.close()

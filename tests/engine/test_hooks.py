@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +56,26 @@ for hook in hooks:
     delattr(owner, name)
     deleted = refusal()
     setattr(owner, name, patched)
-    results["hooks"][f"{hook.kind} {hook.target}"] = [replaced, deleted, hook.why, hook.test]
+    results["hooks"][f"{hook.kind} {hook.target}"] = [
+        replaced, deleted, hook.why, hook.test, bool(hook.since and hook.upstream)
+    ]
 results["after"] = verify_hooks()
+
+from sglang.srt.managers import schedule_batch
+from sglang.srt.mem_cache import allocation
+results["imported by name"] = schedule_batch.alloc_for_decode is allocation.alloc_for_decode
+from sglang.srt.beam_search.coordinator import BeamCoordinator
+coordinator = BeamCoordinator(
+    model_config=None, spec_algorithm=None, dllm_enabled=False, max_req_len=9, future_map=None,
+    req_to_token_pool=None, token_to_kv_pool_allocator=None, tree_cache=None,
+)
+results["beam"] = coordinator.validate_and_init(None, None)
 print(json.dumps(results))
 """
 
 
-@cache
-def _results() -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
     """What a process says from which each hook was taken away in turn."""
     done = subprocess.run(
         [sys.executable, "-c", _TAKE_AWAY], capture_output=True, text=True, timeout=300, check=False
@@ -73,36 +84,38 @@ def _results() -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_all_hooks_apply_to_this_sglang() -> None:
+@pytest.mark.smoke
+def test_all_hooks_apply_to_this_sglang(results: dict[str, Any]) -> None:
     """From none to all; the check sees the difference."""
-    results = _results()
-    assert "FairKV cannot run" in results["before"]
+    assert "FairKV cannot run" in results["before"] and "load_model" in results["before"]
     assert len(results["targets"]) == len(results["hooks"])
     assert results["after"] == results["targets"]
+    assert results["imported by name"]  # other modules see the function that is hooked
+    assert "FairKV" in results["beam"]
 
 
-def test_each_hook_taken_away_is_named() -> None:
+def test_each_hook_taken_away_is_named(results: dict[str, Any]) -> None:
     """Overwritten by other code, or without a target in this SGLang: name and reason."""
-    for label, (replaced, deleted, why, _) in _results()["hooks"].items():
+    for label, (replaced, deleted, why, *_) in results["hooks"].items():
         target = label.split()[1]
         assert replaced and target in replaced and "did not take effect" in replaced, label
         # a base class may still have an attribute of that name, which then lacks the hook
         assert deleted and target in deleted, label
         assert "has no target in this SGLang" in deleted or "did not take effect" in deleted
-        first = next(w for k, (_, _, w, _) in _results()["hooks"].items() if target in k.split())
+        first = next(row[2] for k, row in results["hooks"].items() if target in k.split())
         assert why in replaced or first in replaced
 
 
-def test_the_hook_that_checks_the_others_is_missed_too() -> None:
+def test_the_hook_that_checks_the_others_is_missed_too(results: dict[str, Any]) -> None:
     """Without the hook on ``load_model`` there is no rank state, and who asks for it says why."""
-    assert "ModelRunner.load_model did not take effect" in _results()["no runtime"]
+    assert "ModelRunner.load_model did not take effect" in results["no runtime"]
 
 
-def test_each_hook_names_a_test_that_exists() -> None:
-    """The ledger's last column."""
+def test_rows_of_the_ledger_are_complete(results: dict[str, Any]) -> None:
+    """Reason, version, place upstream, and a test that exists."""
     root = Path(__file__).parents[2]
-    tests = {row[3] for row in _results()["hooks"].values()}
-    assert tests and all((root / test).is_file() for test in tests)
+    for label, (_, _, why, test, complete) in results["hooks"].items():
+        assert why and complete and test.startswith("tests/") and (root / test).is_file(), label
 
 
 # Nothing but the check would notice: twins would keep old weights after an update.
@@ -123,8 +136,12 @@ HookRegistry.register = drop
 
 @pytest.mark.parametrize(
     ("code", "target"),
-    [(_MISSING, "WeightUpdater.update_weights_from_tensor"), (_DROPPED, "check_decode_capacity")],
-    ids=["renamed-upstream", "never-registered"],
+    [
+        pytest.param(_MISSING, "WeightUpdater.update_weights_from_tensor", id="renamed-upstream"),
+        pytest.param(
+            _DROPPED, "check_decode_capacity", id="never-registered", marks=pytest.mark.sweep
+        ),
+    ],
 )
 def test_start_stops_with_the_hooks_name(
     tiny_model: Callable[..., Path], tmp_path: Path, code: str, target: str

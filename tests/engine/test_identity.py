@@ -75,7 +75,15 @@ def _run(
 SEEDS = {2: 1, 4: 2}
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    "tp_size",
+    [
+        pytest.param(1, marks=pytest.mark.smoke),
+        # such placements are in test_prefill and test_memory at TP 2, below at TP 4
+        pytest.param(2, marks=pytest.mark.sweep),
+        pytest.param(4, marks=pytest.mark.sweep),
+    ],
+)
 def test_llama_equals_stock(stock: Callable[[str], Any], tmp_path: Path, tp_size: int) -> None:
     """TP 2 and 4 with uneven, permuted and copied heads, some of which leave their home."""
     reference = stock("llama")
@@ -97,30 +105,14 @@ def test_fewer_heads_than_ranks_equal_the_model_itself(
     assert outputs == hugging_face_outputs(model, BATCH, NEW_TOKENS)
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [pytest.param("qwen2", marks=pytest.mark.sweep), "qwen3", "mistral"],  # see test_weights
-)
+@pytest.mark.sweep  # Qwen3 is in test_prefill, Qwen2 in test_weights
+@pytest.mark.parametrize("architecture", ["qwen2", "mistral"])
 def test_other_architectures_equal_the_model_itself(
     tiny_model: Callable[..., Path], tmp_path: Path, architecture: str
 ) -> None:
-    """Biases (Qwen2), q/k norms (Qwen3), at TP 2 with a random placement, against transformers.
-
-    Mistral is started as a user of stock SGLang would: plain ``sglang.Engine`` with a file named in
-    the environment.
-    """
+    """At TP 2 with a random placement, against transformers."""
     model = tiny_model(architecture=architecture, **MODEL)
-    plan = write_plan(tmp_path, 2, 3)
-    start: dict[str, Any] = {"fairkv": {**FULL, "plan": plan}}
-    if architecture == "mistral":
-        file = tmp_path / "fairkv.yaml"
-        file.write_text(f"ratio: 1.0\nplan: {plan}\nreplan: 'off'\n")
-        start = {"environment": {"FAIRKV_CONFIG": str(file)}}
-    engine = EngineProcess(model, tmp_path / "log", tp_size=2, **start, **ENGINE)
-    try:
-        outputs = _outputs(engine, "random", BATCH)
-    finally:
-        engine.close()
+    outputs = _run(model, tmp_path, 2, write_plan(tmp_path, 2, 3), "random")
     assert outputs == hugging_face_outputs(model, BATCH, NEW_TOKENS)
 
 

@@ -35,8 +35,9 @@ def _idle_state(engine: EngineProcess) -> dict[str, Any]:
 # -- more requests at once ------------------------------------------------------------------------
 
 POOL = 32_768
-"""Tokens of full KV that both engines have memory for."""
+"""Tokens of full KV that an engine has memory for."""
 PROMPT, OUTPUT, REQUESTS = 2000, 32, 60
+STOCK_HOLDS = POOL // (PROMPT + OUTPUT)
 
 
 def _most_decoding(engine: EngineProcess) -> int:
@@ -46,47 +47,56 @@ def _most_decoding(engine: EngineProcess) -> int:
     return max(map(int, sizes))
 
 
+def _full_house(
+    tiny_model: Callable[..., Path], tmp_path: Path, requests: int, fairkv: dict[str, Any] | None
+) -> EngineProcess:
+    """An engine that has served so many prompts of 2,000 tokens, sent all at once."""
+    engine = EngineProcess(
+        tiny_model(layers=2, q_heads=8, kv_heads=4),
+        tmp_path / "log",
+        fairkv=fairkv,
+        environment=CHECKS,
+        max_total_tokens=POOL,
+        max_running_requests=REQUESTS,
+        chunked_prefill_size=2048,
+        disable_radix_cache=True,
+        decode_log_interval=1,
+    )
+    prompts = random_prompts([PROMPT] * requests, vocab=500, seed=5)
+    outputs = engine.generate(prompts, OUTPUT)
+    assert [len(output) for output in outputs] == [OUTPUT] * requests
+    return engine
+
+
 def test_three_times_as_many_requests_decode_together(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Equal KV bytes, 2,000-token prompts, a quarter kept; the same flags for both engines."""
-    model = tiny_model(layers=2, q_heads=8, kv_heads=4)
-    prompts = random_prompts([PROMPT] * REQUESTS, vocab=500, seed=5)
-    peaks = {}
-    for name, fairkv, requests in (
-        ("stock", None, REQUESTS // 3),
-        ("fairkv", {"ratio": 0.25, "prefill_pool": 4200}, REQUESTS),
-    ):
-        engine = EngineProcess(
-            model,
-            tmp_path / name,
-            fairkv=fairkv,
-            environment=CHECKS,
-            max_total_tokens=POOL,
-            max_running_requests=REQUESTS,
-            chunked_prefill_size=2048,
-            disable_radix_cache=True,
-            decode_log_interval=1,
-        )
-        try:
-            outputs = engine.generate(prompts[:requests], OUTPUT)
-            assert [len(output) for output in outputs] == [OUTPUT] * requests
-            peaks[name] = _most_decoding(engine)
-            if fairkv is not None:
-                state = _idle_state(engine)
-                rank = state["ranks"][0]
-                # both had the same bytes: 2 x 4 bytes x 32 x 4 heads x 2 layers for a token
-                assert rank["total_bytes"] == POOL * 2 * 4 * 32 * 4 * 2
-                assert (
-                    rank["pool_bytes"] + rank["pages"] * rank["page_bytes"] <= (rank["total_bytes"])
-                )
-                assert state["compactions"] >= REQUESTS  # more after a retraction
-        finally:
-            engine.close()
-    print(f"requests decoding together: {peaks}")
-    assert peaks["fairkv"] >= 3 * peaks["stock"]
-    # stock used all that it had, and had more to do
-    assert peaks["stock"] == POOL // (PROMPT + OUTPUT) < REQUESTS // 3
+    """A quarter kept, against all that fit into the same bytes without FairKV."""
+    fairkv = {"ratio": 0.25, "prefill_pool": 4200}
+    engine = _full_house(tiny_model, tmp_path, REQUESTS, fairkv)
+    try:
+        assert _most_decoding(engine) >= 3 * STOCK_HOLDS
+        state = _idle_state(engine)
+    finally:
+        engine.close()
+    rank = state["ranks"][0]
+    # the bytes of stock: 2 x 4 bytes x 32 x 4 heads x 2 layers for a token
+    assert rank["total_bytes"] == POOL * 2 * 4 * 32 * 4 * 2
+    assert rank["pool_bytes"] + rank["pages"] * rank["page_bytes"] <= rank["total_bytes"]
+    assert state["compactions"] >= REQUESTS  # more after a retraction
+
+
+@pytest.mark.sweep
+def test_stock_holds_what_its_memory_allows(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The other side of the comparison, with the same flags and more to do than fits."""
+    assert STOCK_HOLDS < REQUESTS // 3
+    engine = _full_house(tiny_model, tmp_path, REQUESTS // 3, None)
+    try:
+        assert _most_decoding(engine) == STOCK_HOLDS
+    finally:
+        engine.close()
 
 
 # -- stress ---------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def engine(
     start_engine: Callable[..., EngineProcess],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> EngineProcess:
-    """Started without weights."""
+    """Started without weights; its pool has pages of 16 tokens."""
     assert far_from_home(random_plan(2, SEED))
     plan = write_plan(tmp_path_factory.mktemp("plan"), 2, SEED)
     return start_engine(
@@ -54,6 +54,7 @@ def engine(
         fairkv={"ratio": 1.0, "plan": plan},
         tp_size=2,
         load_format="dummy",
+        page_size=16,
         prefill_attention_backend="torch_native",
         **ENGINE,
     )

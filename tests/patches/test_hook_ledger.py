@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import functools
-import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +15,6 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 from fairkv_sglang.patches.ledger import Hook, HookError, in_effect, register, verify
 
 MODULE = "fairkv_hook_target"
-ROOT = str(Path(__file__).resolve().parents[2])
 
 
 @pytest.fixture
@@ -159,43 +156,3 @@ def test_wrappers_are_seen_through() -> None:
         assert in_effect(current, plain)
     for current in (cycle, print, None, 3, Holder):
         assert not in_effect(current, plain)
-
-
-WHOLE_LEDGER = """
-import sys
-from pathlib import Path
-from sglang.srt.plugins.hook_registry import HookRegistry
-from fairkv_sglang.patches import HookError, all_hooks, verify_hooks
-from fairkv_sglang.patches.ledger import register
-ROOT, hooks = sys.argv[1], all_hooks()
-try:
-    verify_hooks()
-    raise SystemExit("nothing is applied, yet all is in effect")
-except HookError as error:
-    assert "load_model" in str(error), error
-register(hooks)
-HookRegistry.apply_hooks()
-assert verify_hooks() == [hook.target for hook in hooks]
-for hook in hooks:
-    assert hook.why and hook.since and hook.upstream
-    assert hook.test.startswith("tests/") and Path(ROOT, hook.test).exists(), hook.test
-from sglang.srt.managers import schedule_batch
-from sglang.srt.mem_cache import allocation
-assert schedule_batch.alloc_for_decode is allocation.alloc_for_decode  # imported by name there
-from sglang.srt.beam_search.coordinator import BeamCoordinator
-coordinator = BeamCoordinator(
-    model_config=None, spec_algorithm=None, dllm_enabled=False, max_req_len=9, future_map=None,
-    req_to_token_pool=None, token_to_kv_pool_allocator=None, tree_cache=None,
-)
-assert "FairKV" in coordinator.validate_and_init(None, None)
-print("all in effect")
-"""
-
-
-def test_the_whole_ledger_applies_to_the_installed_sglang() -> None:
-    """In a process of its own: hooks cannot be taken back."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WHOLE_LEDGER, ROOT], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().endswith("all in effect")

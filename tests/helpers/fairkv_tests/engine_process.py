@@ -149,6 +149,16 @@ class EngineProcess(_Process):
         assert isinstance(states, list)
         return states
 
+    def gloo_policies(self) -> list[int]:
+        """Scheduling policies of the network threads of gloo in all ranks."""
+        found = []
+        for comm in Path("/proc").glob("[0-9]*/task/[0-9]*/comm"):
+            with contextlib.suppress(OSError):  # it has ended
+                mine = os.getpgid(int(comm.parts[2])) == self.process.pid
+                if mine and comm.read_text().startswith("gloo_tcp_loop"):
+                    found.append(os.sched_getscheduler(int(comm.parts[4])))
+        return found
+
     def _read(self, seconds: float) -> Any:
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
