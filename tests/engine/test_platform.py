@@ -149,7 +149,7 @@ def test_wrong_command_lines(tiny_model: Callable[..., Path], tmp_path: Path) ->
         "--tp-size 3 --fairkv": "--tp-size 3: 8 query heads, 2 KV heads",
         f"--tp-size 2 --fairkv --fairkv-plan {plan}": str(plan),
         f"--tp-size 4 --fairkv --fairkv-plan {plan}": "TP 2",
-        "--fairkv --fairkv-scope head": "uniform, layer or rank",
+        "--fairkv --fairkv-scope head": "takes the share of each head from a profile",
     }
     right = [
         "--tp-size 2",
