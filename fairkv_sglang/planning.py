@@ -1,56 +1,147 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Budgets and the plan of a configuration: one function makes each, for the server and the
-commands alike. Needs a model's sizes only; imports nothing of SGLang.
+"""From configuration, model and TP to everything that a start needs: budgets, plan, lane slots.
+
+One function, :func:`make_start`, for the server, its ranks and all commands. Imports nothing of
+SGLang.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fairkv_sglang.budgets import SCOPES, BudgetScope, BudgetSpec, Scorer, make_scope
 from fairkv_sglang.config import FairKVConfig
-from fairkv_sglang.placement import CostModel, Plan, make_plan
-from fairkv_sglang.placement.model import ModelShape
+from fairkv_sglang.model import Model
+from fairkv_sglang.placement import CostModel, Plan, Planner
 from fairkv_sglang.placement.options import SPARE_LANES, FloatArray
 from fairkv_sglang.profiles import HeadProfile, read_profile
 
-__all__ = [
-    "REQUEST_SPREAD",
-    "ModelShape",
-    "budget_text",
-    "is_another_method",
-    "lane_slots",
-    "load_model",
-    "make_budgets",
-    "make_placement",
-    "start_text",
-]
-
-# Coefficient of variation of a head's share of its layer's kept tokens between requests, from the
-# per-request counts of Tangram's four scorers on Llama-3.1-8B: 0.24 to 0.31 (docs/placement.md).
-REQUEST_SPREAD = 0.3
+__all__ = ["Start", "budget_text", "make_budgets", "make_start"]
 
 
-class Traffic(Protocol):
-    """What requests kept so far (``profiles.Recorder``)."""
+@dataclass(frozen=True)
+class Start:
+    """What a start is made of, the same on every rank; see :func:`make_start`.
 
-    def mean(self) -> FloatArray:
-        """Mean kept tokens ``[L, H]``."""
-        ...
+    Attributes:
+        config: Resolved configuration.
+        model: The model.
+        device: Kind of device, ``cuda`` or ``cpu``.
+        scorer: What a token is worth.
+        scope: Over what a budget is shared.
+        planner: Makes later plans, with the lane slots of this start.
+        plan: The plan at start.
+    """
 
-    def requests(self) -> NDArray[np.int64]:
-        """Kept tokens of each request ``[n, L, H]``."""
-        ...
+    config: FairKVConfig
+    model: Model
+    device: str
+    scorer: Scorer
+    scope: BudgetScope
+    planner: Planner
+    plan: Plan
+
+    @property
+    def slots(self) -> int | None:
+        """Lane slots of each (layer, rank): home heads and spare ones, at least the plan's.
+
+        None where lanes never change, and a rank has those of its plan: with ``replan`` off, on a
+        single rank, and for budgets that no prompt changes, whose plan is exact from the start.
+        """
+        return self.planner.slots
+
+    @property
+    def expected(self) -> FloatArray:
+        """Tokens ``[L, H]`` that heads are expected to keep of one prompt."""
+        return _expected(self.config, self.scope)
+
+    @property
+    def guessed(self) -> bool:
+        """Whether the profile was measured with another scorer or scope than the server runs.
+
+        What heads keep under another method is a guess. A scope that takes its budgets from the
+        profile does so whatever it was measured with.
+        """
+        profile, config = self.scope.profile, self.config
+        if profile is None or SCOPES[config.scope].needs_profile:
+            return False
+        method = (profile.meta.get("scorer"), profile.meta.get("scope"))
+        return method != (config.scorer, config.scope)
+
+    @property
+    def source(self) -> str:
+        """Where the plan comes from: ``file``, ``profile`` or ``even``."""
+        return "file" if self.config.plan else "profile" if self.config.profile else "even"
+
+    @property
+    def text(self) -> str:
+        """Where the plan comes from and what becomes of it, as a person would say it."""
+        config, profile = self.config, self.scope.profile
+        if config.plan is not None:
+            start = f"the plan of {config.plan}"
+        elif profile is None:
+            start = "SGLang's even split, as there is no profile"
+        elif self.guessed:
+            method = profile.meta.get("scorer") or profile.meta.get("source") or "something else"
+            start = (
+                f"the profile {config.profile}, a first guess only: it was measured with {method}, "
+                f"this server runs {config.scorer} with scope {config.scope}"
+            )
+        else:
+            start = f"the profile {config.profile}"
+        if self.slots is None:
+            return start
+        if config.replan == "advise":
+            return f"{start}; better plans for the traffic are logged (--fairkv-replan advise)"
+        return f"{start}; then plans follow the traffic (--fairkv-replan off to keep it)"
 
 
-def budget_text(config: FairKVConfig) -> str:
-    """The budget as a person would say it."""
-    if config.budget is not None:
-        return f"{config.budget} tokens per head"
-    return f"{config.effective_ratio:.0%} of the prompt"
+def make_start(
+    config: FairKVConfig, model: Model, tp_size: int, device: str, plan: Plan | None = None
+) -> Start:
+    """Budgets and plan of a configuration for a model on ``tp_size`` ranks.
+
+    Args:
+        config: Resolved configuration.
+        model: The model.
+        tp_size: Ranks.
+        device: Kind of device, whose constants the load model takes.
+        plan: The plan that the parent process made, for its ranks; None: it is the configuration's
+            file, or is made from the profile (from the even split, if there is none).
+
+    Raises:
+        ValueError: in one line, for a profile or plan of another model or number of ranks, for
+            budgets that cannot be met and heads that do not fit into the lane slots.
+    """
+    scorer, scope, profile = make_budgets(config, model.num_layers, model.num_kv_heads)
+    planner = Planner(
+        policy=config.placement,
+        options=config.options("placement"),
+        tp_size=tp_size,
+        cost=CostModel.for_device(
+            device,
+            head_dim=model.head_dim,
+            hidden_size=model.hidden_size,
+            group=model.group_size,
+            weight_bytes=model.dtype_bytes,
+            kv_bytes=model.dtype_bytes,
+            batch=config.expected_batch,
+        ),
+        model=model.name,
+        slots=_lane_slots(config, model.num_kv_heads, scope, tp_size),
+        paid=not device.startswith("cpu"),
+        varies=scope.input_dependent,
+    )
+    if plan is None and config.plan is not None:
+        plan = _plan_of_file(config, model, tp_size)
+    elif plan is None:
+        plan = planner.from_expectation(_expected(config, scope), measured=profile is not None)
+    if planner.slots is not None:
+        lanes = int((plan.shares() > 0).sum(axis=2).max())
+        planner = planner.model_copy(update={"slots": max(planner.slots, lanes)})
+    return Start(config, model, device, scorer, scope, planner, plan)
 
 
 def make_budgets(
@@ -69,138 +160,35 @@ def make_budgets(
     return scorer, scope, profile
 
 
-def make_placement(
-    config: FairKVConfig,
-    shape: ModelShape,
-    scope: BudgetScope,
-    tp_size: int,
-    *,
-    copies_are_free: bool = False,
-    traffic: Traffic | None = None,
-    max_lanes: int | None = None,
-) -> Plan:
-    """The plan file of the configuration, or a plan made from the profile or from traffic.
-
-    Args:
-        config: Resolved configuration.
-        shape: Sizes of the model.
-        scope: Budget scope; says what heads are expected to keep.
-        tp_size: Ranks.
-        copies_are_free: Count neither weights nor activations of a lane.
-        traffic: What requests kept, instead of plan file and expectation.
-        max_lanes: Lane slots of each (layer, rank). Without it a plan at start has those that the
-            server will have (:func:`lane_slots`).
-
-    Raises:
-        ValueError: in one line, if a plan file is for another model or number of ranks, or if heads
-            do not fit into the slots.
-    """
-    if config.plan is not None and traffic is None:
-        plan = Plan.from_file(config.plan)
-        wanted = (shape.num_layers, shape.num_kv_heads, tp_size)
-        found = (plan.num_layers, plan.num_kv_heads, plan.tp_size)
-        if found != wanted:
-            raise ValueError(
-                f"plan {config.plan} is for {found[0]} layers, {found[1]} KV heads, TP {found[2]}; "
-                f"this server has {wanted[0]} layers, {wanted[1]} KV heads, TP {wanted[2]}"
-            )
-        return plan
-    cost = load_model(config, shape)
-    if copies_are_free:
-        cost = cost.model_copy(update={"weight_byte_cost": 0.0, "activation_passes": 0.0})
-    elif traffic is None and max_lanes is None:
-        max_lanes = _slots(config, shape, scope, tp_size)
-    # Requests differ from the mean when scores decide; copies that pay for it leave the router room
-    # to even that out. Static budgets do not differ.
-    samples, spread = None, 0.0
-    if traffic is not None:
-        loads = traffic.mean()
-        samples = traffic.requests() if scope.input_dependent else None
-    else:
-        loads = scope.expected(config.expected_prompt).astype(np.float64)
-        spread = REQUEST_SPREAD if scope.input_dependent and scope.profile is not None else 0.0
-    return make_plan(
-        config.make_policy(),
-        loads,
-        tp_size,
-        cost=cost,
-        model=shape.name,
-        samples=samples,
-        max_lanes=max_lanes,
-        paid=max_lanes is not None and _paid(shape),
-        spread=spread,
-    )
+def budget_text(config: FairKVConfig) -> str:
+    """The budget as a person would say it."""
+    if config.budget is not None:
+        return f"{config.budget} tokens per head"
+    return f"{config.effective_ratio:.0%} of the prompt"
 
 
-def lane_slots(
-    config: FairKVConfig, shape: ModelShape, scope: BudgetScope, tp_size: int, plan: Plan
-) -> int | None:
-    """Lane slots of each (layer, rank): home heads and spare ones, at least what ``plan`` needs.
-
-    None where lanes never change, and a rank has those of its plan: with ``replan`` off, on a
-    single rank, and for budgets that no prompt changes, whose plan is exact from the start.
-    """
-    slots = _slots(config, shape, scope, tp_size)
-    return None if slots is None else max(slots, int((plan.shares() > 0).sum(axis=2).max()))
+def _expected(config: FairKVConfig, scope: BudgetScope) -> FloatArray:
+    return scope.expected(config.expected_prompt).astype(np.float64)
 
 
-def _slots(config: FairKVConfig, shape: ModelShape, scope: BudgetScope, tp_size: int) -> int | None:
+def _plan_of_file(config: FairKVConfig, model: Model, tp_size: int) -> Plan:
+    plan = Plan.from_file(str(config.plan))
+    wanted = (model.num_layers, model.num_kv_heads, tp_size)
+    found = (plan.num_layers, plan.num_kv_heads, plan.tp_size)
+    if found != wanted:
+        raise ValueError(
+            f"plan {config.plan} is for {found[0]} layers, {found[1]} KV heads, TP {found[2]}; "
+            f"this server has {wanted[0]} layers, {wanted[1]} KV heads, TP {wanted[2]}"
+        )
+    return plan
+
+
+def _lane_slots(config: FairKVConfig, heads: int, scope: BudgetScope, tp_size: int) -> int | None:
     exact = config.plan is None and config.spare_lanes is None and not scope.input_dependent
     exact = exact or config.make_policy().fixed  # there is but one such plan
     if config.replan == "off" or tp_size <= 1 or exact:
         return None
     spare = SPARE_LANES if config.spare_lanes is None else config.spare_lanes
-    heads = shape.num_kv_heads
     slots = min(-(-heads // tp_size) + spare, heads)
     # Without a free slot, and without a copy to take one from, no head could ever move.
     return slots if slots * tp_size > heads else None
-
-
-def _paid(shape: ModelShape) -> bool:
-    """Whether an unused lane slot costs as much as a used one: CUDA graphs keep shapes."""
-    return shape.device != "cpu"
-
-
-def is_another_method(config: FairKVConfig, profile: HeadProfile | None) -> bool:
-    """Whether a profile was measured with another scorer or scope than the server runs.
-
-    What other heads keep under another method is a guess. Scope ``head`` takes its budgets from the
-    profile, whatever it was measured with.
-    """
-    if profile is None or SCOPES[config.scope].needs_profile:
-        return False
-    return (profile.meta.get("scorer"), profile.meta.get("scope")) != (config.scorer, config.scope)
-
-
-def start_text(config: FairKVConfig, profile: HeadProfile | None, adapts: bool) -> str:
-    """Where the plan at start comes from and what becomes of it, as a person would say it."""
-    if config.plan is not None:
-        start = f"the plan of {config.plan}"
-    elif profile is None:
-        start = "SGLang's even split, as there is no profile"
-    elif is_another_method(config, profile):
-        method = profile.meta.get("scorer") or profile.meta.get("source") or "something else"
-        start = (
-            f"the profile {config.profile}, a first guess only: it was measured with {method}, "
-            f"this server runs {config.scorer} with scope {config.scope}"
-        )
-    else:
-        start = f"the profile {config.profile}"
-    if not adapts:
-        return start
-    if config.replan == "advise":
-        return f"{start}; better plans for the traffic are logged (--fairkv-replan advise)"
-    return f"{start}; then plans follow the traffic (--fairkv-replan off to keep it)"
-
-
-def load_model(config: FairKVConfig, shape: ModelShape) -> CostModel:
-    """The load model that a server plans with."""
-    return CostModel.for_device(
-        shape.device,
-        head_dim=shape.head_dim,
-        hidden_size=shape.hidden_size,
-        group=shape.group_size,
-        weight_bytes=shape.dtype_bytes if shape.weight_bytes is None else shape.weight_bytes,
-        kv_bytes=shape.dtype_bytes,
-        batch=config.expected_batch,
-    )

@@ -14,22 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fairkv_sglang.budgets import BudgetScope, Scorer
 from fairkv_sglang.parallel import LaneTable, RankHeads, TwinWeights
 from fairkv_sglang.placement import Plan, Router
-from fairkv_sglang.planning import (
-    ModelShape,
-    budget_text,
-    is_another_method,
-    lane_slots,
-    load_model,
-    make_budgets,
-    start_text,
-)
+from fairkv_sglang.planning import Start, budget_text
 
 if TYPE_CHECKING:
     from fairkv_sglang.attention.forward_plan import ForwardPlan
-    from fairkv_sglang.config import FairKVConfig
     from fairkv_sglang.control.replan import Replanner
     from fairkv_sglang.memory.rows import RowBook
     from fairkv_sglang.memory.sizing import MemoryDivision
@@ -43,24 +33,19 @@ class FairKVRuntime:
     def __init__(
         self,
         *,
-        config: FairKVConfig,
-        shape: ModelShape,
-        plan: Plan,
-        scope: BudgetScope,
-        scorer: Scorer,
+        start: Start,
         heads: RankHeads,
-        slots: int | None,
         verify_hooks: Callable[[], list[str]],
     ) -> None:
-        self.slots = slots  # of a rank in a layer, for plans to come; None: there are none
-        self.config = config
-        self.shape = shape
-        self.plan = plan
-        self.scope = scope
-        self.scorer = scorer
+        self.start = start
+        self.config = start.config
+        self.model = start.model
+        self.plan = start.plan
+        self.scope = start.scope
+        self.scorer = start.scorer
         self.heads = heads
         self.verify_hooks = verify_hooks
-        self.router = Router(plan)
+        self.router = Router(start.plan)
         self.forward_plan: ForwardPlan | None = None
         self.division: MemoryDivision | None = None
         self.prefill_backend = ""  # class of SGLang's backend for prompts
@@ -71,8 +56,7 @@ class FairKVRuntime:
         self.hand_over_bytes = 0  # kept rows that left this rank
         self.twins: TwinWeights | None = None
         self.replanner: Replanner | None = None
-        self.plan_source = plan_source(config)
-        self.start = start_text(config, scope.profile, slots is not None)
+        self.plan_source = start.source
         self._book: RowBook | None = None
 
     @property
@@ -100,11 +84,11 @@ class FairKVRuntime:
             rows=division.max_requests + 1,
             lanes=self.heads.num_lanes,
             max_pages=division.max_pages,
-            head_dim=self.shape.head_dim,
+            head_dim=self.model.head_dim,
             dtype=dtype,
             device=device,
         )
-        warm_up(dtype, self.shape.head_dim, self.shape.group_size, device)
+        warm_up(dtype, self.model.head_dim, self.model.group_size, device)
         self.division = division
         self._book = RowBook(
             heads=self.heads,
@@ -130,9 +114,9 @@ class FairKVRuntime:
 
         All ranks of ``group`` call this at the same time.
         """
-        on_cuda = self.shape.device.startswith("cuda")
+        on_cuda = self.start.device.startswith("cuda")
         self.twins = TwinWeights(
-            modules, self.heads, self.shape.head_dim, group, fixed_width=on_cuda
+            modules, self.heads, self.model.head_dim, group, fixed_width=on_cuda
         )
         self.twins.build()
         logger.info("FairKV: %s", self.twins.describe())
@@ -145,16 +129,12 @@ class FairKVRuntime:
         """
         from fairkv_sglang.control.replan import Replanner
 
-        if self.slots is None or self.twins is None:
+        if self.start.slots is None or self.twins is None:
             return
         self.replanner = Replanner(
-            config=self.config,
-            cost=load_model(self.config, self.shape),
-            model=self.shape.name,
+            start=self.start,
             book=self.book,
             twins=self.twins,
-            slots=self.slots,
-            guessed=is_another_method(self.config, self.scope.profile),
             share=share,
             adopted=self._adopted,
         )
@@ -177,47 +157,21 @@ class FairKVRuntime:
             f"FairKV on: scorer {self.config.scorer}, scope {self.config.scope}, budget "
             f"{budget_text(self.config)}, placement {self.plan.policy} over {self.tp_size} ranks "
             f"with {int(self.plan.copy_counts().sum())} copies{planned}, plan "
-            f"{self.plan.digest[:12]} from {self.start}; rank {self.heads.rank} "
+            f"{self.plan.digest[:12]} from {self.start.text}; rank {self.heads.rank} "
             f"serves {sum(map(len, self.heads.heads))} lanes"
         )
 
 
-def create_runtime(
-    config: FairKVConfig,
-    shape: ModelShape,
-    plan: Plan,
-    rank: int,
-    verify_hooks: Callable[[], list[str]],
-) -> FairKVRuntime:
-    """Build the state of this rank before its model is loaded, with the plan that the parent made.
-
-    Raises:
-        ValueError: in one line, for anything in the configuration that does not fit the model.
-    """
-    scorer, scope, _ = make_budgets(config, shape.num_layers, shape.num_kv_heads)
-    slots = lane_slots(config, shape, scope, plan.tp_size, plan)
+def create_runtime(start: Start, rank: int, verify_hooks: Callable[[], list[str]]) -> FairKVRuntime:
+    """Build the state of this rank before its model is loaded."""
     # Advice alone changes no lane and needs no room for one.
-    table = LaneTable(plan, None if config.replan == "advise" else slots)
-    heads = RankHeads(plan, rank, shape.group_size, table)
-    scope.home_size = heads.homes.per_rank
+    table = LaneTable(start.plan, None if start.config.replan == "advise" else start.slots)
+    heads = RankHeads(start.plan, rank, start.model.group_size, table)
+    start.scope.home_size = heads.homes.per_rank
     global _runtime
-    _runtime = FairKVRuntime(
-        config=config,
-        shape=shape,
-        plan=plan,
-        scope=scope,
-        scorer=scorer,
-        heads=heads,
-        slots=slots,
-        verify_hooks=verify_hooks,
-    )
+    _runtime = FairKVRuntime(start=start, heads=heads, verify_hooks=verify_hooks)
     logger.info(_runtime.describe())
     return _runtime
-
-
-def plan_source(config: FairKVConfig) -> str:
-    """Where the plan at start comes from: ``file``, ``profile`` or ``even``."""
-    return "file" if config.plan else "profile" if config.profile else "even"
 
 
 _runtime: FairKVRuntime | None = None

@@ -14,9 +14,8 @@ from typing import Any
 
 from fairkv_sglang.config import ConfigError, FairKVConfig
 from fairkv_sglang.decode_backends import choose
-from fairkv_sglang.model_facts import ModelFacts
-from fairkv_sglang.placement import Plan
-from fairkv_sglang.planning import make_budgets, make_placement
+from fairkv_sglang.model import Model
+from fairkv_sglang.planning import Start, make_start
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -27,7 +26,7 @@ ARCHITECTURES = (
 """Architectures whose attention has decode twins (``patches/models.py``)."""
 
 
-Predicate = Callable[[Any, ModelFacts | None], bool]
+Predicate = Callable[[Any, Model | None], bool]
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Refusal:
         """Fields of the server arguments that the flags of ``setting`` set."""
         return [flag.replace("-", "_") for flag in re.findall(r"--([a-z-]+)", self.setting)]
 
-    def applies(self, arguments: Any, model: ModelFacts | None) -> bool:
+    def applies(self, arguments: Any, model: Model | None) -> bool:
         """Whether this start asks for it."""
         arguments = _Lenient(arguments)
         if self.refused is not None:
@@ -84,11 +83,11 @@ def _not_in(name: str, *values: object) -> Predicate:
     return lambda args, model: getattr(args, name) not in (None, *values)
 
 
-def _model(predicate: Callable[[ModelFacts], bool]) -> Predicate:
+def _model(predicate: Callable[[Model], bool]) -> Predicate:
     return lambda args, model: model is not None and predicate(model)
 
 
-def _prefill_graph(args: Any, model: ModelFacts | None) -> bool:
+def _prefill_graph(args: Any, model: Model | None) -> bool:
     if args.cuda_graph_backend_prefill not in (None, "disabled"):
         return True
     config = args.cuda_graph_config
@@ -267,7 +266,7 @@ REFUSALS: tuple[Refusal, ...] = (
 """Checked in this order; the first that applies is reported."""
 
 
-def refuse(arguments: Any, model: ModelFacts | None = None) -> None:
+def refuse(arguments: Any, model: Model | None = None) -> None:
     """Stop at the first combination that FairKV cannot serve.
 
     Args:
@@ -282,7 +281,7 @@ def refuse(arguments: Any, model: ModelFacts | None = None) -> None:
             raise ConfigError(row.message)
 
 
-def check_split(model: ModelFacts, tp_size: int) -> None:
+def check_split(model: Model, tp_size: int) -> None:
     """Check that SGLang can split the model over ``tp_size`` ranks.
 
     It deals out equal numbers of heads, or copies each KV head to the same number of ranks.
@@ -292,33 +291,32 @@ def check_split(model: ModelFacts, tp_size: int) -> None:
     """
 
     def splits(ranks: int) -> bool:
-        if model.intermediate is not None and model.intermediate % ranks:
-            return False
-        return model.q_heads % ranks == 0 and (
-            model.kv_heads % ranks == 0 or ranks % model.kv_heads == 0
+        return model.num_q_heads % ranks == model.intermediate_size % ranks == 0 and (
+            model.num_kv_heads % ranks == 0 or ranks % model.num_kv_heads == 0
         )
 
-    if splits(tp_size):
+    if tp_size >= 1 and splits(tp_size):
         return
-    right = [str(ranks) for ranks in range(1, model.q_heads + 1) if splits(ranks)]
+    right = " or ".join(str(n) for n in range(1, model.num_q_heads + 1) if splits(n))
+    if tp_size < 1:
+        raise ConfigError(f"--tp-size {tp_size} must be at least 1; use {right}")
+    mlp = f" and an MLP of {model.intermediate_size}" if model.intermediate_size else ""
     raise ConfigError(
-        f"--tp-size {tp_size}: {model.q_heads} query heads, {model.kv_heads} KV heads and an MLP "
-        f"of {model.intermediate} cannot be split over {tp_size} ranks; use {' or '.join(right)}"
+        f"--tp-size {tp_size}: {model.num_q_heads} query heads, {model.num_kv_heads} KV heads{mlp} "
+        f"cannot be split over {tp_size} ranks; use {right}"
     )
 
 
-def check_model(config: FairKVConfig, model: ModelFacts, tp_size: int, device: str) -> Plan:
-    """Make the budgets and the plan of a start, which finds out what does not fit the model.
+def check_start(config: FairKVConfig, model: Model, tp_size: int, device: str) -> Start:
+    """:func:`make_start`, which finds out what does not fit the model.
 
     Raises:
         ConfigError: for a profile or plan that is broken or of another model or TP size, and for
             budgets and placements that this model cannot have.
     """
-    shape = model.shape(device)
     try:
         choose(config.decode_backend, device)
-        _, scope, _ = make_budgets(config, shape.num_layers, shape.num_kv_heads)
-        return make_placement(config, shape, scope, tp_size)
+        return make_start(config, model, tp_size, device)
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from None
 

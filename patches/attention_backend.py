@@ -51,7 +51,7 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.device = runner.device
         self.compressor = PromptCompressor(runtime, device_group, transfer_group)
-        self.head_dim = runtime.shape.head_dim
+        self.head_dim = runtime.model.head_dim
         # Decode reads lengths of its page tables; what else SGLang asks of a backend is prefill's.
         self.needs_cpu_seq_lens = prefill.needs_cpu_seq_lens
         self.kv_index_translator = prefill.kv_index_translator

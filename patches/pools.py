@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from fairkv_sglang.memory.sizing import divide_memory
-from fairkv_sglang.model_facts import ModelFacts
+from fairkv_sglang.model import Model
 from fairkv_sglang.patches.ledger import Hook, HookError
 from fairkv_sglang.plan_file import received
+from fairkv_sglang.planning import make_start
 from fairkv_sglang.runtime import create_runtime, get_runtime
 
 logger = logging.getLogger(__name__)
@@ -36,10 +37,11 @@ def before_load_model(runner: Any) -> None:
             "FairKV cannot run: the parent handed over no plan, so its hook "
             "sglang.srt.server_args.ServerArgs.resolve_once did not take effect"
         )
-    shape = ModelFacts.of(runner.model_config).shape(str(runner.device))
+    model = Model.from_sglang(runner.model_config)
     # Attention classes fall back to hidden_size // heads, which a twin's counts would change.
-    runner.model_config.hf_text_config.head_dim = shape.head_dim
-    create_runtime(config, shape, plan, runner.tp_rank, verify_hooks)
+    runner.model_config.hf_text_config.head_dim = model.head_dim
+    start = make_start(config, model, plan.tp_size, str(runner.device), plan)
+    create_runtime(start, runner.tp_rank, verify_hooks)
 
 
 def after_resolve_pool_config(result: Any, configurator: Any, *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +54,7 @@ def after_resolve_pool_config(result: Any, configurator: Any, *args: Any, **kwar
         lane_slots=runtime.heads.table.capacity,
         total_tokens=result.max_total_num_tokens,
         stock_heads=model.get_num_kv_heads(get_parallel().attn_tp_size),
-        head_dim=runtime.shape.head_dim,
+        head_dim=runtime.model.head_dim,
         dtype_bytes=torch.empty((), dtype=configurator.kv_cache_dtype).element_size(),
         page_size=get_schedule().page_size,
         context_len=model.context_len,

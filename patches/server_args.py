@@ -24,7 +24,7 @@ from fairkv_sglang.config import (
     from_environment,
     from_flags,
 )
-from fairkv_sglang.model_facts import ModelFacts
+from fairkv_sglang.model import Model
 from fairkv_sglang.patches.ledger import Hook
 
 logger = logging.getLogger(__name__)
@@ -118,12 +118,12 @@ def _resolve(original: Any, server_args: Any) -> None:
     if not (config.enabled or on_cpu) or not _has_model(server_args):
         return
     view = resolving_view(server_args)  # resolution does not write back to the record
-    model = model_facts(server_args)
+    model = read_model(server_args)
     if config.enabled:
         support.refuse(view, model)
     support.check_split(model, view.tp_size)
     if config.enabled:
-        plan = support.check_model(config, model, view.tp_size, str(view.device))
+        plan = support.check_start(config, model, view.tp_size, str(view.device)).plan
         os.environ[PLAN_VARIABLE] = hand_out(plan)
         logger.info(
             "FairKV is on: %s, plan %s",
@@ -132,11 +132,11 @@ def _resolve(original: Any, server_args: Any) -> None:
         )
 
 
-def model_facts(server_args: Any) -> ModelFacts:
-    """Facts of the model that the arguments name; reads its config.json, no weights."""
+def read_model(server_args: Any) -> Model:
+    """The model that the arguments name; reads its config.json, no weights."""
     from sglang.srt.arg_groups.overrides import model_config_of
 
-    return ModelFacts.of(model_config_of(server_args))
+    return Model.from_sglang(model_config_of(server_args))
 
 
 def _configuration() -> FairKVConfig:

@@ -7,7 +7,8 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 PIPE_WIDTH = 140
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def console() -> Console:
@@ -22,19 +24,42 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table with the first column left and all others right."""
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    legend: Mapping[str, str] | None = None,
+) -> None:
+    """A table with the first column left and all others right; below it what columns mean."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     console().print(table)
+    for name, meaning in (legend or {}).items():
+        print(f"  {name}: {meaning}")
 
 
 def print_json(data: Any) -> None:
     """One JSON document on stdout."""
     print(json.dumps(data, indent=1, allow_nan=False))
+
+
+def check_output(path: Path, endings: tuple[str, ...]) -> None:
+    """Raises ValueError, in one line, unless a file of one of these endings can be written there.
+
+    For before the work: minutes of measuring are not to be lost to a mistyped path.
+    """
+    if path.suffix.lower() not in endings:
+        names = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
+        raise ValueError(f"{path}: name it {names}")
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir():
+        what = "is a folder" if path.is_dir() else f"there is no folder {folder}"
+        raise ValueError(f"cannot write {path}: {what}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"cannot write {path}: no permission")
 
 
 @contextlib.contextmanager

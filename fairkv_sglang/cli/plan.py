@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fairkv plan``: the plan that a server makes, without weights and without a GPU.
 
-It takes the server's flags and makes the plan as the server does (``planning.make_placement``), so
+It takes the server's flags and makes the plan as the server does (``planning.make_start``), so
 the same input gives the same plan.
 """
 
@@ -10,106 +10,116 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from fairkv_sglang.cli.output import print_json, print_table, progress, quiet_stdout
+from fairkv_sglang.cli.output import (
+    PICTURES,
+    check_output,
+    print_json,
+    print_table,
+    progress,
+    quiet_stdout,
+)
+from fairkv_sglang.cli.preview import describe, print_ranks, print_start
 from fairkv_sglang.config import FairKVConfig, add_flags, from_flags
+from fairkv_sglang.model import DTYPE_BYTES, PRESETS, Model
 from fairkv_sglang.placement import Plan
-from fairkv_sglang.placement.model import DTYPE_BYTES, ModelShape
-from fairkv_sglang.placement.options import FloatArray
 from fairkv_sglang.placement.plan_picture import draw_plan
-from fairkv_sglang.planning import budget_text, make_budgets, make_placement
+from fairkv_sglang.planning import Start
 from fairkv_sglang.profiles import FORMATS, read_profile
+from fairkv_sglang.support import check_split, check_start
 
-COLUMNS = [
-    "policy",
-    "tokens max/mean",
-    "step / bound",
-    "copies/layer",
-    "most",
-    "rows at home",
-    "twin MB, all",
-    "of a rank",
-    "memory max/mean",
-    "seconds",
-]
+# header: (figure of the plan, unit, format, what it is)
+COLUMNS: dict[str, tuple[str, float, str, str]] = {
+    "max/mean": (
+        "token_imbalance", 1.0, ".3f",
+        "kept tokens of the fullest rank over the mean rank, summed over layers; 1 is perfect",
+    ),
+    "step": (
+        "step_over_bound", 1.0, ".3f",
+        "modelled decode step over a lower bound for any placement; 1 cannot be beaten",
+    ),
+    "copies": ("copies_per_layer", 1.0, ".2f", "copies of heads in a layer, mean"),
+    "most": ("max_copies_in_a_layer", 1.0, ".0f", "copies of heads in a layer, most"),
+    "home": (
+        "home_rows", 1.0, ".1%", "part of the kept rows that are decoded where they were computed"
+    ),
+    "MB": ("twin_bytes", 1e-6, ".0f", "weights of the decode twins, all ranks"),
+    "MB/rank": ("most_twin_bytes", 1e-6, ".0f", "weights of the decode twins, fullest rank"),
+    "memory": (
+        "capacity_imbalance", 1.0, ".3f", "kept tokens of the fullest rank over all layers / mean"
+    ),
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the sub-command: output, model, and the server's own."""
-    add = parser.add_argument
+    add, hidden = parser.add_argument, argparse.SUPPRESS
     add("profile", nargs="?", help=f"head profile; formats: {', '.join(FORMATS)}")
     add("--tp", "--tp-size", type=int, required=True, dest="tp", help="tensor-parallel ranks")
-    add("--compare", default="contiguous,best_effort", help="policies beside it; '' for none")
-    add("--out", metavar="PLAN.json", help="write the plan, for --fairkv-plan")
-    add("--png", metavar="PATH", help="draw loads before/after and the placement")
-    add("--json", action="store_true", help="print JSON")
     add(
-        "--copies-are-free",
-        action="store_true",
-        help="a copy costs nothing: the fewest that balance kept tokens (no server plans so)",
+        "--model-path",
+        metavar="MODEL",
+        help=f"config.json, its folder, or one of {', '.join(PRESETS)}; default: heads as in the "
+        "profile, other sizes as in llama-3.1-8b",
     )
+    add("--device", default="cuda", choices=("cuda", "cpu"), help="default cuda")
+    add("--dtype", default="auto", choices=tuple(DTYPE_BYTES), help="default auto, 16 bit")
+    add("--compare", default="contiguous,best_effort", help="policies beside it; '' for none")
+    add("--out", type=Path, metavar="PLAN.json", help="write the plan, for --fairkv-plan")
+    add("--png", type=Path, metavar="PATH", help="draw loads before/after and the placement")
+    add("--json", action="store_true", help="print JSON")
     # short forms of the server's flags
-    hidden = argparse.SUPPRESS
     add("--profile", dest="fairkv_profile", metavar="FILE", default=hidden, help=hidden)
     add("--policy", dest="fairkv_placement", metavar="NAME", default=hidden, help=hidden)
-    model = parser.add_argument_group(
-        "model", "as the server's; without --model-path sizes are the profile's and the flags below"
-    )
-    model.add_argument("--model-path", metavar="PATH", help="config.json, or its folder")
-    model.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="default cuda")
-    model.add_argument(
-        "--dtype", default="auto", choices=tuple(DTYPE_BYTES), help="default auto, 16 bit"
-    )
-    model.add_argument("--group", type=int, help="query heads per KV head; default 4")
-    model.add_argument("--head-dim", type=int, help="default 128")
-    model.add_argument("--hidden-size", type=int, help="default KV heads x group x head dim")
-    model.add_argument("--weight-bytes", type=float, help="per parameter; default that of --dtype")
     add_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Plan, print, write."""
+    for path, endings in ((args.out, (".json",)), (args.png, PICTURES)):
+        if path is not None:
+            check_output(path, endings)
     config = configuration(args)
-    shape = model_shape(args, config)
-    _, scope, _ = make_budgets(config, shape.num_layers, shape.num_kv_heads)
-    loads = scope.expected(config.expected_prompt).astype(np.float64)
+    model = model_of(args, config)
+    check_split(model, args.tp)
     own = "plan" if config.plan is not None else str(config.placement)
     names = [name.strip() for name in args.compare.split(",") if name.strip()]
     names = [name for name in dict.fromkeys(names) if name != own] + [own]
-    plans: dict[str, Plan] = {}
+    starts: dict[str, Start] = {}
     seconds: dict[str, float] = {}
     with progress("planning", len(names)) as step:
         for name in names:
-            start = time.perf_counter()
+            begin = time.perf_counter()
             chosen = config
             if name != own:
                 chosen = config.with_method("placement", name).model_copy(update={"plan": None})
             with quiet_stdout():
-                plans[name] = make_placement(
-                    chosen, shape, scope, args.tp, copies_are_free=args.copies_are_free
-                )
-            seconds[name] = time.perf_counter() - start
+                starts[name] = check_start(chosen, model, args.tp, args.device)
+            seconds[name] = time.perf_counter() - begin
             step()
-    plan = plans[own]
+    start = starts[own]
+    plans = {name: other.plan for name, other in starts.items()}
     if args.out:
-        plan.to_file(args.out)
+        start.plan.to_file(args.out)
     if args.png:
-        draw_plan(plan, _png(args.png), loads, plans.get("contiguous"))
-    settings = _settings(args, config, shape, plan)
+        draw_plan(start.plan, args.png, start.expected, plans.get("contiguous"))
     if args.json:
+        settings = describe(start)
+        ranks = settings.pop("ranks")
         results = {n: {**p.info, "seconds": seconds[n]} for n, p in plans.items()}
-        print_json({"settings": settings, "policies": results, "plan": args.out, "png": args.png})
+        written = {key: str(path) if path else None for key, path in
+                   (("plan", args.out), ("png", args.png))}  # fmt: skip
+        print_json({"settings": settings, "policies": results, "ranks": ranks, **written})
         return 0
-    for key, value in settings.items():
-        print(f"{key}: {value}")
-    print_table(f"TP {args.tp}", COLUMNS, [row(n, p, seconds[n]) for n, p in plans.items()])
-    _print_ranks(plan, plans.get("contiguous"), loads)
+    print_start(start)
+    legend = {head: column[3] for head, column in COLUMNS.items()} | {"s": "seconds of planning"}
+    rows = [row(name, plan, seconds[name]) for name, plan in plans.items()]
+    print_table(f"TP {args.tp}", ["policy", *legend], rows, legend)
+    both = {"even": plans["contiguous"]} if "contiguous" in plans and own != "contiguous" else {}
+    print_ranks({**both, "plan": start.plan}, start.expected)
     for name in ("solver", "layers_proved", "largest_gap", "spare_copies"):
-        if name in plan.info:
-            print(f"{name}: {plan.info[name]}")
+        if name in start.plan.info:
+            print(f"{name}: {start.plan.info[name]}")
     for path in filter(None, (args.out, args.png)):
         print(f"wrote {path}")
     return 0
@@ -129,95 +139,37 @@ def configuration(args: argparse.Namespace) -> FairKVConfig:
     return from_flags(args)
 
 
-def model_shape(args: argparse.Namespace, config: FairKVConfig) -> ModelShape:
-    """Sizes from the model's config.json; without one from the profile, flags and defaults.
+def model_of(args: argparse.Namespace, config: FairKVConfig) -> Model:
+    """The model of ``--model-path``; without it the profile's heads with usual sizes.
 
     Raises:
-        ValueError: if neither is given, or sizes are given beside a model.
+        ValueError: if neither is given.
     """
-    given = {
-        name: getattr(args, name)
-        for name in ("group", "head_dim", "hidden_size", "weight_bytes")
-        if getattr(args, name) is not None
-    }
-    for name, value in given.items():
-        if value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')}: {value} must be greater than 0")
+    if args.model_path in PRESETS and not Path(args.model_path).exists():
+        return PRESETS[args.model_path]
     if args.model_path:
-        if given:
-            flag = next(iter(given)).replace("_", "-")
-            raise ValueError(f"--{flag}: the model of --model-path has its own, leave one out")
-        return ModelShape.from_config(args.model_path, args.dtype, args.device)
+        return Model.from_config(args.model_path, args.dtype)
     if config.profile is None:
         raise ValueError("give a model (--model-path) or a head profile, which say what to place")
     profile = read_profile(config.profile)
     layers, heads = profile.shares.shape
-    group, head_dim = given.get("group", 4), given.get("head_dim", 128)
-    return ModelShape(
+    like = PRESETS["llama-3.1-8b"]
+    return Model(
         name=profile.model or "model",
         num_layers=layers,
+        num_q_heads=heads * like.group_size,
         num_kv_heads=heads,
-        group_size=group,
-        head_dim=head_dim,
-        hidden_size=given.get("hidden_size", heads * group * head_dim),
+        head_dim=like.head_dim,
+        hidden_size=heads * like.group_size * like.head_dim,
         dtype_bytes=DTYPE_BYTES[args.dtype],
-        device=args.device,
-        weight_bytes=given.get("weight_bytes"),
     )
 
 
 def row(name: str, plan: Plan, seconds: float) -> list[str]:
-    """One line of the comparison, in the order of COLUMNS."""
-    info = plan.info
-    parts = [
-        ("token_imbalance", 1.0, ".3f"),
-        ("step_over_bound", 1.0, ".4f"),
-        ("copies_per_layer", 1.0, ".2f"),
-        ("max_copies_in_a_layer", 1.0, ".0f"),
-        ("home_rows", 1.0, ".1%"),
-        ("twin_bytes", 1e-6, ".0f"),
-        ("most_twin_bytes", 1e-6, ".0f"),
-        ("capacity_imbalance", 1.0, ".4f"),
-    ]
+    """One line of the comparison: policy, COLUMNS, seconds."""
     # a plan file from elsewhere need not have figures
-    cells = [f"{info[key] * unit:{shown}}" if key in info else "-" for key, unit, shown in parts]
-    return [name, *cells, f"{seconds:.2f}"]
-
-
-def _settings(
-    args: argparse.Namespace, config: FairKVConfig, shape: ModelShape, plan: Plan
-) -> dict[str, Any]:
-    return {
-        "model": shape.name,
-        "profile": str(config.profile) if config.profile else "none: all heads alike",
-        "layers x KV heads": f"{shape.num_layers} x {shape.num_kv_heads}",
-        "device": args.device,
-        "scope": config.scope,
-        "budget": f"{budget_text(config)}, prompts of {config.expected_prompt}",
-        "lane slots of a rank": plan.info.get("lane_slots", "as the plan needs"),
-        "load model": plan.info.get("cost_model", "none"),
-        "plan digest": plan.digest,
-    }
-
-
-def _print_ranks(plan: Plan, before: Plan | None, loads: FloatArray) -> None:
-    """Expected tokens of each rank over all layers, and how often it is the fullest of a layer."""
-    columns, tables = ["rank"], []
-    for name, item in (("before", before), ("after", plan)):
-        if item is not None:
-            tokens = np.einsum("lrh,lh->lr", item.shares(), loads)
-            columns += [f"{name}: tokens", "max/mean in a layer", "lanes"]
-            lanes = (item.shares() > 0).sum(axis=(0, 2))
-            mean = np.maximum(tokens.mean(axis=1, keepdims=True), 1e-300)
-            tables.append((tokens.sum(axis=0), (tokens / mean).max(axis=0), lanes))
-    rows = [
-        [rank, *(c for t, m, n in tables for c in (f"{t[rank]:.0f}", f"{m[rank]:.2f}", n[rank]))]
-        for rank in range(plan.tp_size)
+    cells = [
+        f"{plan.info[key] * unit:{shown}}" if key in plan.info else "-"
+        for key, unit, shown, _ in COLUMNS.values()
     ]
-    print_table("expected tokens of one request, over all layers", columns, rows)
-
-
-def _png(path: str) -> Path:
-    if Path(path).suffix.lower() not in {".png", ".svg", ".pdf"}:
-        raise ValueError(f"picture {path}: name it .png, .svg or .pdf")
-    return Path(path)
+    return [name, *cells, f"{seconds:.2f}"]

@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fairkv_sglang.cli.output import print_json
-from fairkv_sglang.placement import Plan, make_plan
+from fairkv_sglang.cli.output import PICTURES, check_output, print_json
+from fairkv_sglang.placement import Plan, Planner
 from fairkv_sglang.placement.plan_picture import draw_plan
 from fairkv_sglang.profiles import FORMATS, read_profile
 
@@ -26,14 +26,13 @@ def run(args: argparse.Namespace) -> int:
     """Draw the plan."""
     plan = Plan.from_file(args.plan)
     out = Path(args.out) if args.out else Path(args.plan).with_suffix(".png")
-    if out.suffix.lower() not in {".png", ".svg", ".pdf"}:
-        raise ValueError(f"picture {out}: name it .png, .svg or .pdf")
+    check_output(out, PICTURES)
     loads = before = None
     if args.profile:
         profile = read_profile(args.profile, args.format)
         profile.require_shape(plan.num_layers, plan.num_kv_heads)
         loads = profile.relative * args.budget
-        before = make_plan("contiguous", loads, plan.tp_size)
+        before = Planner(policy="contiguous", tp_size=plan.tp_size).from_expectation(loads)
     draw_plan(plan, out, loads, before)
     if args.json:
         print_json({"plan": args.plan, "png": str(out)})

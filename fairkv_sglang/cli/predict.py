@@ -19,16 +19,14 @@ from typing import Any
 import numpy as np
 
 from fairkv_sglang.cli.output import print_json, print_table, progress
-from fairkv_sglang.placement import make_plan
+from fairkv_sglang.placement import Planner
 from fairkv_sglang.placement.options import FloatArray
+from fairkv_sglang.placement.planner import REQUEST_SPREAD
 from fairkv_sglang.placement.requests import read_requests
 from fairkv_sglang.placement.simulate import Traffic, simulate
 from fairkv_sglang.profiles.predict import PREDICTORS, misplaced
 
 _HEADS = 8  # of a made-up model
-# Of heads between prompts: that of recorded ones (profiles/recorder.py), for made-up ones and for
-# plans.
-_VARIATION = 0.3
 _LENGTHS = 0.5  # of prompts' lengths in every trace
 _SCALE = 1024.0
 
@@ -131,7 +129,7 @@ def compare(
                 step()
         for name, loads in expected.items():
             policy = "contiguous" if name == "contiguous" else "fair_copying"
-            plan = make_plan(policy, loads, tp, spread=_VARIATION)
+            plan = Planner(policy=policy, tp_size=tp).from_expectation(loads, measured=True)
             imbalance[name].append(simulate(plan, ahead, loads, traffic).imbalance)
     return {
         "error": {name: float(np.mean(values)) for name, values in error.items()},
@@ -178,7 +176,7 @@ def made_up(name: str, count: int, layers: int, window: int, seed: int) -> Trace
     place = np.linspace(0.0, 1.0, count)
     moved = {"steady": 0.0 * place, "shift": (place >= 0.5).astype(float), "drift": place}[name]
     base = before * (1.0 - moved)[:, None, None] + after * moved[:, None, None]
-    sigma = float(np.sqrt(np.log1p(_VARIATION**2)))
+    sigma = float(np.sqrt(np.log1p(REQUEST_SPREAD**2)))
     kept = _SCALE * base * rng.lognormal(-0.5 * sigma**2, sigma, base.shape)
     return Trace(f"made up, {name}", lengths(kept, rng))
 

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fairkv_sglang.cli.output import print_json, print_table, progress
+from fairkv_sglang.cli.output import PICTURES, check_output, print_json, print_table, progress
 from fairkv_sglang.cli.remote import add_url_flags, checked_url, fairkv_state, server_info
 from fairkv_sglang.profiles import HeadProfile
 
 BATCH = 16
 PROFILES = (".json", ".safetensors")
-PICTURES = (".png", ".svg", ".pdf")
 # Flags of a measurement and their defaults; a running server has its own.
 _MEASURING: dict[str, Any] = {
     "model_path": None,
@@ -93,21 +91,6 @@ def run(args: argparse.Namespace) -> int:
         print_table("kept tokens of each head over the mean head", columns, rows)
         print(f"{profile.meta['prompts']} prompts -> {args.out}")
     return 0
-
-
-def check_output(path: Path, endings: tuple[str, ...]) -> None:
-    """Raises ValueError, in one line, unless a file of one of these endings can be written there.
-
-    For before the work: minutes of measuring are not to be lost to a mistyped path.
-    """
-    if path.suffix not in endings:
-        raise ValueError(f"{path}: name it {', '.join(endings[:-1])} or {endings[-1]}")
-    folder = path.parent
-    if path.is_dir() or not folder.is_dir():
-        what = "is a folder" if path.is_dir() else f"there is no folder {folder}"
-        raise ValueError(f"cannot write {path}: {what}")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise ValueError(f"cannot write {path}: no permission")
 
 
 def _from_server(args: argparse.Namespace) -> HeadProfile:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fairkv_sglang.cli.output import print_json, print_table, progress
-from fairkv_sglang.placement import POLICIES, CostModel, Plan, make_plan
+from fairkv_sglang.placement import POLICIES, CostModel, Plan, Planner
 from fairkv_sglang.placement.options import SPARE_LANES, FloatArray, checked
 from fairkv_sglang.placement.plan_picture import draw_series
 from fairkv_sglang.placement.requests import Requests, read_requests
@@ -142,14 +142,12 @@ def adapt(
     cost = CostModel.for_device("cuda", batch=traffic.batch)
     budget = float(requests.kept.mean())
     home = -(-heads // tp)
+    planner = Planner(tp_size=tp, cost=cost, slots=home + spare, paid=True)
     seconds = []
 
     def replan(kept: FloatArray) -> Plan:
         start = time.perf_counter()
-        plan = make_plan(
-            "fair_copying", kept.mean(axis=0), tp, cost,
-            samples=kept, max_lanes=home + spare, paid=True,
-        )  # fmt: skip
+        plan = planner.from_requests(kept)
         seconds.append(time.perf_counter() - start)
         return plan
 
@@ -159,7 +157,7 @@ def adapt(
             tokens * cost.token_bytes * cost.kv_byte_cost + layers * slots * cost.lane_cost
         )
 
-    plain = make_plan("contiguous", np.ones((layers, heads)), tp)
+    plain = Planner(policy="contiguous", tp_size=tp).from_expectation(np.ones((layers, heads)))
     runs = []
     for seen, later in (requests.halves(), requests.halves()[::-1]):
         kept, expected = requests.kept[seen], np.full((layers, heads), budget)
@@ -196,9 +194,8 @@ def both_ways(
     out = []
     for seen, held_out in (halves[::-1], halves):
         kept = requests.kept[seen]
-        expected = kept.mean(axis=0)
-        plan = fixed or make_plan(policy, expected, tp, samples=kept)
-        replay = simulate(plan, requests.kept[held_out], expected, traffic, step)
+        plan = fixed or Planner(policy=policy, tp_size=tp).from_requests(kept)
+        replay = simulate(plan, requests.kept[held_out], kept.mean(axis=0), traffic, step)
         out.append((plan, replay))
     return out
 

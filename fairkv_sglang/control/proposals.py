@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from fairkv_sglang.placement import POLICIES, CostModel, Plan, make_plan
-from fairkv_sglang.placement.modelled_step import modelled_step
+from fairkv_sglang.placement import Plan, Planner
 from fairkv_sglang.profiles.change import since_change
 
 GAIN = 1.02
@@ -39,10 +38,8 @@ def propose(question: dict[str, Any]) -> dict[str, Any]:
     """Answer one question.
 
     Args:
-        question: ``requests [N][L][H]`` (kept tokens of the last prompts) and whether all prompts
-            are ``alike`` (static budgets), ``served [L][R][H]`` (lanes now), ``slots`` and whether
-            they are ``paid`` for when empty, ``policy``, ``cost`` (fields of
-            :class:`CostModel`), ``options`` of the policy, ``model``, ``forced``.
+        question: ``requests [N][L][H]`` (kept tokens of the last prompts), ``served [L][R][H]``
+            (lanes now), ``planner`` (fields of :class:`Planner`), ``forced``.
 
     Returns:
         ``plan`` (JSON text, or None if the lanes are good enough), ``gain`` (modelled step now over
@@ -50,29 +47,17 @@ def propose(question: dict[str, Any]) -> dict[str, Any]:
     """
     started = time.perf_counter()
     requests = _unpacked(question["requests"]).astype(np.float64)
-    if not question["alike"]:
+    planner = Planner.model_validate(question["planner"])
+    if planner.varies:
         requests = since_change(requests)
-    loads = requests.mean(axis=0)
     served = _unpacked(question["served"]).astype(bool)
-    cost = CostModel.model_validate(question["cost"])
     source = os.environ.get(TEST_PLANS)
     if source:
-        plan, gain = _test_plan(source, served, question["slots"]), 1.0
+        plan, gain = _test_plan(source, served, planner.slots or served.shape[2]), 1.0
     else:
-        plan = make_plan(
-            POLICIES.make(question["policy"], **question["options"]),
-            loads,
-            served.shape[1],
-            cost=cost,
-            model=question["model"],
-            samples=None if question["alike"] else requests,
-            lanes=served,
-            max_lanes=question["slots"],
-            paid=question["paid"],
-        )
-        slots = question["slots"] if question["paid"] else None
-        now = modelled_step(served, loads, cost, slots)
-        gain = now / modelled_step(plan.shares() > 0, loads, cost, slots)
+        plan = planner.from_requests(requests, served)
+        loads = requests.mean(axis=0)
+        gain = planner.step(served, loads) / planner.step(plan.shares() > 0, loads)
     wanted = question["forced"] or gain >= GAIN
     return {
         "requests": len(requests),

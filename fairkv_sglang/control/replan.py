@@ -20,11 +20,11 @@ import numpy as np
 from fairkv_sglang.control.proposals import Proposals
 from fairkv_sglang.memory.rows import LEAST_RECORDED
 from fairkv_sglang.parallel import LaneChanges, TwinWeights
-from fairkv_sglang.placement import CostModel, Plan
+from fairkv_sglang.placement import Plan
 
 if TYPE_CHECKING:
-    from fairkv_sglang.config import FairKVConfig
     from fairkv_sglang.memory.rows import RowBook
+    from fairkv_sglang.planning import Start
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +40,9 @@ class Replanner:
     """Re-planning on one rank; decisions are the same on all ranks.
 
     Args:
-        config: Mode, policy, limits.
-        cost: Cost model of a decode step.
-        model: Name of the model, for the plan.
+        start: What the rank was started with: mode, planner, lane slots.
         book: Rows of this rank: recorder, router, residents, page bounds.
         twins: Weights of this rank's lanes.
-        slots: Lane slots of a rank in a layer, for the planner.
-        guessed: The plan at start is from a profile of another method.
         share: Gives every rank what rank 0 passes to it (a broadcast); called by all ranks.
         adopted: Called with each plan that is adopted.
     """
@@ -54,25 +50,21 @@ class Replanner:
     def __init__(
         self,
         *,
-        config: FairKVConfig,
-        cost: CostModel,
-        model: str | None,
+        start: Start,
         book: RowBook,
         twins: TwinWeights,
-        slots: int,
-        guessed: bool,
         share: Callable[[Any], Any],
         adopted: Callable[[Plan], None],
     ) -> None:
-        self.mode = config.replan
+        self.mode = start.config.replan
         self.adopted = 0
         self.passes = 0  # before which lanes changed
         self.seconds = 0.0  # spent on that, before all passes
         self.longest = 0.0  # before one of them
-        self._config, self._cost, self._model = config, cost, model
+        self._planner = start.planner.model_dump()
         self._book, self._twins = book, twins
         self._share, self._tell = share, adopted
-        self._heads, self._slots = book.heads, slots
+        self._heads = book.heads
         self._changes = LaneChanges(book.heads.table)
         self._is_first = self._heads.rank == 0
         self._proposals = Proposals(self._answered)
@@ -80,7 +72,7 @@ class Replanner:
             self._proposals.start()
         self._answer: dict[str, Any] | None = None  # written by the planner's thread
         self._announced = False
-        self._next = FIRST_GUESSED if guessed else FIRST
+        self._next = FIRST_GUESSED if start.guessed else FIRST
         self._forced = False
         self._steps_of_change = 0
         self._waits = False
@@ -111,14 +103,8 @@ class Replanner:
         self._proposals.ask(
             {
                 "requests": recorder.requests(),
-                "alike": not self._book.scope.input_dependent,
                 "served": self._changes.aim.copy(),
-                "slots": self._slots,
-                "paid": self._twins.fixed_width,
-                "policy": self._config.placement,
-                "options": self._config.options("placement"),
-                "cost": self._cost.model_dump(),
-                "model": self._model,
+                "planner": self._planner,
                 "forced": forced,
             }
         )

@@ -7,7 +7,17 @@ from fairkv_sglang.placement.cost import CostModel
 from fairkv_sglang.placement.make import make_plan
 from fairkv_sglang.placement.options import PlanOptions
 from fairkv_sglang.placement.plan import HeadShare, Plan
+from fairkv_sglang.placement.planner import Planner
 from fairkv_sglang.placement.policies import POLICIES
 from fairkv_sglang.placement.router import Router
 
-__all__ = ["POLICIES", "CostModel", "HeadShare", "Plan", "PlanOptions", "Router", "make_plan"]
+__all__ = [
+    "POLICIES",
+    "CostModel",
+    "HeadShare",
+    "Plan",
+    "PlanOptions",
+    "Planner",
+    "Router",
+    "make_plan",
+]

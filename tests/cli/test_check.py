@@ -14,14 +14,11 @@ import pytest
 
 from fairkv_sglang.cli.preview import describe
 from fairkv_sglang.config import from_mapping
-from fairkv_sglang.model_facts import ModelFacts
+from fairkv_sglang.model import Model
 from fairkv_sglang.profiles import HeadProfile
-from fairkv_sglang.support import check_model
+from fairkv_sglang.support import check_start
 
-MODEL = ModelFacts(
-    name="m", architecture="LlamaForCausalLM", layers=3, q_heads=16, kv_heads=8, head_dim=64,
-    hidden=512,
-)  # fmt: skip
+MODEL = Model("m", num_layers=3, num_q_heads=16, num_kv_heads=8, head_dim=64, hidden_size=512)
 
 
 def test_budgets_and_plan_of_a_start(tmp_path: Path) -> None:
@@ -31,7 +28,7 @@ def test_budgets_and_plan_of_a_start(tmp_path: Path) -> None:
     HeadProfile(model="m", shares=shares, meta={}).save(profile)
     options = {"enabled": True, "budget": 256, "profile": str(profile), "expected_prompt": 2048}
     plain, fair = (
-        describe(config, MODEL, check_model(config, MODEL, 4, "cuda"))
+        describe(check_start(config, MODEL, 4, "cuda"))
         for config in (from_mapping({**options, "placement": "contiguous"}), from_mapping(options))
     )
     assert plain["rows that stay at home"] == "100.0%"

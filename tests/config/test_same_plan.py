@@ -16,11 +16,11 @@ import sglang  # noqa: F401  brings its platform, which must precede its other m
 from fairkv_sglang.cli.main import main
 from fairkv_sglang.cli.preview import describe
 from fairkv_sglang.config import RESOLVED_VARIABLE, add_flags, from_environment, from_flags
-from fairkv_sglang.model_facts import ModelFacts
+from fairkv_sglang.model import Model
 from fairkv_sglang.patches import server_args
 from fairkv_sglang.placement import Plan
-from fairkv_sglang.placement.model import ModelShape
 from fairkv_sglang.plan_file import PLAN_VARIABLE, received
+from fairkv_sglang.planning import make_start
 from fairkv_sglang.profiles import HeadProfile
 
 LAYERS, HEADS = 3, 8
@@ -56,11 +56,11 @@ def profile(tmp_path: Path, seed: int) -> str:
     return str(path)
 
 
-def facts(model: Path, dtype: str) -> ModelFacts:
+def as_the_server(model: Path, dtype: str) -> Model:
     """As the server reads them, with SGLang's own model configuration."""
     from sglang.srt.configs.model_config import ModelConfig
 
-    return ModelFacts.of(ModelConfig(str(model), dtype=dtype))
+    return Model.from_sglang(ModelConfig(str(model), dtype=dtype))
 
 
 def of_the_server(
@@ -77,7 +77,7 @@ def of_the_server(
         model_path=str(model), tp_size=tp_size, device=device, cuda_graph_backend_prefill=None
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server_args, "model_facts", lambda _: facts(model, dtype))
+        patch.setattr(server_args, "read_model", lambda _: as_the_server(model, dtype))
         patch.setattr("sglang.srt.arg_groups.overrides.resolving_view", lambda view: view)
         patch.setattr("fairkv_sglang.patches.cpu_platform.is_active", lambda: device == "cpu")
         patch.setattr(server_args, "_settle_cpu", lambda _: None)
@@ -85,7 +85,8 @@ def of_the_server(
         server_args.around_resolve(lambda _: None, arguments)
     plan, config = received(), from_environment()
     assert plan is not None and config is not None
-    return plan, describe(config, facts(model, dtype), plan)
+    start = make_start(config, as_the_server(model, dtype), tp_size, device, plan)
+    return plan, describe(start)
 
 
 CASES = [
@@ -142,9 +143,7 @@ def test_sizes_from_the_configuration_are_those_of_sglang(
 ) -> None:
     file = model / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    for device in ("cuda", "cpu"):
-        read = ModelShape.from_config(model, dtype, device)
-        assert read == facts(model, dtype).shape(device)
+    assert Model.from_config(model, dtype) == as_the_server(model, dtype)
 
 
 def test_a_command_line_gives_the_same_configuration(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from fairkv_sglang.config import from_mapping
+from fairkv_sglang.model import Model
 from fairkv_sglang.placement import Plan
 from fairkv_sglang.placement.cost import DEVICES
-from fairkv_sglang.planning import ModelShape, make_budgets, make_placement
+from fairkv_sglang.planning import make_start
 from fairkv_sglang.profiles import HeadProfile
 
 LAYERS, HEADS = 3, 8
@@ -28,9 +29,8 @@ def plan_of(tmp_path: Path, device: str = "cuda", **options: Any) -> Plan:
             "expected_prompt": 16384, "expected_batch": 64, **options,
         }
     )  # fmt: skip
-    shape = ModelShape("m", LAYERS, HEADS, 4, 128, 4096, 2, device)
-    _, scope, _ = make_budgets(config, LAYERS, HEADS)
-    return make_placement(config, shape, scope, 2)
+    model = Model("m", LAYERS, HEADS * 4, HEADS, 128, 4096)
+    return make_start(config, model, 2, device).plan
 
 
 def test_constants_are_those_of_the_device(tmp_path: Path) -> None:

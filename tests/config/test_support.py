@@ -9,22 +9,21 @@ from types import SimpleNamespace
 import pytest
 
 from fairkv_sglang.config import ConfigError, FairKVConfig
-from fairkv_sglang.model_facts import ModelFacts
-from fairkv_sglang.support import REFUSALS, Refusal, check_model, check_split, refuse, table
+from fairkv_sglang.model import Model
+from fairkv_sglang.support import REFUSALS, Refusal, check_split, check_start, refuse, table
 
-LLAMA = ModelFacts(
+LLAMA = Model(
     name="tiny",
-    architecture="LlamaForCausalLM",
-    layers=2,
-    q_heads=8,
-    kv_heads=4,
+    num_layers=2,
+    num_q_heads=8,
+    num_kv_heads=4,
     head_dim=32,
-    hidden=128,
-    intermediate=256,
+    hidden_size=128,
+    intermediate_size=256,
 )
 
 # One setting that triggers each row, by the row's feature.
-TRIGGERS: dict[str, tuple[dict[str, object], ModelFacts | None]] = {
+TRIGGERS: dict[str, tuple[dict[str, object], Model | None]] = {
     "another device": ({"device": "xpu"}, None),
     "speculative decoding": ({"speculative_algorithm": "EAGLE"}, None),
     "prefill-decode disaggregation": ({"disaggregation_mode": "decode"}, None),
@@ -107,12 +106,13 @@ def test_full_window_passes() -> None:
     ("model", "tp_size", "right"),
     [
         (LLAMA, 3, "1 or 2 or 4 or 8"),
-        (replace(LLAMA, kv_heads=6, q_heads=12), 4, "1 or 2"),
-        (replace(LLAMA, intermediate=250), 4, "1 or 2"),
+        (LLAMA, 0, "1 or 2 or 4 or 8"),
+        (replace(LLAMA, num_kv_heads=6, num_q_heads=12), 4, "1 or 2"),
+        (replace(LLAMA, intermediate_size=250), 4, "1 or 2"),
     ],
 )
 def test_split_that_does_not_divide_names_those_that_do(
-    model: ModelFacts, tp_size: int, right: str
+    model: Model, tp_size: int, right: str
 ) -> None:
     """The message lists the TP sizes that work."""
     with pytest.raises(ConfigError, match=f"--tp-size {tp_size}.*use {right}$"):
@@ -121,7 +121,7 @@ def test_split_that_does_not_divide_names_those_that_do(
 
 def test_fewer_kv_heads_than_ranks_pass() -> None:
     """SGLang copies KV heads when the rank count is a multiple."""
-    check_split(replace(LLAMA, kv_heads=2), 4)
+    check_split(replace(LLAMA, num_kv_heads=2), 4)
 
 
 def test_table_has_a_row_for_each() -> None:
@@ -132,5 +132,5 @@ def test_table_has_a_row_for_each() -> None:
 def test_a_decode_backend_of_another_device_is_refused_before_weights() -> None:
     config = FairKVConfig(enabled=True, decode_backend="flashinfer")
     with pytest.raises(ConfigError, match="flashinfer does not run on cpu: use auto or one of num"):
-        check_model(config, LLAMA, 2, "cpu")
-    assert check_model(FairKVConfig(enabled=True), LLAMA, 2, "cpu").tp_size == 2
+        check_start(config, LLAMA, 2, "cpu")
+    assert check_start(FairKVConfig(enabled=True), LLAMA, 2, "cpu").tp_size == 2

@@ -15,13 +15,14 @@ import pytest
 
 import fairkv_sglang.control.proposals as proposals_module
 from fairkv_sglang.control.proposals import GAIN, TEST_PLANS, Proposals, propose
-from fairkv_sglang.placement import CostModel, Plan
+from fairkv_sglang.placement import CostModel, Plan, Planner
 from fairkv_sglang.placement.modelled_step import modelled_step
 
 LAYERS, RANKS, HEADS = 3, 2, 8
 COST = CostModel.for_device(
     "cpu", head_dim=64, hidden_size=64, group=2, weight_bytes=4, kv_bytes=4, batch=32
 )
+PLANNER = Planner(tp_size=RANKS, cost=COST, model="m", slots=5)
 
 
 def question(skew: float, **changes: Any) -> dict[str, Any]:
@@ -32,14 +33,8 @@ def question(skew: float, **changes: Any) -> dict[str, Any]:
     served[:, 0, :4] = served[:, 1, 4:] = True
     return {
         "requests": np.rint(500 * shares).tolist(),
-        "alike": False,
         "served": served.tolist(),
-        "slots": 5,
-        "paid": False,
-        "policy": "fair_copying",
-        "cost": COST.model_dump(),
-        "options": {},
-        "model": "m",
+        "planner": PLANNER.model_dump(),
         "forced": False,
         **changes,
     }
@@ -55,7 +50,7 @@ def test_a_plan_is_proposed_when_it_is_faster_than_the_best_use_of_the_lanes() -
     answer = propose(asked)
     plan = Plan.from_json(answer["plan"])
     served = plan.shares() > 0
-    assert served.sum(axis=2).max() <= asked["slots"]
+    assert served.sum(axis=2).max() <= PLANNER.slots
     loads = np.mean(asked["requests"], axis=0)
     before = modelled_step(np.array(asked["served"]), loads, COST)
     assert answer["gain"] == pytest.approx(before / modelled_step(served, loads, COST))

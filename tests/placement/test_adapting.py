@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fairkv_sglang.budgets import BudgetScope
 from fairkv_sglang.cli.main import main
-from fairkv_sglang.config import FairKVConfig, from_mapping
+from fairkv_sglang.config import from_mapping
+from fairkv_sglang.model import Model
 from fairkv_sglang.placement import Plan, make_plan
-from fairkv_sglang.planning import ModelShape, lane_slots, make_budgets, make_placement
+from fairkv_sglang.planning import Start, make_start
 from fairkv_sglang.profiles import HeadProfile
 from fairkv_sglang.profiles.recorder import Recorder
 
@@ -29,10 +29,12 @@ def profile(tmp_path: Path) -> str:
     return str(path)
 
 
-def server(device: str = "cuda", **options: Any) -> tuple[FairKVConfig, ModelShape, BudgetScope]:
+MODEL = Model("m", LAYERS, HEADS * 4, HEADS, 128, 4096)
+
+
+def start(ranks: int, device: str = "cuda", made: Plan | None = None, **options: Any) -> Start:
     config = from_mapping({"enabled": True, "expected_batch": 64, **options})
-    shape = ModelShape("m", LAYERS, HEADS, 4, 128, 4096, 2, device)
-    return config, shape, make_budgets(config, LAYERS, HEADS)[1]
+    return make_start(config, MODEL, ranks, device, made)
 
 
 def most_lanes(plan: Plan) -> int:
@@ -57,10 +59,9 @@ def test_the_start_plan_fits_the_slots(
 ) -> None:
     home = HEADS // ranks
     for options, slots in (({}, home + 1), ({"spare_lanes": 9}, 8)):
-        args = *server(device, profile=profile, placement=placement, **options), ranks
-        plan = make_placement(*args)
-        assert most_lanes(plan) <= slots == lane_slots(*args, plan)
-        assert plan.info["lane_slots"] == slots
+        made = start(ranks, device, profile=profile, placement=placement, **options)
+        assert most_lanes(made.plan) <= slots == made.slots
+        assert made.plan.info["lane_slots"] == slots
 
 
 @pytest.mark.parametrize("ranks", [2, 8])
@@ -73,22 +74,19 @@ def test_lanes_that_never_change_have_no_slots(profile: str, ranks: int) -> None
         {"spare_lanes": 0},
         {"placement": "contiguous"},
     ):
-        args = *server(profile=profile, **options), ranks
-        plan = make_placement(*args)
-        assert lane_slots(*args, plan) is None and "lane_slots" not in plan.info
-    single = server(profile=profile)
-    assert lane_slots(*single, 1, make_placement(*single, 1)) is None
+        made = start(ranks, profile=profile, **options)
+        assert made.slots is None and "lane_slots" not in made.plan.info
+    assert start(1, profile=profile).slots is None
 
 
 def test_a_plan_file_has_the_slots_that_it_needs(tmp_path: Path) -> None:
     wide = np.full((LAYERS, 4, HEADS), 0.25)
     Plan.from_shares(wide, "all everywhere").to_file(tmp_path / "plan.json")
-    args = *server(plan=str(tmp_path / "plan.json"), scope="uniform"), 4
-    plan = make_placement(*args)
-    np.testing.assert_array_equal(plan.shares(), wide)
-    assert lane_slots(*args, plan) == HEADS
+    made = start(4, plan=str(tmp_path / "plan.json"), scope="uniform")
+    np.testing.assert_array_equal(made.plan.shares(), wide)
+    assert made.slots == HEADS
     even = make_plan("contiguous", np.ones((LAYERS, HEADS)), 4)
-    assert lane_slots(*args, even) == 3
+    assert start(4, made=even, scope="uniform", spare_lanes=1).slots == 3
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -96,17 +94,18 @@ def test_a_plan_from_traffic_follows_it_within_the_slots(tmp_path: Path, device:
     even = make_plan("contiguous", np.ones((LAYERS, HEADS)), 4)
     even.to_file(tmp_path / "plan.json")
     for options in ({}, {"plan": str(tmp_path / "plan.json")}):
-        args = *server(device, **options), 4
+        planner = start(4, device, **options).planner
+        assert planner.slots == 3
         for seed in (0, 1):
             seen = traffic(seed)
-            plan = make_placement(*args, traffic=seen, max_lanes=3)
+            plan = planner.from_requests(seen.requests())
             assert most_lanes(plan) <= 3
             old, new = (
                 np.einsum("lrh,lh->lr", p.shares(), seen.mean()).max(axis=1).sum()
                 for p in (even, plan)
             )
             assert new < 0.95 * old
-            again = make_placement(*args, traffic=traffic(seed), max_lanes=3)
+            again = planner.from_requests(traffic(seed).requests())
             assert again.digest == plan.digest
 
 
@@ -114,7 +113,8 @@ def test_budgets_that_no_prompt_changes_need_no_room_for_it() -> None:
     same = Recorder(LAYERS, HEADS, 4)
     for length in (100, 400):
         same.add(np.full((LAYERS, HEADS), length), 4 * length)
-    plan = make_placement(*server("cpu", scope="uniform"), 4, traffic=same, max_lanes=3)
+    planner = start(4, "cpu", scope="uniform", spare_lanes=1).planner
+    plan = planner.from_requests(same.requests())
     assert plan.copy_counts().sum() == 0
 
 

@@ -1,25 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import numpy as np
-import pytest
 
 from fairkv_sglang.placement import CostModel
 from fairkv_sglang.placement.make import make_problem
-from fairkv_sglang.placement.model import ModelShape
 from fairkv_sglang.placement.solver.problem import lower_bound
-
-LLAMA = {
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "torch_dtype": "bfloat16",
-}
 
 
 def test_bytes_of_llama_3_8b() -> None:
@@ -57,41 +43,3 @@ def test_lower_bound() -> None:
     # 2 ranks, lanes of 10: two lanes without a copy, 3 with one
     np.testing.assert_allclose(lower_bound(np.array([[100.0, 0.0]]), 2, 10.0), [65.0], rtol=1e-6)
     np.testing.assert_allclose(lower_bound(np.array([[5.0, 5.0]]), 2, 10.0), [15.0], rtol=1e-6)
-
-
-def config(tmp_path: Path, **changes: Any) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **changes}))
-    return tmp_path
-
-
-def test_model_config(tmp_path: Path) -> None:
-    shape = ModelShape.from_config(config(tmp_path))
-    assert (shape.num_layers, shape.num_kv_heads, shape.group_size) == (32, 8, 4)
-    assert (shape.head_dim, shape.hidden_size, shape.dtype_bytes) == (128, 4096, 2)
-    assert ModelShape.from_config(config(tmp_path, head_dim=64)).head_dim == 64
-    assert ModelShape.from_config(config(tmp_path, num_key_value_heads=None)).group_size == 1
-    nested = config(tmp_path, num_attention_heads=None, text_config=LLAMA)
-    assert ModelShape.from_config(nested / "config.json").num_kv_heads == 8
-
-
-@pytest.mark.parametrize(("dtype", "width"), [("auto", 2), ("bfloat16", 2), ("float32", 4)])
-def test_width_is_that_of_the_servers_dtype(tmp_path: Path, dtype: str, width: int) -> None:
-    path = config(tmp_path, torch_dtype="float32")
-    assert ModelShape.from_config(path, dtype).dtype_bytes == width
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"hidden_size": None}, "hidden_size are needed"),
-        ({"num_key_value_heads": 5}, "32 query heads are no multiple of 5 KV heads"),
-    ],
-)
-def test_bad_model_config(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ModelShape.from_config(config(tmp_path, **changes))
-
-
-def test_missing_model_config(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot read model config"):
-        ModelShape.from_config(tmp_path / "no.json")

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from fairkv_sglang.config import from_mapping
+from fairkv_sglang.model import Model
 from fairkv_sglang.placement.solver.stay import SAME
-from fairkv_sglang.planning import ModelShape, make_budgets, make_placement
+from fairkv_sglang.planning import make_start
 from fairkv_sglang.profiles import read_profile
 
 COLLECTED = Path(__file__).resolve().parents[3] / "shared" / "profiles"
@@ -42,9 +43,8 @@ def test_planned_decode_time(name: str) -> None:
         # without lane slots, whose weights count on CUDA
         options = {"enabled": True, "profile": str(path), "scope": scope_name, "replan": "off"}
         config = from_mapping(options)
-        _, scope, _ = make_budgets(config, layers, heads)
         width = 2 if device == "cuda" else 4
-        shape = ModelShape("m", layers, heads, group, head_dim, hidden, width, device)
-        plan = make_placement(config, shape, scope, int(ranks))
+        model = Model("m", layers, heads * group, heads, head_dim, hidden, dtype_bytes=width)
+        plan = make_start(config, model, int(ranks), device).plan
         assert plan.info["step_cost"] <= before * SAME, case
         assert (heads % int(ranks) and int(ranks) % heads) or plan.info["home_rows"] > 0.4, case

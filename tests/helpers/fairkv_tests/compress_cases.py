@@ -20,9 +20,10 @@ from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.kernels import torch_decode
 from fairkv_sglang.memory import MemoryDivision
+from fairkv_sglang.model import Model as Description
 from fairkv_sglang.placement import Plan
 from fairkv_sglang.placement.homes import Homes
-from fairkv_sglang.planning import ModelShape, make_budgets, make_placement
+from fairkv_sglang.planning import make_start
 from fairkv_sglang.profiles import HeadProfile
 from fairkv_sglang.runtime import create_runtime
 from fairkv_tests.budgets_reference import ada_kv_kept, snapkv_scores, static_kept
@@ -40,9 +41,9 @@ class Model:
     group: int = 2
 
     @property
-    def shape(self) -> ModelShape:
-        hidden = self.heads * self.group * DIM
-        return ModelShape("tiny", LAYERS, self.heads, self.group, DIM, hidden, 4)
+    def described(self) -> Description:
+        q_heads = self.heads * self.group
+        return Description("tiny", LAYERS, q_heads, self.heads, DIM, q_heads * DIM, dtype_bytes=4)
 
 
 @dataclass
@@ -116,9 +117,8 @@ class Rank:
     def __init__(
         self, config: FairKVConfig, model: Model, tp_size: int, rank: int, group: Group | None
     ) -> None:
-        _, scope, _ = make_budgets(config, model.shape.num_layers, model.shape.num_kv_heads)
-        plan = make_placement(config, model.shape, scope, tp_size)
-        self.runtime = create_runtime(config, model.shape, plan, rank, lambda: [])
+        start = make_start(config, model.described, tp_size, "cuda")
+        self.runtime = create_runtime(start, rank, lambda: [])
         division = MemoryDivision(
             total_bytes=0,
             pool_tokens=SLOTS,
