@@ -12,19 +12,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from fairkv_sglang.architectures import ARCHITECTURES
 from fairkv_sglang.config import ConfigError, FairKVConfig
 from fairkv_sglang.decode_backends import choose
 from fairkv_sglang.model import Model
 from fairkv_sglang.planning import Start, make_start
-
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
-"""Architectures whose attention has decode twins (``patches/models.py``)."""
-
 
 Predicate = Callable[[Any, Model | None], bool]
 

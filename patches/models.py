@@ -7,17 +7,12 @@ from typing import Any
 
 import torch
 
+from fairkv_sglang.architectures import attention_classes
 from fairkv_sglang.attention.mixed import prompts_only, running_only
 from fairkv_sglang.parallel.twins import ARGUMENTS, TWIN
 from fairkv_sglang.patches.ledger import Hook
 from fairkv_sglang.runtime import get_runtime
 
-# MistralForCausalLM has Llama's.
-_ATTENTION_CLASSES = (
-    "sglang.srt.models.llama.LlamaAttention",
-    "sglang.srt.models.qwen2.Qwen2Attention",
-    "sglang.srt.models.qwen3.Qwen3Attention",
-)
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 _UPDATES = (
     "update_weights_from_disk",
@@ -96,7 +91,7 @@ HOOKS: tuple[Hook, ...] = (
             since="0.5.17",
             upstream="sglang/srt/models (constructor of the attention class)",
         )
-        for name in _ATTENTION_CLASSES
+        for name in attention_classes()
     ),
     *(
         Hook(
@@ -107,7 +102,7 @@ HOOKS: tuple[Hook, ...] = (
             since="0.5.17",
             upstream="sglang/srt/models (forward of the attention class)",
         )
-        for name in _ATTENTION_CLASSES
+        for name in attention_classes()
     ),
     Hook(
         target="sglang.srt.model_executor.model_runner.ModelRunner.load_model",

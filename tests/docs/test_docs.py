@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fairkv_sglang.architectures import families
 from fairkv_sglang.cli.ledger_page import ledger_markdown
 from fairkv_sglang.cli.main import COMMANDS
 from fairkv_sglang.config import fields
@@ -23,6 +24,11 @@ def test_support_page_lists_every_refusal() -> None:
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_readme_names_every_model() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"| models | {families()} (" in text
 
 
 def test_ledger_page_is_the_ledger() -> None:

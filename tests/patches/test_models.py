@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import inspect
+import pydoc
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
+from fairkv_sglang.architectures import ARCHITECTURES, Architecture
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
 from fairkv_sglang.parallel.twins import ARGUMENTS, TWIN
 from fairkv_sglang.patches import models
@@ -216,17 +219,20 @@ def test_all_ways_of_updating_weights_are_hooked() -> None:
     assert {name for name in public if not name.startswith("_")} == hooked | known
 
 
-def test_attention_of_all_served_architectures_is_hooked() -> None:
-    from sglang.srt.models import llama, mistral, qwen2, qwen3
-
-    assert issubclass(mistral.MistralForCausalLM, llama.LlamaForCausalLM)
+@pytest.mark.parametrize("row", ARCHITECTURES.values(), ids=lambda row: row.name)
+def test_attention_of_every_served_architecture_is_hooked(row: Architecture) -> None:
+    """And is what the hooks and the twins expect of it."""
+    model, attention = (pydoc.locate(path) for path in (row.model, row.attention))
+    assert isinstance(model, type) and isinstance(attention, type)
+    assert model.__name__ == row.name
     targets = {hook.target for hook in models.HOOKS}
-    for kind in (llama.LlamaAttention, qwen2.Qwen2Attention, qwen3.Qwen3Attention):
-        name = f"{kind.__module__}.{kind.__name__}"
-        assert {f"{name}.__init__", f"{name}.forward"} <= targets
-        # By these names SGLang passes what the dispatch takes apart.
-        assert list(inspect.signature(kind.forward).parameters) == [
-            "self", "positions", "hidden_states", "forward_batch",
-        ]  # fmt: skip
-        names = set(inspect.signature(kind.__init__).parameters)
-        assert {"layer_id", "num_heads", "num_kv_heads"} <= names
+    assert {f"{row.attention}.__init__", f"{row.attention}.forward"} <= targets
+    # By these names SGLang passes what the dispatch takes apart.
+    assert list(inspect.signature(attention.forward).parameters) == [
+        "self", "positions", "hidden_states", "forward_batch",
+    ]  # fmt: skip
+    names = set(inspect.signature(attention.__init__).parameters)
+    assert {"layer_id", "num_heads", "num_kv_heads"} <= names
+    # The class that the model's layers build, not one that merely exists.
+    layers = {m for kind in model.__mro__ for m in [sys.modules.get(kind.__module__)] if m}
+    assert any(getattr(module, attention.__name__, None) is attention for module in layers)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models that FairKV serves: one row each.
+
+The check at start, the hooks on attention classes (``patches/models.py``) and the pages read this
+table. CONTRIBUTING.md, "Add a model", says what an attention class must be like.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_MODELS = "sglang.srt.models"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model class of SGLang.
+
+    Attributes:
+        name: As in ``architectures`` of a model's ``config.json``.
+        family: As people call it.
+        model: Path of the model class.
+        attention: Path of the class of its attention modules.
+    """
+
+    name: str
+    family: str
+    model: str
+    attention: str
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    row.name: row
+    for row in (
+        Architecture(
+            "LlamaForCausalLM",
+            "Llama",
+            f"{_MODELS}.llama.LlamaForCausalLM",
+            f"{_MODELS}.llama.LlamaAttention",
+        ),
+        Architecture(
+            "MistralForCausalLM",
+            "Mistral",
+            f"{_MODELS}.mistral.MistralForCausalLM",
+            f"{_MODELS}.llama.LlamaAttention",
+        ),
+        Architecture(
+            "Qwen2ForCausalLM",
+            "Qwen2",
+            f"{_MODELS}.qwen2.Qwen2ForCausalLM",
+            f"{_MODELS}.qwen2.Qwen2Attention",
+        ),
+        Architecture(
+            "Qwen3ForCausalLM",
+            "Qwen3",
+            f"{_MODELS}.qwen3.Qwen3ForCausalLM",
+            f"{_MODELS}.qwen3.Qwen3Attention",
+        ),
+    )
+}
+"""Supported architectures by name."""
+
+
+def attention_classes() -> tuple[str, ...]:
+    """Paths of the attention classes, each once."""
+    return tuple(dict.fromkeys(row.attention for row in ARCHITECTURES.values()))
+
+
+def families() -> str:
+    """The supported models, for a sentence."""
+    return ", ".join(row.family for row in ARCHITECTURES.values())
