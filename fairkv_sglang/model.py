@@ -146,21 +146,17 @@ class Model:
         return PRESETS[name]
 
 
-def _presets() -> dict[str, Model]:
-    # config.json of the public checkpoints: layers, query and KV heads, head dimension, hidden
-    # size, MLP, vocabulary, context
-    rows: tuple[tuple[str, str, tuple[int, ...]], ...] = (
-        ("llama-3.1-8b", "Llama", (32, 32, 8, 128, 4096, 14336, 128256, 131072)),
-        ("llama-3.3-70b", "Llama", (80, 64, 8, 128, 8192, 28672, 128256, 131072)),
-        ("mistral-small-24b", "Mistral", (40, 32, 8, 128, 5120, 32768, 131072, 32768)),
-        ("qwen3-0.6b", "Qwen3", (28, 16, 8, 128, 1024, 3072, 151936, 40960)),
-        ("tiny", "Llama", (4, 16, 8, 16, 64, 128, 256, 4096)),  # for tests
-    )
-    return {
-        name: Model(name, *sizes[:7], context=sizes[7], architecture=f"{family}ForCausalLM")
-        for name, family, sizes in rows
-    }
-
-
-PRESETS: dict[str, Model] = _presets()
+_PRESETS = (
+    # config.json of the public checkpoints: family, layers, query and KV heads, head dimension,
+    # hidden size, MLP, vocabulary, context
+    ("llama-3.1-8b", "Llama", 32, 32, 8, 128, 4096, 14336, 128256, 131072),
+    ("llama-3.3-70b", "Llama", 80, 64, 8, 128, 8192, 28672, 128256, 131072),
+    ("mistral-small-24b", "Mistral", 40, 32, 8, 128, 5120, 32768, 131072, 32768),
+    ("qwen3-0.6b", "Qwen3", 28, 16, 8, 128, 1024, 3072, 151936, 40960),
+    ("tiny", "Llama", 4, 16, 8, 16, 64, 128, 256, 4096),  # for tests
+)
+PRESETS: dict[str, Model] = {
+    name: Model(name, layers, q, kv, dim, hidden, mlp, vocab, 2, context, f"{family}ForCausalLM")
+    for name, family, layers, q, kv, dim, hidden, mlp, vocab, context in _PRESETS
+}
 """Models by name, for benchmarks and for planning without a checkpoint."""

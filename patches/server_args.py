@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from fairkv_sglang.config import (
     FILE_VARIABLE,
+    FLAG,
     RESOLVED_VARIABLE,
     ConfigError,
     FairKVConfig,
@@ -25,6 +26,7 @@ from fairkv_sglang.config import (
     from_flags,
 )
 from fairkv_sglang.model import Model
+from fairkv_sglang.near_miss import guard
 from fairkv_sglang.patches.ledger import Hook
 
 logger = logging.getLogger(__name__)
@@ -59,8 +61,9 @@ def starting(config: FairKVConfig | None) -> Iterator[None]:
 
 
 def after_add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
-    """Add the FairKV group to SGLang's parser."""
+    """Add the FairKV group to SGLang's parser; a mistyped flag of it gets one line."""
     add_flags(parser)
+    guard(parser, FLAG)
 
 
 def before_from_cli_args(cls: type, arguments: argparse.Namespace) -> None:

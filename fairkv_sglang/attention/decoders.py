@@ -90,7 +90,7 @@ def make_decoder(runtime: FairKVRuntime, device: str) -> Decoder:
         from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
         from fairkv_sglang.kernels.cuda.flashinfer_check import assert_plan_matches_flashinfer
 
-        group = runtime.shape.group_size
+        group = runtime.model.group_size
         assert_plan_matches_flashinfer(pages.dtype, pages.head_dim, group, device)
         return FlashInferDecoder(pages, lane_start, group, pages.head_dim**-0.5)
     operation = torch_decode.decode if name == "torch" else pages.kernels.decode

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fairkv check``: does this installation work, and what would a start do?
 
-Without launch flags it checks the installation. ``fairkv check -- LAUNCH FLAGS`` goes through a
+Without launch flags it checks the installation. ``fairkv check LAUNCH FLAGS`` goes through a
 start as far as the parent process does, without loading a weight. ``--ledger`` lists the hooks.
 """
 
@@ -21,12 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ledger", action="store_true", help="list every hook on SGLang")
     parser.add_argument("--markdown", action="store_true", help="the ledger as a Markdown page")
     parser.add_argument("--json", action="store_true", help="print as JSON")
-    parser.add_argument(
-        "launch",
-        nargs=argparse.REMAINDER,
-        metavar="-- LAUNCH FLAGS",
-        help="flags of launch.py: say what that start would do",
-    )
+    parser.usage = "%(prog)s [--ledger [--markdown]] [--json] [LAUNCH FLAGS]"
+    parser.epilog = "With flags of launch.py: what would that start do? They may follow a --."
+
+
+def take_rest(args: argparse.Namespace, words: list[str]) -> None:
+    """Words of another parser: launch flags."""
+    args.launch = [word for word in words if word != "--"]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if args.launch:
         from fairkv_sglang.cli.preview import preview
 
-        return preview([word for word in args.launch if word != "--"], args.json)
+        return preview(args.launch, args.json)
     results = [_run(name, check) for name, check in _CHECKS.items()]
     if args.json:
         print_json([{"check": name, "ok": ok, "detail": text} for name, ok, text in results])

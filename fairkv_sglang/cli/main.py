@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-# name: (module, help). A module has add_arguments(parser) and run(args) -> exit status.
+from fairkv_sglang.near_miss import OneLineParser, flags_of, unknown_flags
+
+# name: (module, help). A module has add_arguments(parser), run(args) -> exit status, and
+# take_rest(args, words) if it takes words that its parser does not know.
 COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("fairkv_sglang.cli.check", "does this installation work?"),
     "profile": ("fairkv_sglang.cli.profile", "a head profile from prompts or a running server"),
@@ -25,18 +29,28 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``fairkv <command> ...``; returns the exit status (2: wrong usage or input)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="fairkv",
         description="Tools of FairKV for SGLang. `fairkv <command> --help` explains a command.",
     )
+    version = f"fairkv-sglang {importlib.metadata.version('fairkv-sglang')}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for name, (module, text) in COMMANDS.items():
-        sub = commands.add_parser(name, help=text, description=text)
-        if words[:1] == [name]:
-            importlib.import_module(module).add_arguments(sub)
-    args = parser.parse_args(words)
+    subs = {
+        name: commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        for name, (_, text) in COMMANDS.items()
+    }
+    name = words[0] if words and words[0] in COMMANDS else ""
     try:
-        status: int = importlib.import_module(COMMANDS[args.command][0]).run(args)
+        module: Any = importlib.import_module(COMMANDS[name][0]) if name else None
+        if module is not None:
+            module.add_arguments(subs[name])
+        args, rest = parser.parse_known_args(words)
+        if hasattr(module, "take_rest"):
+            module.take_rest(args, rest)
+        elif rest or module is None:  # what stands before the command is not its own
+            raise ValueError(unknown_flags(rest or words, flags_of(subs.get(name, parser))))
+        status: int = module.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of a pipe has left (`fairkv plan ... | head`); nothing to complain about.
@@ -44,15 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except ModuleNotFoundError as error:
         # Beside an SGLang of one's own, `pip install --no-deps` brings none of the tools' packages.
-        print(
-            f"fairkv {args.command}: error: {error.name} is not installed: pip install it",
-            file=sys.stderr,
-        )
-        return 2
+        return _wrong(name, f"{error.name} is not installed: pip install it")
     except (ValueError, OSError) as error:
-        print(f"fairkv {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _wrong(name, " ".join(str(error).split()))
     return status
+
+
+def _wrong(name: str, text: str) -> int:
+    print(f"{f'fairkv {name}'.strip()}: error: {text}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -11,12 +12,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 PIPE_WIDTH = 140
 PICTURES = (".png", ".svg", ".pdf")
+
+
+def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
+    """A flag for each field of ``model``; those not given leave no trace, as for :func:`given`.
+
+    Values are strings here: the model parses and checks them.
+    """
+    for name, field in model.model_fields.items():
+        text = f"{field.description}" + (f"; default {field.default}" if field.default else "")
+        kind: dict[str, Any] = {"action": "store_true"} if field.annotation is bool else {}
+        if not kind:
+            kind = {"metavar": "X" if field.annotation is float else "N"}
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **kind
+        )
+
+
+def given(args: argparse.Namespace, model: type[BaseModel]) -> dict[str, Any]:
+    """The fields of ``model`` that the command line gives."""
+    return {name: value for name, value in vars(args).items() if name in model.model_fields}
 
 
 def console() -> Console:
@@ -51,7 +73,7 @@ def check_output(path: Path, endings: tuple[str, ...]) -> None:
 
     For before the work: minutes of measuring are not to be lost to a mistyped path.
     """
-    if path.suffix.lower() not in endings:
+    if path.suffix not in endings:
         names = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
         raise ValueError(f"{path}: name it {names}")
     folder = path.parent

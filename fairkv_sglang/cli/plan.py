@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fairkv_sglang.cli.output import (
     PICTURES,
@@ -28,27 +31,27 @@ from fairkv_sglang.planning import Start
 from fairkv_sglang.profiles import FORMATS, read_profile
 from fairkv_sglang.support import check_split, check_start
 
-# header: (figure of the plan, unit, format, what it is)
-COLUMNS: dict[str, tuple[str, float, str, str]] = {
+# header: (cell from a plan's figures, what it is)
+COLUMNS: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "max/mean": (
-        "token_imbalance", 1.0, ".3f",
-        "kept tokens of the fullest rank over the mean rank, summed over layers; 1 is perfect",
+        lambda info: f"{info['token_imbalance']:.3f}",
+        "kept tokens of a layer's fullest rank over the mean rank, all layers; 1 is perfect",
     ),
     "step": (
-        "step_over_bound", 1.0, ".3f",
+        lambda info: f"{info['step_over_bound']:.3f}",
         "modelled decode step over a lower bound for any placement; 1 cannot be beaten",
     ),
-    "copies": ("copies_per_layer", 1.0, ".2f", "copies of heads in a layer, mean"),
-    "most": ("max_copies_in_a_layer", 1.0, ".0f", "copies of heads in a layer, most"),
+    "copies": (
+        lambda info: f"{info['copies_per_layer']:.2f}/{info['max_copies_in_a_layer']}",
+        "copies of heads in a layer, mean / most",
+    ),
     "home": (
-        "home_rows", 1.0, ".1%", "part of the kept rows that are decoded where they were computed"
+        lambda info: f"{info['home_rows']:.0%}",
+        "part of the kept rows that are decoded where they were computed",
     ),
-    "MB": ("twin_bytes", 1e-6, ".0f", "weights of the decode twins, all ranks"),
-    "MB/rank": ("most_twin_bytes", 1e-6, ".0f", "weights of the decode twins, fullest rank"),
-    "memory": (
-        "capacity_imbalance", 1.0, ".3f", "kept tokens of the fullest rank over all layers / mean"
-    ),
-}  # fmt: skip
+    "MB": (lambda info: f"{info['twin_bytes'] / 1e6:.0f}", "weights of decode twins, all ranks"),
+    "MB max": (lambda info: f"{info['most_twin_bytes'] / 1e6:.0f}", "the same, fullest rank"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         print_json({"settings": settings, "policies": results, "ranks": ranks, **written})
         return 0
     print_start(start)
-    legend = {head: column[3] for head, column in COLUMNS.items()} | {"s": "seconds of planning"}
+    legend = {head: column[1] for head, column in COLUMNS.items()} | {"s": "seconds of planning"}
     rows = [row(name, plan, seconds[name]) for name, plan in plans.items()]
     print_table(f"TP {args.tp}", ["policy", *legend], rows, legend)
     both = {"even": plans["contiguous"]} if "contiguous" in plans and own != "contiguous" else {}
@@ -145,8 +148,9 @@ def model_of(args: argparse.Namespace, config: FairKVConfig) -> Model:
     Raises:
         ValueError: if neither is given.
     """
+    width = DTYPE_BYTES[args.dtype]
     if args.model_path in PRESETS and not Path(args.model_path).exists():
-        return PRESETS[args.model_path]
+        return replace(PRESETS[args.model_path], dtype_bytes=width)
     if args.model_path:
         return Model.from_config(args.model_path, args.dtype)
     if config.profile is None:
@@ -161,15 +165,17 @@ def model_of(args: argparse.Namespace, config: FairKVConfig) -> Model:
         num_kv_heads=heads,
         head_dim=like.head_dim,
         hidden_size=heads * like.group_size * like.head_dim,
-        dtype_bytes=DTYPE_BYTES[args.dtype],
+        dtype_bytes=width,
     )
 
 
 def row(name: str, plan: Plan, seconds: float) -> list[str]:
     """One line of the comparison: policy, COLUMNS, seconds."""
-    # a plan file from elsewhere need not have figures
-    cells = [
-        f"{plan.info[key] * unit:{shown}}" if key in plan.info else "-"
-        for key, unit, shown, _ in COLUMNS.values()
-    ]
-    return [name, *cells, f"{seconds:.2f}"]
+
+    def cell(text: Callable[[dict[str, Any]], str]) -> str:
+        try:
+            return text(plan.info)
+        except KeyError:  # a plan file from elsewhere need not have figures
+            return "-"
+
+    return [name, *(cell(text) for text, _ in COLUMNS.values()), f"{seconds:.2f}"]

@@ -52,14 +52,12 @@ def preview(flags: Sequence[str], as_json: bool) -> int:
 
 
 def print_start(start: Start) -> None:
-    """What :func:`describe` says, as a table."""
-    rows = []
+    """What :func:`describe` says, line by line."""
     for key, value in describe(start).items():
         if isinstance(value, dict):
             value = ", ".join(f"{name} {x:g}" for name, x in value.items())
         if not isinstance(value, list):
-            rows.append([key, value])
-    print_table("this start", ["", "value"], rows)
+            print(f"{key}: {value}")
 
 
 def print_ranks(plans: Mapping[str, Plan], loads: FloatArray) -> None:
@@ -70,7 +68,7 @@ def print_ranks(plans: Mapping[str, Plan], loads: FloatArray) -> None:
         tokens = np.einsum("lrh,lh->lr", shares, loads)
         worst = (tokens / np.maximum(tokens.mean(axis=1, keepdims=True), 1e-300)).max(axis=0)
         columns += [f"{name}: tokens", "worst", "lanes"]
-        cells += [tokens.sum(axis=0).round().astype(int), worst.round(2)]
+        cells += [tokens.sum(axis=0).round().astype(int), [f"{x:.2f}" for x in worst]]
         cells += [(shares > 0).sum(axis=(0, 2))]
     rows = [[rank, *row] for rank, row in enumerate(zip(*cells, strict=True))]
     legend = {

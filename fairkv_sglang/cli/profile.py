@@ -17,6 +17,7 @@ import numpy as np
 
 from fairkv_sglang.cli.output import PICTURES, check_output, print_json, print_table, progress
 from fairkv_sglang.cli.remote import add_url_flags, checked_url, fairkv_state, server_info
+from fairkv_sglang.model import DTYPE_BYTES
 from fairkv_sglang.profiles import HeadProfile
 
 BATCH = 16
@@ -32,6 +33,8 @@ _MEASURING: dict[str, Any] = {
     "window": 32,
     "kernel_size": None,
     "max_total_tokens": None,
+    "device": None,
+    "dtype": None,
 }
 
 
@@ -59,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument(
         "--max-total-tokens", type=int, help="KV memory in tokens (needed on CPU, default 65536)"
     )
+    own.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
+    own.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="default: the checkpoint's")
     parser.set_defaults(**_MEASURING)
 
 
@@ -179,6 +184,7 @@ def _measure(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> dict[st
         "log_level": "warning",
         # A cached prompt would be counted all the same, but measured on fewer queries.
         "disable_radix_cache": True,
+        **{key: value for key in ("device", "dtype") if (value := getattr(args, key))},
     }
     if args.max_total_tokens or not torch.cuda.is_available():
         arguments["max_total_tokens"] = args.max_total_tokens or 65536

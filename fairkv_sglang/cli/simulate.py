@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fairkv_sglang.cli.output import print_json, print_table, progress
+from fairkv_sglang.cli.output import add_fields, given, print_json, print_table, progress
 from fairkv_sglang.placement import POLICIES, CostModel, Plan, Planner
 from fairkv_sglang.placement.options import SPARE_LANES, FloatArray, checked
 from fairkv_sglang.placement.plan_picture import draw_series
@@ -37,14 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--spare-lanes", type=int, default=SPARE_LANES, help=f"default {SPARE_LANES}"
     )
-    parser.add_argument("--batch", type=int, default=32, help="requests at a time; default 32")
-    parser.add_argument("--steps", type=int, help="decode steps; default 400, to adapt 1200")
-    parser.add_argument("--shortest", type=int, default=64, help="steps of a request, at least")
-    parser.add_argument("--longest", type=int, default=512, help="steps of a request, at most")
-    parser.add_argument("--length-spread", type=float, default=0.0, help="variation of lengths")
-    parser.add_argument("--growth", action="store_true", help="generated tokens are kept")
-    parser.add_argument("--exact", action="store_true", help="kept tokens known at admission")
-    parser.add_argument("--seed", type=int, default=0)
+    add_fields(parser, Traffic)
     parser.add_argument("--budget", type=float, default=1024.0, help="mean kept tokens per head")
     parser.add_argument("--window", type=int, default=32, help="tokens that every head keeps")
     parser.add_argument("--floor", type=float, default=0.2, help="Ada-KV floor of every head")
@@ -55,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan, replay both ways round, print."""
     requests = read_requests(args.requests, args.budget, args.window, args.floor)
-    args.steps = args.steps or (1200 if args.adapt else 400)
     if args.adapt:
+        vars(args).setdefault("steps", 1200)  # time for the plan and for what comes after it
         return _run_adapt(args, requests)
     names = ["plan"] if args.plan else [n.strip() for n in args.policies.split(",") if n.strip()]
     for name in names:
@@ -67,14 +60,14 @@ def run(args: argparse.Namespace) -> int:
     traffic = _traffic(args)
     results: list[dict[str, Any]] = []
     series: dict[str, dict[str, FloatArray]] = {}
-    with progress("replaying", len(sizes) * len(names) * 2 * args.steps) as step:
+    with progress("replaying", len(sizes) * len(names) * 2 * traffic.steps) as step:
         for tp in sizes:
             for name in names:
                 runs = both_ways(requests, name, tp, traffic, step, fixed)
                 results.append({"tp": tp, "policy": name, **summary(runs)})
                 series.setdefault(f"TP {tp}", {})[name] = runs[0][1].series
     if args.png:
-        draw_series(series, args.png, f"{args.requests}, batch {args.batch}")
+        draw_series(series, args.png, f"{args.requests}, batch {traffic.batch}")
     split = "plan from half of the distinct prompts, replay the other half; then swapped"
     if args.json:
         print_json({"split": split, "traffic": traffic.model_dump(), "results": results})
@@ -83,12 +76,17 @@ def run(args: argparse.Namespace) -> int:
     print(f"{traffic!r}, budget {args.budget}, window {args.window}, floor {args.floor}")
     print_table(
         "realised imbalance (fullest rank / mean rank, over layers and steps)",
-        ["policy", "TP", "first half held out", "second", "worst step", "copies/layer", "most"],
+        ["policy", "TP", "held out 1", "held out 2", "worst", "copies", "most"],
         [
             [r["policy"], r["tp"], *(f"{v:.3f}" for v in r["imbalance"]),
              f"{r['worst_step']:.3f}", f"{r['copies_per_layer']:.2f}", r["max_copies_in_a_layer"]]
             for r in results
         ],
+        {
+            "held out 1, 2": "which half of the prompts the plan had not seen",
+            "worst": "the step with the highest imbalance",
+            "copies, most": "copies of heads in a layer: mean, most",
+        },
     )  # fmt: skip
     if args.png:
         print(f"wrote {args.png}")
@@ -96,12 +94,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _traffic(args: argparse.Namespace) -> Traffic:
-    return checked(Traffic, **{name: getattr(args, name) for name in Traffic.model_fields})
+    return checked(Traffic, **given(args, Traffic))
 
 
 def _run_adapt(args: argparse.Namespace, requests: Requests) -> int:
     traffic, split = _traffic(args), "seen: half of the distinct prompts; then the other half"
-    with progress("replaying", len(args.tp) * 4 * args.steps) as step:
+    with progress("replaying", len(args.tp) * 4 * traffic.steps) as step:
         results = [
             adapt(requests, tp, traffic, args.adapt, args.spare_lanes, step) for tp in args.tp
         ]
@@ -112,13 +110,20 @@ def _run_adapt(args: argparse.Namespace, requests: Requests) -> int:
     print(f"{traffic!r}, budget {args.budget}, window {args.window}, floor {args.floor}")
     print_table(
         f"realised imbalance, plan from the first {args.adapt} prompts; worse of both directions",
-        ["TP", "spare lanes", "plain TP", "while old requests leave", "after", "step / plain TP",
-         "copies/layer", "planned in s"],
+        ["TP", "spare", *ADAPTED, "copies", "s"],
         [
             [r["tp"], r["spare"], *(f"{max(r[key]):.3f}" for key in ADAPTED),
              f"{max(r['copies']):.2f}", f"{max(r['seconds']):.2f}"]
             for r in results
         ],
+        {
+            "spare": "lane slots of a rank in a layer beside its home heads",
+            "plain": "SGLang's own split, for the same requests",
+            "between, after": "while requests from before the plan are there, and then",
+            "step": "modelled decode step afterwards over that of plain TP",
+            "copies": "copies of heads in a layer, mean",
+            "s": "seconds of planning",
+        },
     )  # fmt: skip
     return 0
 

@@ -19,23 +19,28 @@ Replan = Callable[[FloatArray], Plan]
 class Traffic(BaseModel):
     """A closed loop of ``batch`` requests: each that leaves is replaced by a new one at once.
 
-    ``shortest``..``longest``: decode steps that a request stays (uniform). ``length_spread``:
-    coefficient of variation of a log-normal factor on each request's kept tokens. ``exact``: the
-    kept tokens are known at admission, as with static budgets; otherwise the router is told
-    the expectation scaled to the request and corrected after the prefill. ``growth``: every
-    step adds one token to every head of every request.
+    Fields are flags of ``fairkv simulate``. Without ``exact`` the router is told the expectation
+    scaled to the request and corrected after the prefill.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    batch: int = Field(default=32, ge=1)
-    steps: int = Field(default=600, ge=1)
-    shortest: int = Field(default=64, ge=1)
-    longest: int = Field(default=512, ge=1)
-    length_spread: float = Field(default=0.0, ge=0.0)
-    exact: bool = False
-    growth: bool = False
-    seed: int = 0
+    batch: int = Field(default=32, ge=1, description="requests at a time")
+    steps: int = Field(default=400, ge=1, description="decode steps")
+    shortest: int = Field(default=64, ge=1, description="steps that a request stays, at least")
+    longest: int = Field(default=512, ge=1, description="steps that a request stays, at most")
+    length_spread: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="coefficient of variation of a log-normal factor on a request's kept tokens",
+    )
+    exact: bool = Field(
+        default=False, description="kept tokens are known at admission, as with static budgets"
+    )
+    growth: bool = Field(
+        default=False, description="every step adds a token to every head of every request"
+    )
+    seed: int = Field(default=0, description="of what is drawn")
 
     @model_validator(mode="after")
     def _ordered(self) -> Traffic:

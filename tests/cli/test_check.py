@@ -44,21 +44,30 @@ _CHECKS = """
 import json, sys
 from fairkv_sglang.cli.main import main
 for words in json.loads(sys.argv[1]):
-    print("status", main(["check", *words]))
+    try:
+        status = main(["check", *words])
+    except SystemExit as end:
+        status = end.code
+    print("status", status)
 """
 
 
 @pytest.mark.slow
 def test_launch_flags_are_validated_and_explained(tiny_model: Callable[..., Path]) -> None:
     """In a process of its own, because the hooks are put into SGLang."""
-    launch = ["--", "--model-path", str(tiny_model()), "--tp", "2", "--device", "cpu", "--fairkv"]
+    launch = ["--model-path", str(tiny_model()), "--tp", "2", "--device", "cpu", "--fairkv"]
     good = ["--json", *launch, "--fairkv-ratio", "0.5"]
-    bad = [*launch, "--fairkv-scope", "layr"]
+    typo = [*launch, "--fairkv-budgets", "128"]
+    bad = ["--", *launch, "--fairkv-scope", "layr"]
     done = subprocess.run(
-        [sys.executable, "-c", _CHECKS, json.dumps([good, bad])],
+        [sys.executable, "-c", _CHECKS, json.dumps([good, typo, bad])],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert done.returncode == 2 and done.stdout.splitlines()[-1] == "status 0", done.stderr
+    ends = [line for line in done.stdout.splitlines() if line.startswith("status")]
+    assert ends == ["status 0", "status 2", "status 2"], done.stderr
     start, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{") :])
     assert start["budget"] == "50% of the prompt" and len(start["ranks"]) == 2
-    assert "did you mean layer?" in done.stderr.splitlines()[-1]
+    lines = done.stderr.splitlines()
+    assert "error: there is no flag --fairkv-budgets: did you mean --fairkv-budget?" in lines
+    assert not any(line.startswith("usage:") for line in lines)
+    assert "did you mean layer?" in lines[-1]

@@ -94,7 +94,7 @@ def test_plan_takes_everything_by_flag(
     flags = ["--policy", "fair_copying", "--out", str(out)]
     assert main([*words, *flags]) == 0
     text = capsys.readouterr().out
-    assert all(len(line) <= 80 for line in text.splitlines() if "─" in line or "━" in line), text
+    assert all(len(line) <= 80 for line in text.splitlines() if line[:1] in "┏│└"), text
     for name in ("max/mean: ", "step: ", "lanes: "):
         assert f"  {name}" in text
     data = json.loads(out.read_text())
@@ -150,6 +150,11 @@ def test_text_works_in_a_pipe_that_closes(profile: Path) -> None:
         (["plan", "PROFILE", "--tp", "2", "--model-path", "x"], "cannot read model config x"),
         (["plan", "PROFILE", "--tp", "2", "--png", "x.txt"], "name it .png"),
         (["plan", "PROFILE", "--tp", "2", "--compare", "best"], "unknown placement policy 'best'"),
+        (
+            ["plan", "PROFILE", "--tp", "2", "--fairkv-budgets", "9"],
+            "there is no flag --fairkv-budgets: did you mean --fairkv-budget?",
+        ),
+        (["simulate", "PROFILE", "--tp=2", "--step", "9"], "no flag --step: did you mean --steps?"),
         (["plot", "PROFILE"], "not a plan"),
         (["simulate", "PROFILE"], "not a file of requests"),
     ],
@@ -162,6 +167,26 @@ def test_wrong_input_gives_one_line(
     assert message in errors
     assert errors.startswith(f"fairkv {words[0]}: error: ")
     assert errors.count("\n") == 1
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("fairkv-sglang 0.")
+
+
+def test_a_wrong_command_line_gets_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["plans"], ["plan", "--tp", "two"], []):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_flags_stand_after_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--json", "check"]) == 2
+    assert capsys.readouterr().err == "fairkv: error: there is no flag --json\n"
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
