@@ -28,7 +28,7 @@ import numpy as np
 from fairkv_sglang.bench import replan_model
 from fairkv_sglang.bench.engine.process import Call, EngineProcess
 from fairkv_sglang.bench.stats import ratios, rotated, spread
-from fairkv_sglang.placement import CostModel, make_plan
+from fairkv_sglang.placement import CostModel, Planner
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # behind everything else; `demo` is a folder of the checkout
@@ -105,13 +105,12 @@ class Bench(contextlib.ExitStack):
 
     def plan(self, kept: Any, state: Call) -> str:
         """File of a plan from kept tokens, with the slots of the engine whose state it is."""
-        plan = make_plan(
-            "fair_copying",
-            kept,
-            self.tp,
+        planner = Planner(
+            tp_size=self.tp,
             cost=CostModel.model_validate(state["planned"]["cost_model"]),
-            max_lanes=state["ranks"][0]["lane_slots"] // len(kept),
+            slots=state["ranks"][0]["lane_slots"] // len(kept),
         )
+        plan = planner.from_expectation(kept)
         file = self.folder / "plan.json"
         plan.to_file(file)
         return str(file)

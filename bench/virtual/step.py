@@ -17,6 +17,7 @@ and sampling are left out: they are small and the same for all placements.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from fairkv_sglang.bench.virtual.rank import Device, Owners, share_seconds, upke
 from fairkv_sglang.bench.virtual.settings import RANK_LOCAL, VirtualSettings
 from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.model import Model
-from fairkv_sglang.placement import CostModel, Plan, Router, make_plan
+from fairkv_sglang.placement import CostModel, Plan, Planner, Router
 
 FORMAT, VERSION = "fairkv-virtual", 2
 
@@ -89,16 +90,8 @@ def _case(
 
 def cost_model(settings: VirtualSettings, batch: int) -> CostModel:
     """What the policies weigh copies with, as the engine does on this kind of device."""
-    model, size = settings.model, getattr(torch, settings.dtype).itemsize
-    return CostModel.for_device(
-        settings.device.split(":")[0],
-        head_dim=model.head_dim,
-        hidden_size=model.hidden_size,
-        group=model.group_size,
-        weight_bytes=size,
-        kv_bytes=size,
-        batch=batch,
-    )
+    model = replace(settings.model, dtype_bytes=getattr(torch, settings.dtype).itemsize)
+    return CostModel.for_model(model, settings.device, batch)
 
 
 def kept_tokens(settings: VirtualSettings, budget: int) -> Tokens:
@@ -117,7 +110,8 @@ def place(name: str, kept: Tokens, tp: int, cost: CostModel) -> tuple[Plan, Toke
     ``rank_local`` keeps other tokens: the same total on every rank, shared by its heads as the
     profile says.
     """
-    plan = make_plan("contiguous" if name == RANK_LOCAL else name, kept, tp, cost=cost)
+    policy = "contiguous" if name == RANK_LOCAL else name
+    plan = Planner(policy=policy, tp_size=tp, cost=cost).from_expectation(kept)
     if name != RANK_LOCAL:
         return plan, kept
     loads = np.einsum("lrh,lh->lr", plan.shares(), kept)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, Field
 
+from fairkv_sglang.model import Model
 from fairkv_sglang.placement.options import FloatArray
 
 DEVICES: dict[str, dict[str, float]] = {
@@ -61,7 +62,20 @@ class CostModel(BaseModel):
     @classmethod
     def for_device(cls, device: str, **sizes: Any) -> CostModel:
         """With the constants of a kind of device, ``"cpu"`` or ``"cuda"``."""
-        return cls(**{**DEVICES["cpu" if device == "cpu" else "cuda"], **sizes})
+        return cls(**{**DEVICES["cpu" if device.startswith("cpu") else "cuda"], **sizes})
+
+    @classmethod
+    def for_model(cls, model: Model, device: str, batch: float) -> CostModel:
+        """Of a model on a kind of device, for ``batch`` requests decoded together."""
+        return cls.for_device(
+            device,
+            head_dim=model.head_dim,
+            hidden_size=model.hidden_size,
+            group=model.group_size,
+            weight_bytes=model.dtype_bytes,
+            kv_bytes=model.dtype_bytes,
+            batch=batch,
+        )
 
     @property
     def slice_parameters(self) -> int:

@@ -133,4 +133,4 @@ def test_a_decode_backend_of_another_device_is_refused_before_weights() -> None:
     config = FairKVConfig(enabled=True, decode_backend="flashinfer")
     with pytest.raises(ConfigError, match="flashinfer does not run on cpu: use auto or one of num"):
         check_start(config, LLAMA, 2, "cpu")
-    assert check_start(FairKVConfig(enabled=True), LLAMA, 2, "cpu").tp_size == 2
+    assert check_start(FairKVConfig(enabled=True), LLAMA, 2, "cpu").plan.tp_size == 2
