@@ -74,7 +74,7 @@ unit: $(VENV)/developing $(WHEEL)  ## the quick tests: no engine is started
 engine: $(VENV)/developing $(WHEEL)  ## the tests of real engines
 	$(PYTEST) -m "engine and not sweep" $(PARALLEL)
 
-smoke: $(VENV)/developing $(WHEEL)  ## all hooks, and one engine compared with stock SGLang; for another version: SGLANG=0.5.23
+smoke: $(VENV)/developing $(WHEEL)  ## what each supported SGLang has to pass; for another version: SGLANG=0.5.23
 	$(PYTEST) -m smoke
 
 sweep: $(VENV)/developing  ## the long tests: many placements, models and TP sizes

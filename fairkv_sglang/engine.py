@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fairkv_sglang.config import FairKVConfig, from_mapping
-from fairkv_sglang.plugin import check_visible
+from fairkv_sglang.plugin import check_installation
 
-check_visible()  # a hidden plugin would fail the next import on a machine without GPU
+check_installation()  # a hidden plugin would fail the next import on a machine without GPU
 
 import sglang  # noqa: E402, F401  (brings SGLang's platform, which the next import needs)
 from sglang.srt.entrypoints.engine import Engine as StockEngine  # noqa: E402

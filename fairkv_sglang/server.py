@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from fairkv_sglang.config import ConfigError
-from fairkv_sglang.plugin import check_visible
+from fairkv_sglang.plugin import check_installation
 
 
 def launch(argv: Sequence[str]) -> None:
@@ -18,7 +18,7 @@ def launch(argv: Sequence[str]) -> None:
         argv: The command line without the program's name.
     """
     try:
-        check_visible()
+        check_installation()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

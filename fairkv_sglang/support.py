@@ -158,7 +158,14 @@ REFUSALS: tuple[Refusal, ...] = (
         "use --dp-size 1; start several servers behind a router instead",
         _above_one("dp_size"),
     ),
-    Refusal("data-parallel attention", "--enable-dp-attention"),
+    Refusal(
+        "data-parallel attention",
+        "--enable-dp-attention, --attn-dp-size above 1",
+        "leave the flags out",
+        lambda args, model: (
+            bool(args.enable_dp_attention) or _above_one("attn_dp_size")(args, model)
+        ),
+    ),
     Refusal(
         "context parallelism",
         "--dcp-size, --attn-cp-size above 1, --enable-prefill-cp",
@@ -207,6 +214,17 @@ REFUSALS: tuple[Refusal, ...] = (
         _prefill_graph,
     ),
     Refusal("torch.compile", "--enable-torch-compile (untested)"),
+    Refusal(
+        "kernels that run a whole model",
+        "--enable-nvidia-megakernel, --enable-amd-monokernel",
+        "leave the flags out",
+        lambda args, model: bool(args.enable_nvidia_megakernel or args.enable_amd_monokernel),
+    ),
+    Refusal(
+        "a KV cache that ranks share",
+        "--enable-kv-cache-sharding",
+        refused=lambda args, model: bool(args.enable_kv_cache_sharding),
+    ),
     Refusal("deterministic inference", "--enable-deterministic-inference, --rl-on-policy-target"),
     Refusal("diffusion language models", "--dllm-algorithm"),
     Refusal("multi-item scoring", "--enable-mis"),

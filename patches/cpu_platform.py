@@ -57,6 +57,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
         return MHATokenToKVPool
 
+    def get_kv_pool_cls(self, *, kind: str) -> None:
+        """SGLang from 0.5.22 on asks this one first; its own pools do."""
+
     def get_paged_allocator_cls(self) -> type:
         """SGLang's allocator with torch in place of its two Triton kernels."""
         return paged_allocator()

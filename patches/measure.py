@@ -91,7 +91,7 @@ def after_get_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: 
 
     verify(HOOKS)
     ranks: list[Any] = [_recorder.take()]
-    size = scheduler.tp_worker.model_runner.tp_size
+    size = scheduler.tp_group.world_size
     if size > 1:
         mine = ranks[0]
         ranks = [None] * size

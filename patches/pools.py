@@ -24,6 +24,8 @@ def before_load_model(runner: Any) -> None:
     Raises:
         HookError: if the parent's hook is missing.
     """
+    from sglang.srt.runtime_context import get_parallel
+
     from fairkv_sglang.config import from_environment
     from fairkv_sglang.patches import verify_hooks
 
@@ -41,7 +43,7 @@ def before_load_model(runner: Any) -> None:
     # Attention classes fall back to hidden_size // heads, which a twin's counts would change.
     runner.model_config.hf_text_config.head_dim = model.head_dim
     start = make_start(config, model, plan.tp_size, str(runner.device), plan)
-    create_runtime(start, runner.tp_rank, verify_hooks)
+    create_runtime(start, get_parallel().tp_rank, verify_hooks)
 
 
 def after_resolve_pool_config(result: Any, configurator: Any, *args: Any, **kwargs: Any) -> Any:

@@ -60,8 +60,8 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
         total_tokens: int,
         max_new_tokens: int,
         input_tokens: int,
-        swa_host_hit_length: int,
         chunk_limit: int | None,
+        **sliding: int,
     ) -> tuple[bool, int | None]:
         """Whether a prompt of ``input_tokens`` fits; a prefix hit needs all head pages too."""
         self._candidate = None

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from fairkv_sglang.patches.versions import let_go_of_prefix
 from fairkv_sglang.runtime import get_runtime
 
 if TYPE_CHECKING:
@@ -36,23 +35,31 @@ def owns_nothing(req: Req, page_size: int) -> None:
     req.kv.cache_protected_len = ceil_page(req.kv.kv_allocated_len, page_size)
 
 
-class _HandOver:
-    """Mixin over SGLang's caches; see the module's docstring for the idea."""
+class FairKVRadixCache(UnifiedRadixCache):  # type: ignore[misc]
+    """SGLang's cache, with the hand-over; see the module's docstring for the idea.
+
+    The prompt stays in the tree, evictable, without its request's lock. Without prefix caching
+    (``--disable-radix-cache``) SGLang's class is told so and keeps nothing.
+    """
 
     def cache_unfinished_req(self, req: Req, chunked: bool = False, **kwargs: Any) -> None:
-        """Cache a prompt, and when its last chunk has run give its slots back."""
-        super().cache_unfinished_req(req, chunked=chunked, **kwargs)  # type: ignore[misc]
+        """SGLang up to 0.5.21: cache a prompt, and after its last chunk give its slots back."""
+        super().cache_unfinished_req(req, chunked=chunked, **kwargs)
         if not chunked:
             self._hand_over(req)
 
-    def _hand_over(self: Any, req: Req) -> None:
+    def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
+        """SGLang from 0.5.22 on: the same; also called for what a request leaves at its end."""
+        super().checkpoint(req, up_to=up_to, **kwargs)
+        if not req.finished() and up_to >= len(req.full_untruncated_fill_ids):
+            self._hand_over(req)
+
+    def _hand_over(self, req: Req) -> None:
         row, slots = req.kv.req_pool_idx, getattr(req, SLOTS)
         get_runtime().book.hand_over(row, slots)
         # Only real slots, never past them: under overlap a decode step was added already.
         self.free_kv_row(req.kv, [(req.kv.cache_protected_len, slots)])
-        self.unpin(req)
-        req.last_node = None
-        req.prefix_indices = torch.empty((0,), dtype=torch.int64)
+        let_go_of_prefix(self, req)
         # The whole row: positions past the prompt still show slots of the row's former owner.
         self.req_to_token_pool.req_to_token[row] = 0
         owns_nothing(req, self.page_size)
@@ -60,7 +67,7 @@ class _HandOver:
         # Output tokens have no full KV, so nothing may be inserted at finish.
         req.skip_radix_cache_insert = True
 
-    def claim_kv_row(self: Any, req: Req) -> bool:
+    def claim_kv_row(self, req: Req) -> bool:
         """First call of every release: forget positions that never had a slot."""
         slots = getattr(req, SLOTS, None)
         if getattr(req, HANDED_OVER, False):
@@ -69,36 +76,23 @@ class _HandOver:
         elif slots is not None and req.kv.kv_allocated_len > slots:
             req.kv.kv_allocated_len = slots
             req.kv.kv_committed_len = min(req.kv.kv_committed_len, slots)
-        return bool(super().claim_kv_row(req))  # type: ignore[misc]
+        return bool(super().claim_kv_row(req))
 
-    def on_release(self, req: Req, *, inserted: bool) -> None:
+    def on_release(self, req: Req, **kept: bool) -> None:
         """The row is free: a retracted request starts anew."""
-        super().on_release(req, inserted=inserted)  # type: ignore[misc]
+        super().on_release(req, **kept)
         if getattr(req, HANDED_OVER, False):
             setattr(req, HANDED_OVER, False)
             req.skip_radix_cache_insert = False
         setattr(req, SLOTS, None)
 
-    def swa_reprefill_tail_tokens(self) -> int:
+    def swa_reprefill_tail_tokens(self, *request: Any) -> int:
         """Caps a prefix hit so that the observation window is always recomputed.
 
         SGLang has this for sliding windows; window scorers need the same: the queries of the last
         tokens of the prompt must exist.
         """
-        return max(int(super().swa_reprefill_tail_tokens()), get_runtime().scorer.window)  # type: ignore[misc]
-
-
-class FairKVChunkCache(_HandOver, ChunkCache):  # type: ignore[misc]
-    """Without prefix caching (``--disable-radix-cache``)."""
-
-    @property
-    def disable(self) -> bool:
-        """False: SGLang's admission for disabled caches assumes that decoding grows the pool."""
-        return False
-
-
-class FairKVRadixCache(_HandOver, UnifiedRadixCache):  # type: ignore[misc]
-    """With prefix caching: the prompt stays in the tree, evictable, without its request's lock."""
+        return max(int(super().swa_reprefill_tail_tokens(*request)), get_runtime().scorer.window)
 
 
 def build_prefix_cache(context: Any) -> Any:
@@ -110,6 +104,4 @@ def build_prefix_cache(context: Any) -> Any:
     from sglang.srt.mem_cache.registry import create_unified_radix_cache
 
     get_runtime().verify_hooks()
-    if context.disable_radix_cache:
-        return FairKVChunkCache(context.params)
     return create_unified_radix_cache(context, cache_class=FairKVRadixCache)

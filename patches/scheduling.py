@@ -60,6 +60,20 @@ def around_create_prefill_budget(
     return FairKVPrefillBudget(allocator, tree_cache, book, num_mixed_decode_tokens)
 
 
+def around_add_request(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """Admit by the budget alone.
+
+    Without prefix caching SGLang asks, for a request that ignores the end of sequence, whether its
+    output fits into the pool, too.
+    """
+    parameters = req.sampling_params
+    ignores, parameters.ignore_eos = parameters.ignore_eos, False
+    try:
+        return original(adder, req, *args, **kwargs)
+    finally:
+        parameters.ignore_eos = ignores
+
+
 def before_new_prefill(scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Ask for new prompts again after a prompt gave its slots back.
 
@@ -220,6 +234,15 @@ HOOKS: tuple[Hook, ...] = (
         since="0.5.17",
         upstream="sglang/srt/managers/scheduler.py (batch_is_full)",
         test="tests/engine/test_memory.py",
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
+        kind="around",
+        function=around_add_request,
+        why="outputs of requests that ignore the end of sequence take no slots of the pool",
+        since="0.5.17",
+        upstream="sglang/srt/managers/schedule_policy.py (add_one_req_ignore_eos)",
+        test="tests/patches/test_scheduling.py",
     ),
     Hook(
         target=f"{_ALLOCATOR}.create_prefill_budget",

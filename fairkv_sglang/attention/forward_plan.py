@@ -61,15 +61,16 @@ def plan_forward(batch: Any) -> ForwardPlan:
     """Read the plan off a ``ScheduleBatch``.
 
     Args:
-        batch: With ``forward_mode``, ``reqs``, ``extend_lens``, ``decoding_reqs``; requests know
-            their prompt.
+        batch: With ``forward_mode``, ``reqs``, ``prefix_lens``, ``extend_lens``,
+            ``decoding_reqs``; requests know their prompt.
     """
     if not batch.forward_mode.is_extend():
         return ForwardPlan()
     spans, decode_rows = [], []
     running = {id(req) for req in batch.decoding_reqs or ()}
     start = 0
-    for req, length in zip(batch.reqs, batch.extend_lens, strict=True):
+    lengths = zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)
+    for req, cached, length in lengths:
         if id(req) in running:
             decode_rows.append(req.kv.req_pool_idx)
             continue
@@ -78,7 +79,7 @@ def plan_forward(batch: Any) -> ForwardPlan:
                 row=req.kv.req_pool_idx,
                 start=start,
                 length=length,
-                end=req.extend_range.end,
+                end=cached + length,
                 prompt_len=len(req.full_untruncated_fill_ids),
             )
         )

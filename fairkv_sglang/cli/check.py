@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fairkv check``: does this installation work, and what would a start do?
 
-Without launch flags it checks the installation. ``fairkv check LAUNCH FLAGS`` goes through a
-start as far as the parent process does, without loading a weight. ``--ledger`` lists the hooks.
+Without launch flags it checks the installation, up to a start of a model of two layers. ``fairkv
+check LAUNCH FLAGS`` goes through a start as far as the parent process does, without loading a
+weight. ``--ledger`` lists the hooks.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from fairkv_sglang.cli.output import print_json, print_table
-
-TESTED_SGLANG = ("0.5.21",)
+from fairkv_sglang.patches import versions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +30,12 @@ def take_rest(args: argparse.Namespace, words: list[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run all checks; status 1 if one failed."""
+    """Run the checks up to the first that fails: status 1 if one did.
+
+    Raises:
+        ConfigError: for a version of SGLang that is not supported, before anything of it runs.
+    """
+    versions.check()
     import sglang  # noqa: F401  brings its platform, which must precede its other modules
 
     if args.ledger:
@@ -41,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         from fairkv_sglang.cli.preview import preview
 
         return preview(args.launch, args.json)
-    results = [_run(name, check) for name, check in _CHECKS.items()]
+    results = list(_results())
     if args.json:
         print_json([{"check": name, "ok": ok, "detail": text} for name, ok, text in results])
     else:
@@ -50,24 +54,24 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(ok for _, ok, _ in results) else 1
 
 
-def _run(name: str, check: Callable[[], str]) -> tuple[str, bool, str]:
-    try:
-        return name, True, check()
-    except Exception as error:
-        return name, False, " ".join(str(error).split())
+def _results() -> Iterator[tuple[str, bool, str]]:
+    """Each check needs what the one before it found in order."""
+    for name, check in _CHECKS.items():
+        try:
+            yield name, True, check()
+        except Exception as error:
+            yield name, False, " ".join(str(error).split())
+            return
 
 
 def _sglang() -> str:
-    version = importlib.metadata.version("sglang")
-    if version in TESTED_SGLANG:
-        return f"{version}, tested"
-    return f"{version}, not tested; tested: {', '.join(TESTED_SGLANG)}"
+    return f"{versions.check()}; supported are {versions.OLDEST} to {versions.NEWEST}"
 
 
 def _plugin() -> str:
-    from fairkv_sglang.plugin import check_visible
+    from fairkv_sglang.plugin import check_installation
 
-    check_visible()
+    check_installation()
     return "SGLang sees the plugin"
 
 
@@ -100,12 +104,19 @@ def _hooks() -> str:
     return f"all {len(verify_hooks())} hooks take effect"
 
 
+def _start() -> str:
+    from fairkv_sglang.cli.trial import trial_start
+
+    return trial_start()
+
+
 _CHECKS: dict[str, Callable[[], str]] = {
     "sglang version": _sglang,
     "plugin": _plugin,
     "device": _device,
     "kernels": _kernels,
     "hooks": _hooks,
+    "start": _start,
 }
 
 

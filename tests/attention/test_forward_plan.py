@@ -16,15 +16,18 @@ from fairkv_sglang.kernels.cpu import operations
 
 def request(row: int, end: int, prompt_len: int) -> SimpleNamespace:
     return SimpleNamespace(
-        kv=SimpleNamespace(req_pool_idx=row),
-        extend_range=SimpleNamespace(end=end),
-        full_untruncated_fill_ids=[0] * prompt_len,
+        kv=SimpleNamespace(req_pool_idx=row), end=end, full_untruncated_fill_ids=[0] * prompt_len
     )
 
 
 def batch(extend: bool, reqs: list, lengths: list[int], running: list | None) -> SimpleNamespace:
-    mode = SimpleNamespace(is_extend=lambda: extend)
-    return SimpleNamespace(forward_mode=mode, reqs=reqs, extend_lens=lengths, decoding_reqs=running)
+    return SimpleNamespace(
+        forward_mode=SimpleNamespace(is_extend=lambda: extend),
+        reqs=reqs,
+        prefix_lens=[req.end - length for req, length in zip(reqs, lengths, strict=False)],
+        extend_lens=lengths,
+        decoding_reqs=running,
+    )
 
 
 def test_chunks_and_running_requests_are_told_apart() -> None:

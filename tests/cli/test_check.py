@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from fairkv_sglang.config import from_mapping
 from fairkv_sglang.model import Model
 from fairkv_sglang.profiles import HeadProfile
 from fairkv_sglang.support import check_start
+from fairkv_tests.plugin_folder import install_plugin
 
 MODEL = Model("m", num_layers=3, num_q_heads=16, num_kv_heads=8, head_dim=64, hidden_size=512)
 
@@ -71,3 +73,38 @@ def test_launch_flags_are_validated_and_explained(tiny_model: Callable[..., Path
     assert "error: there is no flag --fairkv-budgets: did you mean --fairkv-budget?" in lines
     assert not any(line.startswith("usage:") for line in lines)
     assert "did you mean layer?" in lines[-1]
+
+
+def _try_out(path: str = "") -> tuple[int, dict[str, tuple[bool, str]]]:
+    """Status and rows of ``fairkv check``, ``path`` in front of what Python finds otherwise."""
+    parts = [path, os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "fairkv_sglang.cli.main", "check", "--json"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, parts))},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    rows = json.loads(done.stdout[done.stdout.index("[") :])
+    return done.returncode, {row["check"]: (row["ok"], row["detail"]) for row in rows}
+
+
+@pytest.mark.engine
+@pytest.mark.smoke
+def test_an_installation_is_tried_out_to_the_first_tokens() -> None:
+    status, rows = _try_out()
+    assert status == 0, rows
+    assert list(rows) == ["sglang version", "plugin", "device", "kernels", "hooks", "start"]
+    assert "decoded 8 tokens" in rows["start"][1]
+
+
+# What the hooks do not touch, as on 0.5.22 for a FairKV that knew 0.5.21 only.
+_GONE = """
+sys.modules["sglang.srt.mem_cache.unified_radix_cache"] = None
+"""
+
+
+@pytest.mark.engine
+def test_an_sglang_on_which_ranks_would_die_is_found_out(tmp_path: Path) -> None:
+    status, rows = _try_out(str(install_plugin(tmp_path, "changed_sglang", _GONE)))
+    assert status == 1 and rows["hooks"][0]
+    ok, detail = rows["start"]
+    assert not ok and "mem_cache.unified_radix_cache" in detail and "Error" in detail

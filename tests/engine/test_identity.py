@@ -78,9 +78,9 @@ SEEDS = {2: 1, 4: 2}
 @pytest.mark.parametrize(
     "tp_size",
     [
-        pytest.param(1, marks=pytest.mark.smoke),
+        1,
         # such placements are in test_prefill and test_memory at TP 2, below at TP 4
-        pytest.param(2, marks=pytest.mark.sweep),
+        pytest.param(2, marks=[pytest.mark.sweep, pytest.mark.smoke]),
         pytest.param(4, marks=pytest.mark.sweep),
     ],
 )

@@ -28,7 +28,9 @@ def recalled(engine: Any) -> int:
 @pytest.mark.parametrize(
     ("fairkv", "at_least", "at_most"),
     [
-        ({"ratio": 0.25, "scorer": "snapkv", "scope": "layer"}, 30, 32),
+        pytest.param(
+            {"ratio": 0.25, "scorer": "snapkv", "scope": "layer"}, 30, 32, marks=pytest.mark.smoke
+        ),
         # The same memory without looking at the prompt: what is in the middle is lost.
         pytest.param(
             {"ratio": 0.25, "scorer": "streaming", "scope": "uniform"},

@@ -78,8 +78,8 @@ def abort(scheduler, *args, **kwargs):
     batch = scheduler.last_batch
     if batch is None or not batch.forward_mode.is_extend():
         return
-    for req in batch.reqs:
-        ends = req.extend_range.end == len(req.full_untruncated_fill_ids)
+    for req, cached, new in zip(batch.reqs, batch.prefix_lens, batch.extend_lens):
+        ends = cached + new == len(req.full_untruncated_fill_ids)
         if req.rid.startswith("abort-at-once") and ends and not (req.to_finish or req.finished()):
             mark("aborted", req.rid, "with", len(req.output_ids), "tokens")
             scheduler.abort_request(AbortReq(rid=req.rid))

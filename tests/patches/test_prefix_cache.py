@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FairKV's prefix cache on SGLang's own pools and scheduling policies, with and without a tree."""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sglang  # noqa: F401  brings its platform, which must precede its other modules
+import torch
+from sglang.srt.managers import schedule_policy
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_policy import (
+    CacheAgnosticPolicy,
+    CacheAwarePolicy,
+    SchedulePolicy,
+)
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+import fairkv_sglang.runtime
+from fairkv_sglang.patches.prefix_cache import FairKVRadixCache
+from fairkv_sglang.patches.scheduling import around_add_request
+
+POLICIES = [*CacheAwarePolicy, *CacheAgnosticPolicy]
+
+
+def make_cache(disable: bool) -> FairKVRadixCache:
+    """Over small pools of SGLang's."""
+    pool = MHATokenToKVPool(
+        size=64, page_size=1, dtype=torch.float32, head_num=1, head_dim=4, layer_num=1,
+        device="cpu", enable_memory_saver=False,
+    )  # fmt: skip
+    allocator = TokenToKVPoolAllocator(
+        64, dtype=torch.float32, device="cpu", kvcache=pool, need_sort=False
+    )
+    rows = ReqToTokenPool(size=4, max_context_len=64, device="cpu", enable_memory_saver=False)
+    return FairKVRadixCache(
+        CacheInitParams(
+            disable=disable,
+            req_to_token_pool=rows,
+            token_to_kv_pool_allocator=allocator,
+            page_size=1,
+            tree_components=(ComponentType.FULL,),
+        )
+    )
+
+
+def request(rid: str, tokens: list[int]) -> Req:
+    return Req(rid, "", array("q", tokens), SamplingParams(max_new_tokens=4))
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scorer that needs the queries of the last 8 tokens, in a server without disaggregation."""
+    rank = SimpleNamespace(scorer=SimpleNamespace(window=8))
+    monkeypatch.setattr(fairkv_sglang.runtime, "_runtime", rank)
+    mode = SimpleNamespace(disaggregation_mode="null")
+    monkeypatch.setattr(schedule_policy, "get_disagg", lambda: mode)
+
+
+@pytest.mark.parametrize("disable", [False, True], ids=["tree", "no-tree"])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.value)
+def test_every_scheduling_policy_orders_requests(policy: Any, disable: bool, process: None) -> None:
+    """As with SGLang's own cache; without a tree it takes those that look at one as `fcfs`."""
+    cache = make_cache(disable)
+    if disable and policy.value == "shortest-prefill-first":
+        with pytest.raises(ValueError, match="schedule_policy"):  # SGLang's own refusal
+            SchedulePolicy(policy.value, cache, False, False, False)
+        return
+    chosen = SchedulePolicy(policy.value, cache, False, False, False)
+    aware = isinstance(policy, CacheAwarePolicy)
+    assert chosen.policy == (CacheAgnosticPolicy.FCFS if disable and aware else policy)
+    waiting = [request("a", [1, 2, 3] * 8), request("b", [4, 5] * 12), request("c", [1, 2, 3] * 9)]
+    chosen.calc_priority(waiting)
+    assert {req.rid for req in waiting} == {"a", "b", "c"}
+
+
+def test_a_fixed_output_is_admitted_like_any_other() -> None:
+    """Without a tree SGLang would keep slots of the pool for it."""
+    parameters = SimpleNamespace(ignore_eos=True)
+    req = SimpleNamespace(sampling_params=parameters)
+    seen: list[Any] = []
+
+    def add(adder: Any, req: Any, **kwargs: Any) -> str:
+        seen.append((adder, req.sampling_params.ignore_eos, kwargs))
+        return "admitted"
+
+    assert around_add_request(add, "adder", req, has_chunked_req=False) == "admitted"
+    assert seen == [("adder", False, {"has_chunked_req": False})]
+    assert parameters.ignore_eos
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no room")
+
+    with pytest.raises(RuntimeError, match="no room"):
+        around_add_request(fail, "adder", req)
+    assert parameters.ignore_eos
