@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 PLAN_VERSION = 1
 SHARE_TOLERANCE = 1e-6
+LARGEST = 1 << 16
+"""No model has more layers or heads, and no plan more ranks."""
+FIGURES = (
+    "token_imbalance", "step_cost", "step_lower_bound", "step_over_bound", "copies_per_layer",
+    "max_copies_in_a_layer", "home_rows", "twin_bytes", "most_twin_bytes", "capacity_imbalance",
+    "lane_slots", "lane_tokens",
+)  # fmt: skip
+"""Keys of a plan's ``info`` that others calculate with."""
 
 
 class HeadShare(BaseModel):
@@ -48,9 +57,9 @@ class Plan(BaseModel):
     version: int = PLAN_VERSION
     policy: str = "unnamed"  # a plan from elsewhere need not say how it was made
     model: str | None = None
-    tp_size: int = Field(ge=1)
-    num_layers: int = Field(ge=1)
-    num_kv_heads: int = Field(ge=1)
+    tp_size: int = Field(ge=1, le=LARGEST)
+    num_layers: int = Field(ge=1, le=LARGEST)
+    num_kv_heads: int = Field(ge=1, le=LARGEST)
     layers: tuple[LayerPlan, ...]
     info: dict[str, Any] = Field(default_factory=dict)
 
@@ -65,6 +74,13 @@ class Plan(BaseModel):
             raise ValueError(f"plan has {len(self.layers)} layers, expected {self.num_layers}")
         for index, layer in enumerate(self.layers):
             self._check_layer(index, layer)
+        for key in FIGURES:
+            figure = self.info.get(key, 0)
+            if isinstance(figure, bool) or not isinstance(figure, int | float):
+                raise ValueError(f"info.{key} must be a number, got {figure!r}")
+        # Goes out with the server's state, as JSON and in messages that hold 64 bits.
+        if not all(abs(number) < 1 << 63 for number in _numbers(self.info)):
+            raise ValueError("info holds a number that is not finite or has more than 64 bits")
         return self
 
     def _check_layer(self, index: int, layer: LayerPlan) -> None:
@@ -181,7 +197,7 @@ class Plan(BaseModel):
         """Read :meth:`to_json`'s output. Raises ValueError with one line if it is not a plan."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not a plan: invalid JSON ({error})") from None
         if not isinstance(data, dict) or not isinstance(data.get("layers"), list):
             raise ValueError("not a plan: expected a JSON object with 'layers'; see `fairkv plan`")
@@ -221,3 +237,14 @@ def _lane(value: Any) -> Any:
     if isinstance(value, list) and len(value) == 2:
         return {"head": value[0], "share": value[1]}
     return value
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """All numbers in a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float):
+        yield value

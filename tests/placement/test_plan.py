@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -81,6 +83,35 @@ def test_the_least_that_a_plan_file_must_say() -> None:
     plan = Plan.from_json(text)
     assert plan.heads(0, 1) == (1,)
     assert '"format": "fairkv-plan"' in plan.to_json()
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ('{"token_imbalance": NaN}', "not finite"),
+        ('{"elsewhere": [{"step": -Infinity}]}', "not finite"),
+        ('{"elsewhere": 1e999}', "not finite"),
+        ('{"elsewhere": 99999999999999999999}', "more than 64 bits"),
+        ('{"home_rows": "all"}', "info.home_rows must be a number, got 'all'"),
+        ('{"lane_tokens": true}', "info.lane_tokens must be a number"),
+        ('{"twin_bytes": null}', "info.twin_bytes must be a number"),
+        ("[1]", "info"),
+    ],
+)
+def test_figures_that_would_end_a_server_are_refused(info: str, message: str) -> None:
+    """They go out with its state."""
+    text = _plan(GOOD).to_json().replace('"info": {}', f'"info": {info}')
+    assert info in text
+    with pytest.raises(ValueError, match=message) as caught:
+        Plan.from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["tp_size", "num_layers", "num_kv_heads"])
+def test_sizes_that_no_model_has_are_refused(field: str) -> None:
+    text = re.sub(f'"{field}": [0-9]+', f'"{field}": 1000000000000', _plan(GOOD).to_json())
+    with pytest.raises(ValueError, match=f"{field}.*less than or equal to 65536"):
+        Plan.from_json(text)
 
 
 def test_newer_version_is_refused() -> None:
