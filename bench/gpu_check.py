@@ -78,13 +78,11 @@ def check(report: Report) -> None:
     def stock() -> str:
         return checks.contender_equals_torch(CONTENDERS["stock"], cuda, bf16, TOLERANCE, DIM)
 
-    def gather() -> Any:
-        return load("fairkv_sglang.kernels.cuda.flashinfer").gather_pages
-
     def score() -> Any:
         return load("fairkv_sglang.kernels.cuda.score").snapkv_score
 
-    run("plans against FlashInfer's rules, page lists", lambda: checks.random_plans(cuda, gather()))
+    run("golden plan", lambda: checks.golden_plan(cuda))
+    run("plans against FlashInfer's rules, page lists", lambda: checks.random_plans(cuda))
     run("page operations", lambda: checks.page_operations(triton(), cuda, bf16, False))
     run("full arena", lambda: checks.full_arena(triton(), cuda, False))
     run("SnapKV score", lambda: checks.snapkv_equals_torch(score(), cuda))

@@ -74,7 +74,6 @@ class FairKVRuntime:
     def create_book(self, division: MemoryDivision, dtype: torch.dtype, device: str) -> RowBook:
         """Allocate the arena and the page tables of this rank."""
         from fairkv_sglang.kernels import HeadPages
-        from fairkv_sglang.kernels.warm_up import warm_up
         from fairkv_sglang.memory import PageDemand, PageLedger
         from fairkv_sglang.memory.rows import RowBook
 
@@ -88,7 +87,6 @@ class FairKVRuntime:
             dtype=dtype,
             device=device,
         )
-        warm_up(dtype, self.model.head_dim, self.model.group_size, device)
         self.division = division
         self._book = RowBook(
             heads=self.heads,

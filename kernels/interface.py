@@ -20,10 +20,77 @@ import torch
 
 if TYPE_CHECKING:
     from .pages import HeadPages
+    from .prompts import PromptBatch
+
+
+class PromptKernels(Protocol):
+    """Operations on all prompts that end in a pass, where launches cost more than the work."""
+
+    def snapkv_scores(
+        self,
+        q: torch.Tensor,
+        k_pool: torch.Tensor,
+        prompts: PromptBatch,
+        scale: float,
+        kernel: int,
+        pooling: str,
+    ) -> torch.Tensor:
+        """Scores of the tokens before the window of all prompts, one after the other.
+
+        Args:
+            q: [P, W, n, g, D] queries of the last W tokens of each prompt that is scored; these
+                come first in the batch.
+            k_pool: [slots, n, D] keys; any strides but the last, which is 1.
+            prompts: What is scored.
+            scale, kernel, pooling: see :meth:`Kernels.snapkv_score`.
+
+        Returns:
+            float32 [n, prompts.total]
+        """
+
+    def shared_counts(self, scores: torch.Tensor, prompts: PromptBatch, group: int) -> torch.Tensor:
+        """Ada-KV's kept tokens, int64 [P, rows]: each `group` neighbouring heads compete.
+
+        scores: float32 [rows, prompts.total]. See ``budgets/scopes/pooled.py`` for the arithmetic.
+        """
+
+    def pick(
+        self, scores: torch.Tensor, counts: torch.Tensor, prompts: PromptBatch, width: int
+    ) -> torch.Tensor:
+        """Ascending kept positions, int64 [P, n, width]; -1 behind counts[p, h].
+
+        scores: float32 [n, prompts.total]. counts: int64 [P, n], window included, at most `width`.
+        The tokens of ``budgets.pick``.
+        """
+
+    def store_all_kept(
+        self,
+        pages: HeadPages,
+        rows: torch.Tensor,
+        lane_lo: int,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        slots: torch.Tensor,
+        kept_idx: torch.Tensor,
+        counts: torch.Tensor,
+        columns: torch.Tensor,
+    ) -> None:
+        """:meth:`Kernels.store_kept` for several prompts.
+
+        Args:
+            rows: int64 [P] of the prompts, all different.
+            slots: int [rows, context] SGLang's request table: pool slot of each (row, position).
+            kept_idx: int64 [P, m, most].
+            counts: int64 [P, m].
+            columns: int64 [P, n].
+        """
 
 
 class Kernels(Protocol):
     """Operations of one kind of device; a module or an object."""
+
+    prompts: PromptKernels | None
+    """Operations on all prompts of a pass, if compression is to use them."""
 
     def set_owned(self, pages: HeadPages, row: int, owned: torch.Tensor) -> None:
         """At admission: which lanes this rank serves for the request in `row`.

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from fairkv_sglang.attention.compress import PromptCompressor
+from fairkv_sglang.attention.compress_all import make_compressor
 from fairkv_sglang.attention.decoders import Decoder
 from fairkv_sglang.attention.forward_plan import ForwardPlan
 from fairkv_sglang.attention.mixed import prompts_only
+from fairkv_sglang.attention.warm_up import warm_up
+from fairkv_sglang.kernels.prompts import to_device
 from fairkv_sglang.runtime import FairKVRuntime
 
 
@@ -30,7 +32,7 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         decoder: Decode over head pages.
         runtime: This rank.
         device_group: Process group of the ranks; None at TP 1.
-        transfer_group: Group of the hand-over, see :class:`PromptCompressor`.
+        transfer_group: Group of the hand-over, see :func:`make_compressor`.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         self.req_to_token_pool = runner.req_to_token_pool  # SGLang reads both off the backend
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.device = runner.device
-        self.compressor = PromptCompressor(runtime, device_group, transfer_group)
+        lane_start, group = runtime.heads.lane_start, runtime.model.group_size
+        warm_up(runtime.book.pages, decoder, runtime.scorer, lane_start, group)
+        self.compressor = make_compressor(runtime, device_group, transfer_group)
         self.head_dim = runtime.model.head_dim
         # Decode reads lengths of its page tables; what else SGLang asks of a backend is prefill's.
         self.needs_cpu_seq_lens = prefill.needs_cpu_seq_lens
@@ -73,7 +77,7 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         self._extend_started = time.perf_counter()
         self._plan = plan = self.runtime.forward_plan or ForwardPlan()
         if plan.decode_rows:
-            self._start_decode(torch.tensor(plan.decode_rows).to(self.device, non_blocking=True))
+            self._start_decode(to_device(torch.tensor(plan.decode_rows), torch.device(self.device)))
             forward_batch = prompts_only(forward_batch, plan)
         self.prefill.init_forward_metadata(forward_batch)
         self.compressor.begin(plan, self.req_to_token_pool.req_to_token)
@@ -152,16 +156,15 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         """Append one token to the pages of each (request, lane) and attend to them."""
         index, heads = layer.layer_id, layer.tp_k_head_num
         lane = self.runtime.heads.lane_start[index]
-        pages = self.runtime.book.pages
         batch = q.shape[0]
+        q = q.view(batch, -1, self.head_dim)
         if save_kv_cache and k is not None:
-            pages.kernels.append(
-                pages,
+            q = self.decoder.append(
                 self._slots[:, lane : lane + heads],
                 k.view(batch, heads, self.head_dim),
                 v.view(batch, heads, self.head_dim),
+                q,
             )
-        q = q.view(batch, -1, self.head_dim)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         self.decoder.decode(q, self._rows, index, heads, layer.scaling, out)
         return out.view(batch, -1)

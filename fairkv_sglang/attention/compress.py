@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
-from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, IntArray
+from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, IntArray, StoreBatch
 from fairkv_sglang.budgets import Kept, pick
 from fairkv_sglang.runtime import FairKVRuntime
 
@@ -45,6 +45,7 @@ class PromptCompressor:
         # row -> layer -> last queries so far [<=W, n, g, D]
         self._tails: dict[int, dict[int, Tensor]] = {}
         self._endings: list[Ending] = []
+        self._batch: StoreBatch | None = None
         self._home = torch.tensor(heads.home, device=runtime.book.pages.device)
         self._exchange = None if device_group is None else HomeExchange(heads.homes, device_group)
         # Replicas of a head have a part of its query heads each, so no rank can score it alone.
@@ -90,7 +91,7 @@ class PromptCompressor:
             return
         ending = [window for window, span in zip(windows, plan.spans, strict=True) if span.is_last]
         choices = self._select(layer, ending, k_pool, scale)
-        self.hand_over.start(layer, self._endings, choices, k_pool, v_pool)
+        self.hand_over.start(layer, self._endings, choices, k_pool, v_pool, self._batch)
         if layer == self.runtime.plan.num_layers - 1:
             self.hand_over.finish()
             self._finish()
@@ -111,6 +112,21 @@ class PromptCompressor:
     def _select(
         self, layer: int, windows: list[Tensor | None], k_pool: Tensor, scale: float
     ) -> list[Choice]:
+        """What each ending prompt keeps in the layer, known to whom it has to be."""
+        choices = self._choices(layer, windows, k_pool, scale)
+        for ending, choice in zip(self._endings, choices, strict=True):
+            known = choice.kept.counts if choice.counts is None else choice.counts
+            ending.counts.append(known)
+        if self._exchange is not None and self.hand_over.moves(layer, self._endings):
+            for choice in choices:
+                if choice.counts is None:  # scope rank: owners elsewhere have to be told
+                    choice.counts = self._exchange.counts(choice.kept.counts)
+                    choice.exact = _on_host(choice.counts)
+        return choices
+
+    def _choices(
+        self, layer: int, windows: list[Tensor | None], k_pool: Tensor, scale: float
+    ) -> list[Choice]:
         """What each ending prompt keeps in the layer."""
         chosen: dict[int, Choice] = {}
         scored: list[int] = []
@@ -128,16 +144,7 @@ class PromptCompressor:
             scores = self._exchange.scores(scores)
         for number, table in zip(scored, scores, strict=True):
             chosen[number] = self._choose(layer, table, self._endings[number])
-        choices = [chosen[number] for number in range(len(self._endings))]
-        for ending, choice in zip(self._endings, choices, strict=True):
-            known = choice.kept.counts if choice.counts is None else choice.counts
-            ending.counts.append(known)
-        if self._exchange is not None and self.hand_over.moves(layer, self._endings):
-            for choice in choices:
-                if choice.counts is None:  # scope rank: owners elsewhere have to be told
-                    choice.counts = self._exchange.counts(choice.kept.counts)
-                    choice.exact = _on_host(choice.counts)
-        return choices
+        return [chosen[number] for number in range(len(self._endings))]
 
     def _everything(self, length: int) -> Choice:
         """A prompt within its budget: no scores are needed, on any rank."""

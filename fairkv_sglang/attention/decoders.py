@@ -28,6 +28,15 @@ class Decoder(Protocol):
             rows: ``int64 [bs]`` request-table rows.
         """
 
+    def append(
+        self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor
+    ) -> torch.Tensor:
+        """Write the new tokens' K and V ``[bs, n, D]`` to ``slots [bs, n]`` of one layer.
+
+        Returns:
+            ``q [bs, n*g, D]`` as :meth:`decode` wants it, maybe copied.
+        """
+
     def decode(
         self,
         q: torch.Tensor,
@@ -64,6 +73,13 @@ class PageTableDecoder:
 
     def plan(self, rows: torch.Tensor) -> None:
         """Nothing to plan."""
+
+    def append(
+        self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor
+    ) -> torch.Tensor:
+        """See :class:`Decoder`."""
+        self.pages.kernels.append(self.pages, slots, k, v)
+        return q
 
     def decode(
         self,

@@ -35,14 +35,18 @@ class HomeExchange:
         Returns:
             Per prompt ``float32 [H, M]`` in head order, equal on all ranks.
         """
-        send = torch.cat(mine, dim=1)
-        homes, width = self.homes, send.shape[1]
-        received = send.new_empty((homes.tp_size * homes.per_rank, width))
+        received = self.table(torch.cat(mine, dim=1))
+        return list(received.split([part.shape[1] for part in mine], dim=1))
+
+    def table(self, mine: Tensor) -> Tensor:
+        """The same for scores of all prompts side by side: ``[H, M]`` from ``[home heads, M]``."""
+        homes, width = self.homes, mine.shape[1]
+        received = mine.new_empty((homes.tp_size * homes.per_rank, width))
         if width:
-            dist.all_gather_into_tensor(received, send, group=self.group)
+            dist.all_gather_into_tensor(received, mine, group=self.group)
         if homes.replicas > 1:
             received = received.view(homes.num_kv_heads, homes.replicas, width).mean(dim=1)
-        return list(received.split([part.shape[1] for part in mine], dim=1))
+        return received
 
     def counts(self, mine: Tensor) -> Tensor:
         """Kept counts ``int64 [..., H]`` of all heads from ``[..., home heads]`` of each rank."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from torch import Tensor
 from fairkv_sglang.attention.forward_plan import PromptSpan
 from fairkv_sglang.budgets import BudgetScope, Kept
 from fairkv_sglang.kernels.pages import HeadPages
+from fairkv_sglang.kernels.prompts import PromptBatch, to_device
 from fairkv_sglang.parallel import RankHeads
 from fairkv_sglang.parallel.lanes import EMPTY
 
@@ -71,6 +73,23 @@ class Choice:
 
 
 @dataclass
+class StoreBatch:
+    """What the home heads keep of all prompts, on the device, in the order of ``prompts``.
+
+    Attributes:
+        prompts: The prompts.
+        indices: ``int64 [P, n, width]`` ascending positions.
+        counts: ``int64 [P, n]``.
+        columns: ``int64 [P, lanes of the layer]``; see :meth:`HandOver.columns`.
+    """
+
+    prompts: PromptBatch
+    indices: Tensor
+    counts: Tensor
+    columns: Tensor
+
+
+@dataclass
 class _Arrival:
     """Rows under way to this rank's pages: ``[rows, 2, D]``, and where each lane's rows begin."""
 
@@ -107,6 +126,7 @@ class HandOver:
         # Host time (on CUDA that of launches) in packing, waiting and storing of what travels.
         self.seconds = 0.0
         self._arrival: _Arrival | None = None
+        self._known = lru_cache(4096)(self._copied)
 
     @property
     def row_bytes(self) -> int:
@@ -128,6 +148,7 @@ class HandOver:
         choices: Sequence[Choice],
         k_pool: Tensor,
         v_pool: Tensor,
+        batch: StoreBatch | None = None,
     ) -> None:
         """Send what others own, store what is at home here.
 
@@ -137,11 +158,19 @@ class HandOver:
             choices: What each of them keeps.
             k_pool: ``[slots, home heads, D]`` SGLang's pool of the layer.
             v_pool: The same for values.
+            batch: What is kept, if it can be stored for all prompts at once.
         """
         if self.group is not None and self.moves(layer, endings):
             self._send(layer, endings, choices, k_pool, v_pool)
+        lane_lo, kernels = self.heads.lane_start[layer], self.pages.kernels
+        if batch is not None and kernels.prompts is not None:
+            kernels.prompts.store_all_kept(
+                self.pages, batch.prompts.rows, lane_lo, k_pool, v_pool, batch.prompts.slots,
+                batch.indices, batch.counts, batch.columns,
+            )  # fmt: skip
+            endings = choices = ()
         for ending, choice in zip(endings, choices, strict=True):
-            columns = self._columns(layer, ending)
+            columns = self.columns(layer, ending)
             if (columns >= 0).any():
                 self.pages.kernels.store_kept(
                     self.pages,
@@ -216,9 +245,22 @@ class HandOver:
         self.seconds += time.perf_counter() - started
 
     def _device(self, values: IntArray) -> Tensor:
-        return torch.from_numpy(values).to(self.pages.device, non_blocking=True)
+        """The values on the device. The same ones come again, layer by layer and prompt by prompt,
+        and are copied once.
+        """
+        if self.pages.device.type == "cpu":
+            return torch.from_numpy(values)
+        return self._known(values.astype(np.int64).tobytes())
 
-    def _columns(self, layer: int, ending: Ending) -> IntArray:
+    def _copied(self, data: bytes) -> Tensor:
+        values = (
+            torch.frombuffer(bytearray(data), dtype=torch.int64)
+            if data
+            else torch.empty(0, dtype=torch.int64)
+        )
+        return to_device(values, self.pages.device)
+
+    def columns(self, layer: int, ending: Ending) -> IntArray:
         """``[lanes of the layer]`` pool column of each lane that is owned and at home here."""
         heads = self.heads.slots(layer)
         owned = (ending.owners[layer][heads] == self.heads.rank) & (heads != EMPTY)

@@ -86,11 +86,16 @@ def _device() -> str:
 def _kernels() -> str:
     import torch
 
-    from fairkv_sglang.kernels.warm_up import warm_up
+    from fairkv_sglang.attention.decoders import PageTableDecoder
+    from fairkv_sglang.attention.warm_up import warm_up
+    from fairkv_sglang.budgets.scorers.snapkv import SnapKV
+    from fairkv_sglang.kernels import HeadPages
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    seconds = warm_up(dtype, 64, 2, device)
+    pages = HeadPages.create(4, 2, 2, 2, 64, dtype, device)
+    decoder = PageTableDecoder(pages, (0, 2), pages.kernels.decode)
+    seconds = warm_up(pages, decoder, SnapKV(), (0, 2), group=2)
     return f"compiled for {device} in {seconds:.1f} s"
 
 

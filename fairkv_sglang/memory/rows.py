@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from fairkv_sglang.budgets import BudgetScope
 from fairkv_sglang.kernels.pages import HeadPages, describe_error
+from fairkv_sglang.kernels.prompts import to_device
 from fairkv_sglang.memory.demand import PageDemand
 from fairkv_sglang.memory.device_errors import DeviceErrors
 from fairkv_sglang.memory.ledger import PageLedger
@@ -160,14 +161,13 @@ class RowBook:
         """
         if self._to_release:
             rows = torch.tensor(self._to_release, dtype=torch.int64)
-            self.pages.kernels.release(self.pages, rows.to(self.pages.device, non_blocking=True))
+            self.pages.kernels.release(self.pages, to_device(rows, self.pages.device))
             self._to_release.clear()
         for row in last_chunks:
             life = self._lives[row]
             life.stored = True
-            self.pages.kernels.set_owned(
-                self.pages, row, life.owned.to(self.pages.device, non_blocking=True)
-            )
+            owned = to_device(life.owned, self.pages.device)
+            self.pages.kernels.set_owned(self.pages, row, owned)
 
     def note_kept(self, row: int, kept: torch.Tensor) -> None:
         """Remember the kept counts ``int64 [L, H]`` (host memory, maybe still being copied)."""

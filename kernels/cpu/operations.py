@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fairkv_sglang.kernels.interface import PromptKernels
 from fairkv_sglang.kernels.pages import (
     ERROR_ROW_NOT_EMPTY,
     PADDING_ROW,
@@ -175,3 +176,4 @@ def decode(
 
 
 snapkv_score = score.snapkv_score
+prompts: PromptKernels | None = None

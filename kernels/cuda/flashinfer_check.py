@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start-up checks that FlashInfer still reads the plan that `plan` writes. UNTESTED ON A GPU."""
+"""Start-up checks that FlashInfer still reads the plan that `tiles` writes. UNTESTED ON A GPU."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 
 from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages, torch_decode
 
-from .flashinfer import PLAN_FIELDS, TESTED, FlashInferDecoder, Workspace, load_module
-from .tiles import plan_tiles
+from .flashinfer import TESTED, FlashInferDecoder, load_module
+from .workspace import PLAN_FIELDS, own_plan_bytes, read_array
 
 LENS = (700, 16, 129, 1, 2050, 300)
 """No empty row, which FlashInfer gives a tile, and rows of several tiles, without which FlashInfer
@@ -21,7 +21,7 @@ def assert_plan_matches_flashinfer(
     """Raise RuntimeError unless FlashInfer's planner gives our arrays and our call works.
 
     Plans one problem with FlashInfer in CUDA-graph mode at our chunk size, reads the arrays back
-    through its offsets and compares them with `plan.plan_tiles`; then compares a small decode, one
+    through its offsets and compares them with those of `tiles`; then compares a small decode, one
     row of it empty, with torch.
     """
     import flashinfer
@@ -32,35 +32,35 @@ def assert_plan_matches_flashinfer(
             "plan layout FairKV knows"
         )
     device = torch.device(device)
-    spare = 8
-    lens = torch.tensor([LENS])
-    ours = plan_tiles(lens, spare, longest_first=False)
-    rows, chunk, count = len(LENS), int(ours.chunk), int(ours.valid.sum())
-    info, ints = _flashinfer_plan(dtype, head_dim, group, ours.pages[0], chunk, device)
+    rows = len(LENS)
+    pages = HeadPages.create(1, rows + 1, 1, 200, head_dim, dtype, device, by_columns=False)
+    pages.lens[1:, 0] = torch.tensor(LENS, device=device)
+    pages.owned[1:] = 1
+    decoder = FlashInferDecoder(
+        pages, [0, 1], group, 1.0, spare=8, longest_first=False, module="not called"
+    )
+    decoder.plan(torch.arange(1, rows + 1, device=device))
+    mine, buffer = decoder.workspace.plan_info(0, rows), decoder.workspace.buffer.cpu()
+    (chunk,) = read_array(buffer, mine, 9, 1)
+    count = read_array(buffer, mine, 8, rows + 1)[-1]
+    info, ints = _flashinfer_plan(dtype, head_dim, group, chunk, device)
     if len(info) != PLAN_FIELDS:
         raise RuntimeError(f"FlashInfer's plan has {len(info)} fields, not {PLAN_FIELDS}")
-    mine = Workspace((rows,), spare, "cpu").plan_info(0, group, head_dim, 2)
     for field in (1, 3, 13, 14):
         if info[field] != mine[field]:
             raise RuntimeError(f"FlashInfer's plan field {field}: {info[field]}, not {mine[field]}")
-
-    def array(field: int, length: int) -> list[int]:
-        part = ints[info[field] : info[field] + 4 * length]
-        return part.clone().view(torch.int32).tolist()  # type: ignore[no-any-return]
-
-    expected = {
-        2: ("total_num_rows", [rows]),
-        4: ("request_indices", ours.request[0, :count].tolist()),
-        5: ("qo_tile_indices", [0] * count),
-        6: ("kv_tile_indices", ours.kv_tile[0, :count].tolist()),
-        7: ("merge_indptr", ours.o_indptr[0].tolist()),
-        8: ("o_indptr", ours.o_indptr[0].tolist()),
-        9: ("kv_chunk_size", [chunk]),
-    }
-    for field, (name, want) in expected.items():
-        got = array(field, len(want))
-        if got != want:
-            raise RuntimeError(f"FlashInfer's plan differs in {name}: {got}, ours {want}")
+    for field, name, length in (
+        (2, "total_num_rows", 1),
+        (4, "request_indices", count),
+        (5, "qo_tile_indices", count),
+        (6, "kv_tile_indices", count),
+        (7, "merge_indptr", rows + 1),
+        (8, "o_indptr", rows + 1),
+        (9, "kv_chunk_size", 1),
+    ):
+        got, ours = read_array(ints, info, field, length), read_array(buffer, mine, field, length)
+        if got != ours:
+            raise RuntimeError(f"FlashInfer's plan differs in {name}: {got}, ours {ours}")
     valid = ints[info[12] : info[12] + info[0]].tolist()
     if valid != [1] * count + [0] * (info[0] - count):
         raise RuntimeError("FlashInfer's plan differs in block_valid_mask")
@@ -71,7 +71,6 @@ def _flashinfer_plan(
     dtype: torch.dtype,
     head_dim: int,
     group: int,
-    pages: torch.Tensor,
     chunk: int,
     device: torch.device,
 ) -> tuple[list[int], torch.Tensor]:
@@ -79,11 +78,13 @@ def _flashinfer_plan(
     from flashinfer import __version__
 
     rows = len(LENS)
-    floats = torch.empty(64 << 20, dtype=torch.uint8, device=device)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    need = own_plan_bytes(rows, group, head_dim, processors)
+    floats = torch.empty(need, dtype=torch.uint8, device=device)
     ints = torch.zeros(8 << 20, dtype=torch.uint8, device=device)
     pinned = torch.zeros(8 << 20, dtype=torch.uint8, pin_memory=True)
     indptr = torch.zeros(rows + 1, dtype=torch.int32)
-    indptr[1:] = pages.cumsum(0)
+    indptr[1:] = (-(-torch.tensor(LENS) // PAGE_TOKENS)).cumsum(0)
     arguments = [
         floats, ints, pinned, torch.arange(rows + 1, dtype=torch.int32), indptr,
         torch.tensor(LENS, dtype=torch.int32), rows, rows, group, 1, PAGE_TOKENS,

@@ -18,7 +18,6 @@ from fairkv_sglang.bench.clocks import captured
 from fairkv_sglang.bench.gpu import timing
 from fairkv_sglang.bench.gpu.contenders import CONTENDERS, Maker, ours, triton
 from fairkv_sglang.kernels.cuda import operations as triton_ops
-from fairkv_sglang.kernels.cuda.flashinfer import gather_pages
 from fairkv_sglang.kernels.cuda.score import snapkv_score
 from fairkv_tests import fake_flashinfer, gpu_checks, gpu_steps
 from fairkv_tests.flashinfer_model import FlashInferModel
@@ -54,7 +53,8 @@ def test_operations_on_pages() -> None:
     gpu_checks.page_operations(triton_ops, "cpu", f32, by_columns=False, rounds=1)
     gpu_checks.full_arena(triton_ops, "cpu", False)
     gpu_checks.snapkv_equals_torch(snapkv_score, "cpu")
-    gpu_checks.random_plans("cpu", gather_pages, rounds=4)
+    gpu_checks.golden_plan("cpu")
+    gpu_checks.random_plans("cpu", rounds=4)
 
 
 def test_decode() -> None:

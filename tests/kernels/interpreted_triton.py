@@ -16,11 +16,15 @@ from dataclasses import fields
 import pytest
 import torch
 
-from fairkv_sglang.kernels import HeadPages, warm_up
+from fairkv_sglang.attention.warm_up import warm_up
+from fairkv_sglang.budgets.scorers.snapkv import SnapKV
+from fairkv_sglang.budgets.scorers.streaming import Streaming
+from fairkv_sglang.kernels import HeadPages
 from fairkv_sglang.kernels import pages as pages_module
 from fairkv_sglang.kernels.cuda import attention, flashinfer, operations, score, tiles
-from fairkv_tests import reference
+from fairkv_tests import gpu_checks, reference
 from fairkv_tests.flashinfer_model import FlashInferModel
+from fairkv_tests.launches import launches
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 LENS = [[0, 0, 0], [1, 15, 16], [17, 0, 70], [64, 130, 3]]
@@ -247,9 +251,24 @@ def test_snapkv_score(window: int, total: int, n: int, group: int, dim: int) -> 
         torch.testing.assert_close(got.cpu(), want, atol=1e-6, rtol=1e-5)
 
 
-def test_warm_up_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages_module, "kernels_for", lambda device: operations)
-    assert warm_up.warm_up(torch.float32, 16, 2, DEVICE) > 0
+def test_warm_up_leaves_nothing_behind() -> None:
+    pages = HeadPages.create(4, 2, 3, 2, 16, torch.bfloat16, DEVICE, by_columns=False)
+    pages.kernels = operations
+    before = [getattr(pages, f.name).clone() for f in fields(pages)[:8]]
+    decoder = flashinfer.FlashInferDecoder(
+        pages, [0, 2, 3], 2, 16**-0.5, spare=3, module=FlashInferModel()
+    )
+    for scorer in (SnapKV(window=4), Streaming(window=4)):
+        with launches() as made:
+            assert warm_up(pages, decoder, scorer, (0, 2, 3), group=2) > 0
+        after = [getattr(pages, f.name) for f in fields(pages)[:8]]
+        assert all(map(torch.equal, before, after))
+    scoring = ["_statistics", "_join", "_columns", "_pool"]
+    assert [name for name in made.kernels if name in scoring] == []
+    assert set(made.kernels) == {
+        "_release", "_count_new_pages", "_grow", "_pop", "_lay_out", "_list_tiles", "_list_pages",
+        "_append", "_share", "_pick", "_take_pages", "_store_kept",
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the real FlashInfer is checked")
@@ -280,18 +299,59 @@ def test_flashinfer_decode_hands_over_a_correct_plan(filled: Callable[..., HeadP
             assert bool((out[want == 0] == 0).all())
 
 
-def test_gather_pages_lists_what_the_tables_hold(filled: Callable[..., HeadPages]) -> None:
-    pages = on_device(filled([[0, 0, 0], [1, 2300, 16], [17, 0, 70]], 16, by_columns=False))
-    rows = torch.tensor([2, 1, 0], device=DEVICE)
-    fold = tiles.Fold.create(3, [0, 2, 3], DEVICE)
-    planned = tiles.plan_tiles(fold.lens(pages.lens, pages.owned, rows), 4)
-    starts = tiles.csr_starts(planned.pages)
-    got = torch.full((200,), -1, dtype=torch.int32, device=DEVICE)
-    flashinfer.gather_pages(pages.page_table, rows, fold, planned.pages, starts, got)
-    cells = [(r, lane) for lanes in ((0, 1), (2,)) for r in (2, 1, 0) for lane in lanes]
-    want = [
-        page
-        for row, lane in cells
-        for page in pages.page_table[row, lane, : -(-int(pages.lens[row, lane]) // 16)].tolist()
-    ]
-    assert got.tolist() == want + [-1] * (200 - len(want))
+def test_any_batch_size_is_exact(filled: Callable[..., HeadPages]) -> None:
+    """One workspace for all sizes: what a larger batch has left behind changes nothing."""
+    pages = filled([[0, 0], [300, 1], [17, 200], [1, 640]], 16, torch.bfloat16, by_columns=False)
+    decoder = flashinfer.FlashInferDecoder(
+        pages, [0, 2], 2, 0.25, spare=3, module=FlashInferModel()
+    )
+    for order in ([3, 1, 2, 0], [2], [1, 3], [0, 0, 0, 1, 2, 3, 0]):
+        rows = torch.tensor(order)
+        q = torch.randn((len(order), 4, 16)).bfloat16()
+        out, want = torch.empty_like(q), torch.empty_like(q)
+        decoder.plan(rows)
+        decoder.decode(q, rows, 0, 2, 0.25, out)
+        reference.decode(pages, q, rows, 0, 2, 0.25, want)
+        torch.testing.assert_close(out, want, atol=1e-2, rtol=1e-2)
+    assert len(decoder._workspaces) == 2  # larger than there are rows, once
+    with pytest.raises(RuntimeError, match="decode of 1 requests, planned were 7"):
+        decoder.decode(q[:1], rows[:1], 0, 2, 0.25, out[:1])
+
+
+def test_tile_lists_follow_flashinfers_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_checks.golden_plan(DEVICE)
+    gpu_checks.random_plans(DEVICE, rounds=3)
+    monkeypatch.setattr(tiles, "ROWS", 4)  # a layer in several blocks
+    gpu_checks.random_plans(DEVICE, rounds=3)
+
+
+def test_append_folds_the_queries(filled: Callable[..., HeadPages]) -> None:
+    pages = filled([[0, 0, 0], [1, 15, 16]], 24, torch.bfloat16, by_columns=False)
+    decoder = flashinfer.FlashInferDecoder(pages, [0, 3], 2, 1.0, spare=3, module="not called")
+    fused = torch.randn((2, 12, 24)).bfloat16()
+    slots = torch.tensor([[3, -1, 40], [-1, -1, -1]])
+    q = fused[:, :6]
+    copied = decoder.append(slots, fused[:, 6:9], fused[:, 9:], q)
+    assert copied.is_contiguous() and torch.equal(copied, q)
+    assert decoder.append(slots, fused[:, 6:9], fused[:, 9:], copied) is copied
+    flat = pages.k_pages.view(-1, 24), pages.v_pages.view(-1, 24)
+    for lane, slot in ((0, 3), (2, 40)):
+        assert torch.equal(flat[0][slot], fused[0, 6 + lane])
+        assert torch.equal(flat[1][slot], fused[0, 9 + lane])
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts calls of the interpreter")
+def test_grow_and_plan_are_six_launches(
+    filled: Callable[..., HeadPages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the batch; and not one operation of torch beside them."""
+    pages = filled([[0, 0, 0], [1, 15, 16], [3, 2, 1]], 16, torch.bfloat16, by_columns=False)
+    decoder = flashinfer.FlashInferDecoder(pages, [0, 1, 3], 2, 1.0, spare=3, module="none")
+    for order in ([1], [2, 1, 0]):
+        rows, slots = torch.tensor(order), torch.empty((len(order), 3), dtype=torch.int64)
+        with launches() as made:
+            operations.grow(pages, rows, slots)
+            decoder.plan(rows)
+        assert made.kernels == ["_count_new_pages", "_grow", "_pop", "_lay_out", "_list_tiles",
+                                "_list_pages"]  # fmt: skip
+        assert made.torch == []

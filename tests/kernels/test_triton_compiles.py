@@ -16,23 +16,41 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fairkv_sglang.kernels.cuda import attention, flashinfer, operations, score
+from fairkv_sglang.kernels.cuda import attention, operations, score, select, store, tiles
 
 PAGES = "*i32 *i32 *u8 *i32 *i64 *i32"
 HEAD = {"D": 80, "D_PAD": 128}
-WINDOW = {"W": 20, "W_PAD": 32, **HEAD, "KEYS": 64}
+WINDOW = {"W": 20, "W_PAD": 32, **HEAD, "KEYS": 64, "PAD": 32}
+BATCH = "*i32 *u8 *i64 i32 *i32 i32 i32 i32"
 KERNELS = [
-    (operations._grow, PAGES + " *i64 i32 *i64 i32 i32 i32 i32",
+    (operations._count_new_pages, "*i32 *u8 *i64 i32 *i32 i32 i32 i32",
+     {"PAGE": 16, "BLOCK": 1024}),
+    (operations._grow, PAGES + " *i64 i32 *i64 i32 *i32 i32 i32 i32",
      {"PAGE": 16, "BLOCK": 1024, "NO_PAGE": 1, "FULL": 2}),
+    (operations._pop, "*i64 *i32 i32", {"BLOCK": 1024}),
     (operations._release, "*i32 *i32 *i64 *i64 *i64 i32 i32", {"BLOCK": 128}),
-    (operations._store_kept, "*i32 T T T T *i64 *i64 i32 *i64 *i64 *i32 *i64 *i64" + 6 * " i32",
-     {**HEAD, "PAGE": 16}),
-    (operations._append, "T T *i64 i32 T T i32 i32 i32 i32", HEAD),
+    (store._take_pages, "*i32 *u8 *i64 *i32 *i64" + 5 * " i32" + " *i64 i32 *i64 i32 i32 *i64 *i64",
+     {"PAGE": 16, "LANES": 8, "NO_PAGE": 1, "FULL": 2, "BUSY": 4, "OUTSIDE": 8}),
+    (store._store_kept, "*i32 T T T T *i32 i32 *i64 i32 i32 *i64 i32 *i32 *i32 *i64 *i64 *i64"
+     + 7 * " i32", {**HEAD, "PAGE": 16, "LANES": 8}),
+    (operations._append, "T T *i64 i32 T T i32 i32 i32 i32 T T i32 i32 i32 i32", HEAD),
     (attention._decode, "T T T T *i32 *i32 *u8 *i64 fp32" + 7 * " i32",
      {"G": 5, "G_PAD": 16, **HEAD, "PAGE": 16, "BLOCK": 64}),
-    (score._statistics, "T T *fp32 *fp32 fp32" + 7 * " i32", WINDOW),
-    (score._columns, "T T *fp32 *fp32 fp32" + 8 * " i32", WINDOW),
-    (flashinfer._gather_pages, "*i32 *i64 *i64 *i32 *i32 *i32 i32 i32 i32", {"BLOCK": 128}),
+    (score._statistics, "T T *i32 i32 *i64 i32 *fp32 *fp32 fp32" + 7 * " i32", WINDOW),
+    (score._join, "*i64 i32 *fp32 *fp32 *fp32 i32 i32", {"W_PAD": 32, "STEP": 16}),
+    (score._columns, "T T *i32 i32 *i64 i32 *fp32 *fp32 i32 fp32" + 7 * " i32", WINDOW),
+    (score._pool, "*fp32 *i64 i32 *fp32 i32 i32",
+     {"WIDTH": 7, "LARGEST": True, "KEYS": 64, "PAD": 32}),
+    (select._share, "*fp32 i32 *i64 i32 *i64 i32 i32", {"HEADS": 8, "BLOCK": 2048}),
+    (select._pick, "*fp32 i32 *i64 i32 *i64 i32 *i64 i32 i32 i32", {"BLOCK": 2048}),
+    (tiles._lay_out, BATCH + " *i32 *i32 *i32 i32 *i32 *i32 *i32 i32 *i32 *i32",
+     {"PAGE": 16, "CHUNK": 128, "BUCKETS": 64, "BLOCK": 1024}),
+    (tiles._list_tiles, BATCH + " *i32 *i32 *u8 *i32 *i32 i32 *i32 i32 *i32",
+     {"SORTED": True, "BUCKETS": 64, "BITS": 12, "BLOCK": 256}),
+    (tiles._list_tiles, BATCH + " *i32 *i32 *u8 *i32 *i32 i32 *i32 i32 *i32",
+     {"SORTED": False, "BUCKETS": 64, "BITS": 12, "BLOCK": 256}),
+    (tiles._list_pages, "*i32 *i64 i32 *i32 i32 i32 i32 i32 *i32 *i32 *i32 *i32 i32",
+     {"LAYERS": 128, "BLOCK": 16, "WIDE": 64}),
 ]
 for kernel, kinds, constants in KERNELS:
     names = [name for name in kernel.arg_names if name not in constants]
@@ -57,4 +75,4 @@ def test_every_kernel_compiles_for_hopper() -> None:
         env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.count("compiled") == 8
+    assert result.stdout.count("compiled") == 18

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from fairkv_sglang.registry import Registry, option
+
+if TYPE_CHECKING:
+    from fairkv_sglang.kernels.prompts import PromptBatch
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,31 @@ class Scorer(ABC):
         Returns:
             float32 [n, max(N - window, 0)].
         """
+
+    def score_all(
+        self, q: Tensor | None, k_pool: Tensor, prompts: PromptBatch, *, scale: float
+    ) -> Tensor:
+        """Scores of all prompts of a pass on a device; here prompt after prompt.
+
+        Args:
+            q: [P, W, n, g, D] last queries of the prompts that are scored, which come first; None
+                where ``needs_queries`` is false.
+            k_pool: [slots, n, D] SGLang's pool of the layer.
+            prompts: The prompts.
+            scale: As for :meth:`score`.
+
+        Returns:
+            float32 [n, prompts.total], prompt after prompt.
+        """
+        scores = k_pool.new_empty((k_pool.shape[1], prompts.total), dtype=torch.float32)
+        for p, scored in enumerate(prompts.scored):
+            if scored:
+                slots = prompts.slots[prompts.request_rows[p], : prompts.lengths[p]]
+                at = prompts.starts[p]
+                scores[:, at : at + scored] = self.score(
+                    None if q is None else q[p], k_pool[slots.long()], scale=scale
+                )
+        return scores
 
 
 SCORERS: Registry[Scorer] = Registry("scorer", "fairkv_sglang.scorers")

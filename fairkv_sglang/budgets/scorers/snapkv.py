@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
 from fairkv_sglang.budgets.scorers.base import SCORERS, Scorer
 from fairkv_sglang.registry import option
+
+if TYPE_CHECKING:
+    from fairkv_sglang.kernels.prompts import PromptBatch
 
 
 @SCORERS.register
@@ -63,3 +66,14 @@ class SnapKV(Scorer):
 
         kernels = kernels_for(q.device.type)
         return kernels.snapkv_score(q, k, scale, self.kernel_size, self.pooling)
+
+    def score_all(
+        self, q: Tensor | None, k_pool: Tensor, prompts: PromptBatch, *, scale: float
+    ) -> Tensor:
+        """See the base class; keys are read where they lie."""
+        from fairkv_sglang.kernels import kernels_for
+
+        of_prompts = kernels_for("cuda").prompts
+        if q is None or of_prompts is None:
+            raise ValueError("scorer 'snapkv' needs the queries of the last tokens of the prompt")
+        return of_prompts.snapkv_scores(q, k_pool, prompts, scale, self.kernel_size, self.pooling)

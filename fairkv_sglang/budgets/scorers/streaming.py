@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from fairkv_sglang.budgets.scorers.base import SCORERS, Scorer
 from fairkv_sglang.registry import option
+
+if TYPE_CHECKING:
+    from fairkv_sglang.kernels.prompts import PromptBatch
 
 
 @SCORERS.register
@@ -36,3 +39,14 @@ class Streaming(Scorer):
         sinks = min(self.sink, scored)
         scores[:sinks] = torch.arange(scored + sinks, scored, -1, device=k.device).float()
         return scores.expand(n, -1).contiguous()
+
+    def score_all(
+        self, q: Tensor | None, k_pool: Tensor, prompts: PromptBatch, *, scale: float
+    ) -> Tensor:
+        """See the base class; the keys are not looked at, so none are gathered."""
+        found = [
+            self.score(None, k_pool[:1].expand(n, -1, -1), scale=scale)
+            for n, scored in zip(prompts.lengths, prompts.scored, strict=True)
+            if scored
+        ]
+        return torch.cat(found, dim=1)

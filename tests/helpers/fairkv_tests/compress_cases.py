@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fairkv_sglang.attention import compress, exchange, hand_over
-from fairkv_sglang.attention.compress import PromptCompressor
+from fairkv_sglang.attention.compress_all import make_compressor
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.kernels import torch_decode
@@ -130,7 +130,7 @@ class Rank:
             max_head_tokens=CONTEXT,
         )
         self.book = self.runtime.create_book(division, torch.float32, "cpu")
-        self.compressor = PromptCompressor(self.runtime, group)  # type: ignore[arg-type]
+        self.compressor = make_compressor(self.runtime, group)  # type: ignore[arg-type]
         self.heads = [list(row) for row in self.runtime.heads.heads]
         homes = Homes(model.heads, tp_size)
         self.home = list(homes.heads(rank))

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from fairkv_sglang.kernels import PAGE_TOKENS
-from fairkv_sglang.kernels.cuda.tiles import CHUNK
+
+CHUNK = 128
 
 
 def scalar_plan(lens: list[int], spare: int) -> tuple[int, list[int], list[tuple[int, int]]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from fairkv_sglang.bench import resident
 from fairkv_sglang.bench.gpu.contenders import Maker
 from fairkv_sglang.bench.gpu.report import need
 from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages, kernels_for
-from fairkv_sglang.kernels.cuda import tiles as plan
 from fairkv_sglang.kernels.pages import ERROR_NO_FREE_PAGE, ERROR_ROW_FULL
 from fairkv_tests import reference
 from fairkv_tests.flashinfer_model import scalar_plan
@@ -249,53 +248,93 @@ def snapkv_equals_torch(score: Callable[..., torch.Tensor], device: str) -> None
             need(near, f"window {window} of {total}, {pooling} pooling: differs from torch")
 
 
-def random_plans(device: str, gather: Callable[..., None] | None = None, rounds: int = 20) -> None:
-    """Plans of 3 layers with uneven heads equal FlashInfer's rules.
+def golden_plan(device: str) -> None:
+    """A small plan worked out by hand."""
+    pages = _pages_of(torch.tensor([[40], [129], [1000]]), device)
+    made = _planned(pages, [0, 1], torch.tensor([0, 1, 2, 3], device=device), 4, True)[0]
+    need(made.chunk == 384, "chunk")
+    need(made.lens == [0, 40, 129, 1000], "lengths")
+    need(made.o_indptr == [0, 0, 1, 2, 5], "o_indptr")
+    need(made.tiles[2:] == [(3, 2), (2, 0), (1, 0)], "rests of rows")
+    need(sorted(made.tiles[:2]) == [(3, 0), (3, 1)], "whole tiles")
 
-    With ``gather``, which writes page lists on the device, these equal the tables.
-    """
-    lane_start = [0, 1, 4, 6]
+
+@dataclass
+class Planned:
+    """Plan of one layer as FlashInfer's kernel reads it."""
+
+    chunk: int
+    o_indptr: list[int]
+    tiles: list[tuple[int, int]]  # row and number of the valid ones
+    lens: list[int]
+    page_lists: list[list[int]]
+
+
+def _pages_of(lens: torch.Tensor, device: str) -> HeadPages:
+    pages = resident.resident(lens, 8, torch.bfloat16, device, scattered=True, by_columns=False)
+    pages.owned[1:] = (lens > 0).to(device, torch.uint8)
+    return pages
+
+
+def _planned(
+    pages: HeadPages, lane_start: list[int], rows: torch.Tensor, spare: int, longest_first: bool
+) -> list[Planned]:
+    """What the device has planned for each layer."""
+    from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
+    from fairkv_sglang.kernels.cuda.workspace import read_array
+
+    decoder = FlashInferDecoder(
+        pages, lane_start, 4, 1.0, spare=spare, longest_first=longest_first, module="not called"
+    )
+    decoder.plan(rows)
+    space, made = decoder.workspace, []
+    buffer, ids = space.buffer.cpu(), space.kv_indices.tolist()
+    for layer, heads in enumerate(space.heads):
+        n, info = len(rows) * heads, space.plan_info(layer, len(rows))
+        need(info[0] == n + spare and info[1] == n, "size of the grid")
+        o_indptr = read_array(buffer, info, 8, n + 1)
+        valid = buffer[info[12] : info[12] + info[0]].tolist()
+        count = o_indptr[-1]
+        need(valid == [1] * count + [0] * (info[0] - count), "valid tiles")
+        request, number = (read_array(buffer, info, field, info[0]) for field in (4, 6))
+        need(not any(request[count:]) and not any(number[count:]), "invalid tiles")
+        starts, last = space.kv_indptr[layer].tolist(), space.last_page_len[layer].tolist()
+        lists = [ids[a:b] for a, b in itertools.pairwise(starts[: n + 1])]
+        lens = [
+            (len(x) - 1) * PAGE_TOKENS + m if x else 0 for x, m in zip(lists, last[:n], strict=True)
+        ]
+        tiles = list(zip(request, number, strict=True))[:count]
+        made.append(Planned(read_array(buffer, info, 9, 1)[0], o_indptr, tiles, lens, lists))
+    return made
+
+
+def random_plans(device: str, rounds: int = 20) -> None:
+    """Plans of 3 layers with uneven heads equal FlashInfer's rules, page lists the tables."""
+    lane_start, spare = [0, 1, 4, 6], 7
     for seed in range(rounds):
         make = torch.Generator().manual_seed(seed)
         lens = torch.randint(0, 3000, (4, 6), generator=make)
         lens *= torch.rand(4, 6, generator=make) > 0.3
-        pages = resident.resident(lens, 8, torch.float32, device, scattered=True)
-        pages.owned[1:] = (lens > 0).to(device, torch.uint8)
-        rows = torch.tensor([3, 0, 4, 2], device=device)
-        fold = plan.Fold.create(4, lane_start, device)
-        folded = fold.lens(pages.lens, pages.owned, rows)
+        pages = _pages_of(lens, device)
+        rows = torch.tensor([3, 0, 4, 2, 0][: 3 + seed % 3], device=device)
+        table, held = pages.page_table.tolist(), pages.lens.tolist()
         for longest_first in (False, True):
-            made = plan.plan_tiles(folded, 7, longest_first=longest_first)
-            for layer, of_layer in enumerate(folded.tolist()):
-                _same_plan(made, layer, of_layer, longest_first)
-        starts = plan.csr_starts(made.pages)
-        table, held = pages.page_table.cpu(), pages.lens.cpu()
-        want, first_of = list[int](), list[int]()
-        for (first, end), of_layer in zip(itertools.pairwise(lane_start), starts, strict=True):
-            for row, lane in itertools.product(rows.tolist(), range(first, end)):
-                first_of.append(len(want))
-                want += table[row, lane, : -(-int(held[row, lane]) // PAGE_TOKENS)].tolist()
-            rows_here = len(rows) * (end - first)
-            need(of_layer.tolist()[:rows_here] == first_of[-rows_here:], "starts of page lists")
-        need(int(starts[-1, -1]) == len(want), f"round {seed}: length of the page lists")
-        if gather is not None:
-            out = torch.full((len(want) + 1,), -1, dtype=torch.int32, device=device)
-            gather(pages.page_table, rows, fold, made.pages, starts, out)
-            need(out.tolist() == [*want, -1], f"round {seed}: page lists differ from the tables")
+            made = _planned(pages, lane_start, rows, spare, longest_first)
+            for (first, end), layer in zip(itertools.pairwise(lane_start), made, strict=True):
+                cells = list(itertools.product(rows.tolist(), range(first, end)))
+                need(layer.lens == [held[r][lane] for r, lane in cells], "lengths")
+                want = [table[r][lane][: -(-held[r][lane] // PAGE_TOKENS)] for r, lane in cells]
+                need(layer.page_lists == want, "page lists differ from the tables")
+                _follows_the_rules(layer, spare, longest_first)
 
 
-def _same_plan(made: plan.Tiles, layer: int, lens: list[int], longest_first: bool) -> None:
-    """One layer of a plan with 7 spare tiles against the scalar restatement."""
-    chunk, o_indptr, tiles = scalar_plan(lens, 7)
-    need(int(made.chunk[layer]) == chunk, f"chunk {int(made.chunk[layer])}, not {chunk}")
-    need(made.o_indptr[layer].tolist() == o_indptr, "o_indptr differs")
-    count = len(tiles)
-    valid = made.valid[layer].tolist()
-    need(valid == [j < count for j in range(len(valid))], "valid tiles differ")
-    request, number = made.request[layer, :count].tolist(), made.kv_tile[layer, :count].tolist()
-    pairs = list(zip(request, number, strict=True))
-    sizes = [min(chunk, lens[row] - tile * chunk) for row, tile in pairs]
-    need((sorted(pairs) if longest_first else pairs) == tiles, "tiles differ")
-    need(not longest_first or sizes == sorted(sizes, reverse=True), "tiles are not longest first")
-    last = zip(made.pages[layer].tolist(), made.last_page_len[layer].tolist(), strict=True)
-    need([(p - 1) * PAGE_TOKENS + n if p else 0 for p, n in last] == lens, "pages differ")
+def _follows_the_rules(made: Planned, spare: int, longest_first: bool) -> None:
+    """One layer of a plan against the scalar restatement of FlashInfer's planner."""
+    chunk, o_indptr, tiles = scalar_plan(made.lens, spare)
+    need(made.chunk == chunk, f"chunk {made.chunk}, not {chunk}")
+    need(made.o_indptr == o_indptr, "o_indptr differs")
+    need((sorted(made.tiles) if longest_first else made.tiles) == tiles, "tiles differ")
+    if longest_first:  # but for differences within a bucket
+        sizes = [min(chunk, made.lens[row] - tile * chunk) for row, tile in made.tiles]
+        falls = all(b <= a + chunk // 63 + 1 for a, b in itertools.pairwise(sizes))
+        need(falls, "tiles are not longest first")

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compression on a device: no waits, and a few launches a layer for all prompts of the pass.
+
+What depends on the prompts alone is copied to the device once, before the first layer. Then a layer
+is scored, counted, picked and stored by kernels that take all prompts at once. Untested on a GPU;
+the tests run it with interpreted kernels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairkv_sglang.attention.compress import PromptCompressor
+from fairkv_sglang.attention.forward_plan import ForwardPlan
+from fairkv_sglang.attention.hand_over import Choice, StoreBatch
+from fairkv_sglang.budgets import Kept
+from fairkv_sglang.budgets.scopes.pooled import Pooled
+from fairkv_sglang.kernels.interface import PromptKernels
+from fairkv_sglang.kernels.prompts import PromptBatch, to_device
+from fairkv_sglang.runtime import FairKVRuntime
+
+Group = torch.distributed.ProcessGroup
+
+
+class AllPromptsCompressor(PromptCompressor):
+    """:class:`PromptCompressor` with the operations of :class:`PromptKernels`."""
+
+    def __init__(
+        self,
+        runtime: FairKVRuntime,
+        kernels: PromptKernels,
+        device_group: Group | None,
+        transfer_group: Group | None = None,
+    ) -> None:
+        super().__init__(runtime, device_group, transfer_group)
+        self.kernels = kernels
+        # Homes are neighbours, so the home heads of a table of all heads are a view.
+        self._mine = slice(runtime.heads.home[0], runtime.heads.home[-1] + 1)
+
+    def begin(self, plan: ForwardPlan, req_to_token: Tensor) -> None:
+        """See the base class; the tables of all layers go to the device here."""
+        super().begin(plan, req_to_token)
+        self._batch = None
+        if not self._endings:
+            return
+        scope, window = self.scope, self.scope.window
+        kept = [scope.budget(ending.span.prompt_len) for ending in self._endings]
+        everything = [n >= e.span.prompt_len for n, e in zip(kept, self._endings, strict=True)]
+        self._order = sorted(range(len(kept)), key=lambda number: everything[number])
+        self._endings = [self._endings[number] for number in self._order]
+        lengths = [ending.span.prompt_len for ending in self._endings]
+        budgets = [scope.budget(n) for n in lengths]
+        self._prompts = PromptBatch.create(
+            [ending.span.row for ending in self._endings],
+            lengths,
+            [max(n - window, 0) if b < n else 0 for n, b in zip(lengths, budgets, strict=True)],
+            req_to_token,
+            [max(b - window, 0) for b in budgets],
+            [scope.floor(n) for n in lengths] if isinstance(scope, Pooled) else (),
+        )
+        layers, device = self.runtime.plan.num_layers, req_to_token.device
+        bounds = [scope.per_head_bound(n)[:, self._mine].max(axis=1) for n in lengths]
+        self._widths = np.minimum(np.stack(bounds), np.array(lengths)[:, None]).max(axis=0)
+        # [P, L, H] on the host; on the device for static scopes, whose counts these are.
+        self._expected = np.stack([scope.expected(n) for n in lengths])
+        if not scope.input_dependent:
+            self._static = to_device(torch.from_numpy(self._expected), device)
+        every = np.repeat(np.array(lengths)[:, None], scope.num_heads, axis=1)
+        self._everything_kept = to_device(torch.from_numpy(every), device)
+        most = max(len(self.runtime.heads.slots(layer)) for layer in range(layers))
+        columns = np.full((layers, len(lengths), most), -1, dtype=np.int64)
+        for layer in range(layers):
+            for p, ending in enumerate(self._endings):
+                of_lanes = self.hand_over.columns(layer, ending)
+                columns[layer, p, : len(of_lanes)] = of_lanes
+        self._columns = to_device(torch.from_numpy(columns), device)
+
+    def _choices(
+        self, layer: int, windows: list[Tensor | None], k_pool: Tensor, scale: float
+    ) -> list[Choice]:
+        """See the base class."""
+        prompts = self._prompts
+        scores = self._scores([windows[number] for number in self._order], k_pool, scale)
+        if prompts.total and self._exchange is not None and self._together:
+            scores = self._exchange.table(scores)
+        counts = self._counts(layer, scores)
+        complete = counts.shape[1] == self.scope.num_heads
+        mine = counts[:, self._mine] if complete else counts
+        if scores.shape[0] > mine.shape[1]:
+            scores = scores[self._mine]
+        indices = self.kernels.pick(scores, mine, prompts, int(self._widths[layer]))
+        lanes = len(self.runtime.heads.slots(layer))
+        self._batch = StoreBatch(prompts, indices, mine, self._columns[layer, :, :lanes])
+        choices = []
+        for p, (length, scored) in enumerate(zip(prompts.lengths, prompts.scored, strict=True)):
+            exact = None
+            if not scored:
+                exact = np.full(self.scope.num_heads, length, dtype=np.int64)
+            elif not self.scope.input_dependent:
+                exact = self._expected[p, layer]
+            known = counts[p] if complete else None if scored else self._everything_kept[p]
+            choices.append(Choice(Kept(mine[p], indices[p]), known, exact))
+        return choices
+
+    def _scores(self, windows: list[Tensor | None], k_pool: Tensor, scale: float) -> Tensor:
+        """``float32 [home heads, scored tokens of all prompts]``."""
+        prompts, scorer = self._prompts, self.runtime.scorer
+        if not prompts.total:
+            return k_pool.new_empty((k_pool.shape[1], 0), dtype=torch.float32)
+        last = [w for w, scored in zip(windows, prompts.scored, strict=True) if scored]
+        q = None
+        if last[0] is not None:
+            q = last[0][None] if len(last) == 1 else torch.stack(last)  # type: ignore[arg-type]
+        return scorer.score_all(q, k_pool, prompts, scale=scale)
+
+    def _counts(self, layer: int, scores: Tensor) -> Tensor:
+        """``int64 [P, H]`` kept tokens, or of the home heads where others are not known."""
+        scope, prompts = self.scope, self._prompts
+        if not scope.input_dependent:
+            return self._static[:, layer]
+        if not prompts.total:
+            return self._everything_kept
+        rows = scores.shape[0]
+        if isinstance(scope, Pooled):
+            return self.kernels.shared_counts(scores, prompts, min(scope.group, rows))
+        heads = range(rows) if rows == scope.num_heads else self.runtime.heads.home
+        found = []
+        for p, (length, scored) in enumerate(zip(prompts.lengths, prompts.scored, strict=True)):
+            at = prompts.starts[p]
+            table = scores[:, at : at + scored]
+            found.append(
+                scope.counts(layer, heads, table, length)
+                if scored
+                else torch.full((rows,), length, dtype=torch.int64, device=scores.device)
+            )
+        return torch.stack(found)
+
+
+def make_compressor(
+    runtime: FairKVRuntime, device_group: Group | None, transfer_group: Group | None = None
+) -> PromptCompressor:
+    """The compressor for this rank's device."""
+    kernels = runtime.book.pages.kernels.prompts
+    if kernels is None:
+        return PromptCompressor(runtime, device_group, transfer_group)
+    return AllPromptsCompressor(runtime, kernels, device_group, transfer_group)
