@@ -60,8 +60,9 @@ def process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scorer that needs the queries of the last 8 tokens, in a server without disaggregation."""
     rank = SimpleNamespace(scorer=SimpleNamespace(window=8))
     monkeypatch.setattr(fairkv_sglang.runtime, "_runtime", rank)
-    mode = SimpleNamespace(disaggregation_mode="null")
-    monkeypatch.setattr(schedule_policy, "get_disagg", lambda: mode)
+    settings = SimpleNamespace(disaggregation_mode="null", radix_eviction_policy="lru")
+    for name in ("get_disagg", "get_memory"):  # the second from 0.5.22 on
+        monkeypatch.setattr(schedule_policy, name, lambda: settings, raising=False)
 
 
 @pytest.mark.parametrize("disable", [False, True], ids=["tree", "no-tree"])
