@@ -17,8 +17,10 @@ import torch
 
 from fairkv_sglang.bench.gpu.report import require
 from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages
+from fairkv_sglang.kernels.cuda.workspace import own_plan_bytes
 
-WORKSPACE_BYTES = 256 << 20
+LEAST_WORKSPACE = 128 << 20
+"""What FlashInfer's documentation asks for."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def stock(pages: HeadPages, group: int, scale: float) -> Contender:
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     # Layers run one after the other and can share what holds partial results.
-    workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=pages.device)
+    need = own_plan_bytes(pages.rows - 1, group, pages.head_dim, _processors(pages.device))
+    workspace = torch.zeros(max(need, LEAST_WORKSPACE), dtype=torch.uint8, device=pages.device)
     wrappers = [
         BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True, backend="fa2")
         for _ in range(pages.lanes)
@@ -81,6 +84,11 @@ def stock(pages: HeadPages, group: int, scale: float) -> Contender:
             )  # fmt: skip
 
     return Contender(lambda i, q, out: wrappers[i].run(q, cache, out=out), plan, "host")
+
+
+def _processors(device: torch.device) -> int:
+    on_cuda = device.type == "cuda"
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if on_cuda else 1
 
 
 def _page_lists(pages: HeadPages, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
