@@ -10,14 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fairkv_sglang import source_tree
+from fairkv_sglang.version import __version__
 
 if TYPE_CHECKING:
     from fairkv_sglang.config import FairKVConfig
     from fairkv_sglang.engine import Engine
 
 source_tree.settle(__path__)
-
-__version__ = "0.1.0"
 
 __all__ = ["Engine", "FairKVConfig", "__version__"]
 

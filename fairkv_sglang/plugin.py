@@ -66,7 +66,7 @@ def _is_asked_for() -> bool:
 
 
 def _register_rank() -> None:
-    from fairkv_sglang.patches import cpu, ledger, measure
+    from fairkv_sglang.patches import cpu, cpu_overrides, ledger, measure
     from fairkv_sglang.patches.cpu_platform import is_active
 
     on_cpu = is_active()
@@ -76,15 +76,17 @@ def _register_rank() -> None:
         if on_cpu:
             hooks += cpu.RANK_HOOKS
             cpu.register_attention()
+            ledger.need(cpu_overrides)
         config = from_environment()
         if config is not None and config.enabled:
-            from fairkv_sglang.patches import all_hooks
+            from fairkv_sglang.patches import all_hooks, all_overrides
             from fairkv_sglang.patches.registries import register_prefix_cache
 
             rank_hooks = all_hooks()
             targets = {hook.target for hook in rank_hooks}
             hooks = [hook for hook in hooks if hook.target not in targets] + list(rank_hooks)
             register_prefix_cache()
+            ledger.need(all_overrides)
         if measure.is_asked_for():
             hooks += measure.HOOKS
     ledger.register(hooks)

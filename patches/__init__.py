@@ -8,8 +8,9 @@ one file per subsystem of SGLang. ``fairkv check`` prints the ledger.
 from __future__ import annotations
 
 from fairkv_sglang.patches.ledger import Hook, HookError, verify
+from fairkv_sglang.patches.overrides import Override
 
-__all__ = ["Hook", "HookError", "all_hooks", "verify_hooks"]
+__all__ = ["Hook", "HookError", "all_hooks", "all_overrides", "cpu_overrides", "verify_hooks"]
 
 
 def all_hooks() -> tuple[Hook, ...]:
@@ -19,6 +20,22 @@ def all_hooks() -> tuple[Hook, ...]:
     return (*pools.HOOKS, *models.HOOKS, *registries.HOOKS, *scheduling.HOOKS, *state.HOOKS)
 
 
+def all_overrides() -> tuple[Override, ...]:
+    """Methods of SGLang's classes that a serving rank overrides."""
+    from fairkv_sglang.patches import attention_backend, pools, prefill_budget, prefix_cache
+
+    modules = (pools, prefix_cache, prefill_budget, attention_backend)
+    return tuple(row for module in modules for row in module.OVERRIDES)
+
+
+def cpu_overrides() -> tuple[Override, ...]:
+    """The same of the CPU platform of this package."""
+    from fairkv_sglang.patches import cpu_allocator, cpu_attention, cpu_platform
+
+    modules = (cpu_platform, cpu_allocator, cpu_attention)
+    return tuple(row for module in modules for row in module.OVERRIDES)
+
+
 def verify_hooks() -> list[str]:
-    """Check the whole ledger in this process; see :func:`fairkv_sglang.patches.ledger.verify`."""
-    return verify(all_hooks())
+    """Check a serving rank's rows in this process; see ``ledger.verify``."""
+    return verify((*all_hooks(), *all_overrides()))

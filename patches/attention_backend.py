@@ -8,19 +8,18 @@ into the batch there: a row of work is one (request, head) with its own page lis
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from fairkv_sglang.attention.compress_all import make_compressor
+from fairkv_sglang.attention.compress import PromptCompressor
 from fairkv_sglang.attention.decoders import Decoder
 from fairkv_sglang.attention.forward_plan import ForwardPlan
 from fairkv_sglang.attention.mixed import prompts_only
-from fairkv_sglang.attention.warm_up import warm_up
 from fairkv_sglang.kernels.prompts import to_device
-from fairkv_sglang.runtime import FairKVRuntime
+from fairkv_sglang.memory.rows import RowBook
+from fairkv_sglang.patches.overrides import overrides
 
 
 class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
@@ -30,9 +29,12 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         runner: SGLang's model runner, with its pools.
         prefill: The attention backend that SGLang made for it.
         decoder: Decode over head pages.
-        runtime: This rank.
-        device_group: Process group of the ranks; None at TP 1.
-        transfer_group: Group of the hand-over, see :func:`make_compressor`.
+        compressor: What becomes of prompts that end.
+        book: Rows of this rank.
+
+    Attributes:
+        plan: Prompts of the pass that comes next or is running; set before each pass, because only
+            SGLang's schedule batch knows them.
     """
 
     def __init__(
@@ -40,32 +42,27 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         runner: Any,
         prefill: AttentionBackend,
         decoder: Decoder,
-        runtime: FairKVRuntime,
-        device_group: torch.distributed.ProcessGroup | None,
-        transfer_group: torch.distributed.ProcessGroup | None = None,
+        compressor: PromptCompressor,
+        book: RowBook,
     ) -> None:
         super().__init__()
-        self.runtime = runtime
-        runtime.prefill_backend = type(prefill).__name__
         self.prefill = prefill
         self.decoder = decoder
+        self.compressor = compressor
+        self.plan = ForwardPlan()
         self.req_to_token_pool = runner.req_to_token_pool  # SGLang reads both off the backend
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.device = runner.device
-        lane_start, group = runtime.heads.lane_start, runtime.model.group_size
-        warm_up(runtime.book.pages, decoder, runtime.scorer, lane_start, group)
-        self.compressor = make_compressor(runtime, device_group, transfer_group)
-        self.head_dim = runtime.model.head_dim
+        self.pages = book.pages
+        self.lane_start = book.heads.lane_start
         # Decode reads lengths of its page tables; what else SGLang asks of a backend is prefill's.
         self.needs_cpu_seq_lens = prefill.needs_cpu_seq_lens
         self.kv_index_translator = prefill.kv_index_translator
         self.data_type = prefill.data_type
         self.kv_cache_dtype = prefill.kv_cache_dtype
         self.extend_dummy_seqs_capped_by_req_pool = prefill.extend_dummy_seqs_capped_by_req_pool
-        self._slots = torch.empty((0, runtime.heads.num_lanes), dtype=torch.int64)
+        self._slots = torch.empty((0, self.pages.lanes), dtype=torch.int64)
         self._rows = torch.empty((0,), dtype=torch.int64)
-        self._plan = ForwardPlan()
-        self._extend_started = 0.0
 
     # -- metadata -------------------------------------------------------------------------------
 
@@ -74,8 +71,7 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         if forward_batch.forward_mode.is_decode_or_idle():
             self.init_forward_metadata_in_graph(forward_batch)
             return
-        self._extend_started = time.perf_counter()
-        self._plan = plan = self.runtime.forward_plan or ForwardPlan()
+        plan = self.plan
         if plan.decode_rows:
             self._start_decode(to_device(torch.tensor(plan.decode_rows), torch.device(self.device)))
             forward_batch = prompts_only(forward_batch, plan)
@@ -91,7 +87,7 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
             self._start_decode(forward_batch.req_pool_indices.long())
 
     def _start_decode(self, rows: torch.Tensor) -> None:
-        pages = self.runtime.book.pages
+        pages = self.pages
         self._rows = rows
         self._slots = torch.empty(
             (rows.shape[0], pages.lanes), dtype=torch.int64, device=pages.device
@@ -121,26 +117,16 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
     ) -> torch.Tensor:
         """SGLang's own attention to the whole prompt, then compression of prompts that end here."""
         out = self.prefill.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        plan = self._plan
-        if not plan.spans:
-            return out
-        index = layer.layer_id
-        started = time.perf_counter()
-        self.compressor.layer(
-            index,
-            q.view(q.shape[0], layer.tp_k_head_num, -1, self.head_dim),
-            self.token_to_kv_pool.get_key_buffer(index),
-            self.token_to_kv_pool.get_value_buffer(index),
-            plan,
-            layer.scaling,
-        )
-        now = time.perf_counter()
-        self.runtime.compress_seconds += now - started
-        if index == self.runtime.plan.num_layers - 1:
-            hand_over = self.compressor.hand_over
-            self.runtime.hand_over_seconds = hand_over.seconds
-            self.runtime.hand_over_bytes = hand_over.rows_sent * hand_over.row_bytes
-            self.runtime.prefill_seconds += now - self._extend_started
+        if self.plan.spans:
+            index = layer.layer_id
+            self.compressor.layer(
+                index,
+                q.view(q.shape[0], layer.tp_k_head_num, -1, self.pages.head_dim),
+                self.token_to_kv_pool.get_key_buffer(index),
+                self.token_to_kv_pool.get_value_buffer(index),
+                self.plan,
+                layer.scaling,
+            )
         return out
 
     def forward_decode(
@@ -155,20 +141,42 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Append one token to the pages of each (request, lane) and attend to them."""
         index, heads = layer.layer_id, layer.tp_k_head_num
-        lane = self.runtime.heads.lane_start[index]
-        batch = q.shape[0]
-        q = q.view(batch, -1, self.head_dim)
+        lane = self.lane_start[index]
+        batch, dim = q.shape[0], self.pages.head_dim
+        q = q.view(batch, -1, dim)
         if save_kv_cache and k is not None:
             q = self.decoder.append(
                 self._slots[:, lane : lane + heads],
-                k.view(batch, heads, self.head_dim),
-                v.view(batch, heads, self.head_dim),
+                k.view(batch, heads, dim),
+                v.view(batch, heads, dim),
                 q,
             )
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         self.decoder.decode(q, self._rows, index, heads, layer.scaling, out)
         return out.view(batch, -1)
 
-    def support_triton(self) -> bool:
-        """Whether SGLang may use Triton for its own index writes."""
-        return bool(self.device != "cpu")
+
+_RUNNER = "sglang.srt.model_executor.runner"
+
+OVERRIDES = overrides(
+    FairKVAttnBackend,
+    "sglang.srt.layers.attention.base_attn_backend.AttentionBackend",
+    {
+        "init_forward_metadata": "a pass is prepared for SGLang's backend and for head pages",
+        "init_forward_metadata_out_graph": "decode has no part outside of a CUDA graph",
+        "init_forward_metadata_in_graph": "slots and plan of a decode step are made in the graph",
+        "get_cuda_graph_seq_len_fill_value": "padded rows of a graph point at an empty row",
+        "init_cuda_graph_state": "buffers for the largest captured batch",
+        "forward_extend": "prompts are compressed after SGLang's attention",
+        "forward_decode": "decode reads and writes head pages",
+    },
+    callers=(
+        "sglang.srt.layers.attention.base_attn_backend",
+        f"{_RUNNER}.eager_runner",
+        f"{_RUNNER}.base_runner",
+        f"{_RUNNER}.decode_cuda_graph_runner",
+        "sglang.srt.model_executor.model_runner",
+    ),
+    since="0.5.20",
+    test="tests/engine/test_serving.py",
+)

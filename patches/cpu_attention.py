@@ -15,6 +15,8 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from torch.nn.functional import scaled_dot_product_attention
 
+from fairkv_sglang.patches.overrides import overrides
+
 BLOCK = 512
 """Rows of a call that needs a mask: keeps masks small and skips keys that no row sees."""
 
@@ -99,3 +101,18 @@ class CpuAttnBackend(TorchNativeAttnBackend):  # type: ignore[misc]
             found = torch.ones((rows, seen), dtype=torch.bool).tril_(seen - rows)
             self._masks[rows, seen] = found
         return found
+
+
+_BASE = "sglang.srt.layers.attention.torch_native_backend"
+
+OVERRIDES = overrides(
+    CpuAttnBackend,
+    f"{_BASE}.TorchNativeAttnBackend",
+    {
+        "init_forward_metadata": "slots and cached lengths of a pass, once for all layers",
+        "_run_sdpa_forward_extend": "cached tokens cost a prompt nothing",
+    },
+    callers=(_BASE, "sglang.srt.model_executor.runner.eager_runner"),
+    since="0.5.20",
+    test="tests/patches/test_cpu_attention.py",
+)

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
+
+from fairkv_sglang.patches.overrides import overrides
+from fairkv_sglang.patches.versions import since
 
 
 def is_active() -> bool:
@@ -62,65 +64,32 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
     def get_paged_allocator_cls(self) -> type:
         """SGLang's allocator with torch in place of its two Triton kernels."""
-        return paged_allocator()
+        from fairkv_sglang.patches.cpu_allocator import CpuPagedAllocator
+
+        return CpuPagedAllocator
 
 
-def paged_allocator() -> type:
-    """Build the allocator class (imported late: SGLang's modules are not all loadable at
-    activation).
-    """
-    from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
-    from sglang.srt.mem_cache.allocator.paged import alloc_extend_naive
-    from sglang.srt.utils import get_num_new_pages
-
-    class CpuPagedAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
-        """Page allocation for ``page_size > 1`` without Triton."""
-
-        free_pages: torch.Tensor
-
-        def alloc_extend(
-            self,
-            prefix_lens: torch.Tensor,
-            prefix_lens_cpu: torch.Tensor,
-            seq_lens: torch.Tensor,
-            seq_lens_cpu: torch.Tensor,
-            last_loc: torch.Tensor,
-            extend_num_tokens: int,
-            num_new_pages: int | None = None,
-        ) -> torch.Tensor | None:
-            """Slots for the new tokens of a prefill batch, int64 ``[extend_num_tokens]``; None when
-            short.
-            """
-            if num_new_pages is None:
-                num_new_pages = get_num_new_pages(
-                    seq_lens=seq_lens_cpu, page_size=self.page_size, prefix_lens=prefix_lens_cpu
-                )
-            if num_new_pages > len(self.free_pages):
-                self.merge_and_sort_free()
-            if num_new_pages > len(self.free_pages):
-                return None
-            slots = torch.empty(extend_num_tokens, dtype=torch.int64, device=self.device)
-            alloc_extend_naive(
-                prefix_lens, seq_lens, last_loc, self.free_pages, slots, self.page_size, self.device
-            )
-            self.free_pages = self.free_pages[num_new_pages:]
-            return slots
-
-        def alloc_decode(
-            self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
-        ) -> torch.Tensor | None:
-            """One slot per request, int64 ``[batch]``: the next of its page or the first of a new
-            page.
-            """
-            starts_page = (seq_lens - 1) % self.page_size == 0
-            num_new_pages = int(starts_page.sum())
-            if num_new_pages > len(self.free_pages):
-                self.merge_and_sort_free()
-            if num_new_pages > len(self.free_pages):
-                return None
-            slots = last_loc.to(torch.int64) + 1
-            slots[starts_page] = self.free_pages[:num_new_pages] * self.page_size
-            self.free_pages = self.free_pages[num_new_pages:]
-            return slots
-
-    return CpuPagedAllocator
+OVERRIDES = overrides(
+    CpuPlatform,
+    "sglang.srt.platforms.interface.SRTPlatform",
+    {
+        "get_default_attention_backend": "SGLang's own CPU backend needs sgl_kernel",
+        "get_dispatch_key_name": "fused layers take their torch paths",
+        "is_pin_memory_available": "there is no device to pin memory for",
+        "apply_server_args_defaults": "on CPUs with AMX SGLang chooses a backend of sgl_kernel",
+        "init_backend": "there is nothing to start",
+        "get_mha_kv_pool_cls": "a platform of its own has to name its pool",
+        **({"get_kv_pool_cls": "pools are SGLang's own"} if since("0.5.22") else {}),
+        "get_paged_allocator_cls": "SGLang's allocator needs Triton",
+    },
+    callers=(
+        "sglang.srt.arg_groups.model_override_base",
+        "sglang.srt.arg_groups.platform_hook",
+        "sglang.srt.mem_cache.kv_cache_configurator",
+        "sglang.srt.model_executor.model_runner",
+        "sglang.srt.utils.common",
+        "sglang.kernels.fused_op",
+    ),
+    since="0.5.20",
+    test="tests/engine/test_platform.py",
+)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 HookKind = Literal["before", "after", "around", "replace"]
 
@@ -43,11 +43,55 @@ class Hook:
     upstream: str
     test: str = "tests/engine/test_hooks.py"
 
+    def check(self) -> None:
+        """Raise HookError, with target and reason, if SGLang does not call the hook."""
+        try:
+            current = pkgutil.resolve_name(self.target)
+        except (ImportError, AttributeError) as error:
+            raise HookError(
+                f"FairKV cannot run: hook {self.target} has no target in this SGLang ({error}); "
+                f"it is needed because: {self.why}"
+            ) from error
+        if not in_effect(current, self.function):
+            raise HookError(
+                f"FairKV cannot run: hook {self.target} ({self.kind}) did not take effect; "
+                f"it is needed because: {self.why}"
+            )
+
+
+class Row(Protocol):
+    """What hooks and overridden methods (``overrides.py``) have in common; see :class:`Hook`."""
+
+    @property
+    def target(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def why(self) -> str: ...
+    @property
+    def since(self) -> str: ...
+    @property
+    def upstream(self) -> str: ...
+    @property
+    def test(self) -> str: ...
+    def check(self) -> None: ...
+
+
+_rows: list[Row] = []
+_late: list[Callable[[], Sequence[Row]]] = []
+
+
+def need(rows: Callable[[], Sequence[Row]]) -> None:
+    """Let :func:`verify` check the rows in this process, which are asked for then only."""
+    if rows not in _late:
+        _late.append(rows)
+
 
 def register(hooks: Sequence[Hook]) -> None:
     """Register ``hooks`` with SGLang; ``load_plugins()`` applies them when the plugin returns."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    _rows.extend(hook for hook in hooks if hook not in _rows)
     for hook in hooks:
         mark(hook.function)
         HookRegistry.register(hook.target, hook.function, HookType(hook.kind))
@@ -58,29 +102,23 @@ def mark(function: Callable[..., Any]) -> None:
     function.__dict__["__fairkv_hook__"] = True
 
 
-def verify(hooks: Sequence[Hook]) -> list[str]:
-    """Check that every hook is in the function that SGLang now calls.
+def verify(rows: Sequence[Row] | None = None) -> list[str]:
+    """Check that every row is in effect.
+
+    Args:
+        rows: Rows to check; None: all that this process needs.
 
     Returns:
-        The targets, in ledger order.
+        The targets, in order.
 
     Raises:
-        HookError: for the first hook that is missing, with its target and reason.
+        HookError: for the first that is not, with its target and reason.
     """
-    for hook in hooks:
-        try:
-            current = pkgutil.resolve_name(hook.target)
-        except (ImportError, AttributeError) as error:
-            raise HookError(
-                f"FairKV cannot run: hook {hook.target} has no target in this SGLang ({error}); "
-                f"it is needed because: {hook.why}"
-            ) from error
-        if not in_effect(current, hook.function):
-            raise HookError(
-                f"FairKV cannot run: hook {hook.target} ({hook.kind}) did not take effect; "
-                f"it is needed because: {hook.why}"
-            )
-    return [hook.target for hook in hooks]
+    if rows is None:
+        rows = [*_rows, *(row for late in _late for row in late())]
+    for row in rows:
+        row.check()
+    return [row.target for row in rows]
 
 
 def in_effect(current: object, function: Callable[..., Any]) -> bool:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks that measure, for ``fairkv bench``: time in collectives and between them.
+"""Measuring, for ``fairkv bench``: time in collectives and between them, and of compression.
 
-Installed only when ``FAIRKV_MEASURE_WAIT=1`` is set, with FairKV on or off, so that stock SGLang is
+In effect only when ``FAIRKV_MEASURE_WAIT=1`` is set, with FairKV on or off, so that stock SGLang is
 measured with the same clock. On CUDA every mark waits for the device, which is right for finding
 out who waits for whom but slows the step down, and passes in a CUDA graph are not cut
 (``--disable-cuda-graph``).
@@ -11,19 +11,26 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fairkv_sglang.patches.ledger import Hook, verify
 from fairkv_sglang.patches.stretches import StretchRecorder
 
+if TYPE_CHECKING:  # nothing of FairKV's runtime is loaded where stock SGLang is measured
+    from fairkv_sglang.attention.compress import PromptCompressor
+
 VARIABLE = "FAIRKV_MEASURE_WAIT"
 STATE = "fairkv_measure"
 """Key in the scheduler's internal state: what each rank has recorded, by rank."""
 
 _recorder = StretchRecorder()
+seconds = {"prefill_seconds": 0.0, "compress_seconds": 0.0, "hand_over_seconds": 0.0}
+"""Host time of this rank since its start, on CUDA that of launches: all of its prefill passes; of
+that scoring, selection and handing over; of that packing, waiting for and storing what travels."""
 
 
 def is_asked_for(environment: Mapping[str, str] = os.environ) -> bool:
@@ -58,7 +65,9 @@ def around_forward(
     if not forward_batch.forward_mode.is_decode():
         started = time.perf_counter()
         result = original(runner, forward_batch, *args, **kwargs)
-        _recorder.prefill_seconds += time.perf_counter() - started
+        took = time.perf_counter() - started
+        _recorder.prefill_seconds += took
+        seconds["prefill_seconds"] += took
         return result
     if on_cuda:
         torch.cuda.synchronize()
@@ -74,12 +83,33 @@ def around_forward(
 
 def _resident_tokens() -> Any:
     """``[L][R]`` kept tokens that each rank reads now; None without FairKV."""
-    from fairkv_sglang import runtime
+    from fairkv_sglang.patches.rank import this_rank
 
     try:
-        return runtime.get_runtime().router.loads().tolist()
+        return this_rank().book.router.loads().tolist()
     except RuntimeError:
         return None
+
+
+def time_compression(compressor: PromptCompressor) -> None:
+    """Run the stopwatches of compression and hand-over."""
+    hand_over = compressor.hand_over
+    for owner, method, name in (
+        (compressor, "layer", "compress_seconds"),
+        (hand_over, "send", "hand_over_seconds"),
+        (hand_over, "finish", "hand_over_seconds"),
+    ):
+        setattr(owner, method, _timed(getattr(owner, method), name))
+
+
+def _timed(method: Callable[..., None], name: str) -> Callable[..., None]:
+    @wraps(method)
+    def run(*args: Any) -> None:
+        started = time.perf_counter()
+        method(*args)
+        seconds[name] += time.perf_counter() - started
+
+    return run
 
 
 def after_get_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
 from fairkv_sglang.architectures import attention_classes
 from fairkv_sglang.attention.mixed import prompts_only, running_only
-from fairkv_sglang.parallel.twins import ARGUMENTS, TWIN
+from fairkv_sglang.parallel.twins import ARGUMENTS, TWIN, TwinWeights
 from fairkv_sglang.patches.ledger import Hook
-from fairkv_sglang.runtime import get_runtime
+from fairkv_sglang.patches.rank import this_rank
+
+logger = logging.getLogger(__name__)
 
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 _UPDATES = (
@@ -41,8 +44,8 @@ def around_attention_forward(
         return original(module, positions, hidden_states, forward_batch)
     if forward_batch.forward_mode.is_decode():
         return original(twin, positions, hidden_states, forward_batch)
-    plan = get_runtime().forward_plan
-    if plan is None or not plan.decode_rows:
+    plan = this_rank().backend.plan
+    if not plan.decode_rows:
         return original(module, positions, hidden_states, forward_batch)
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
@@ -59,25 +62,33 @@ def after_load_model(_: None, runner: Any) -> None:
     """Weights are loaded: build the twins before memory is measured and divided."""
     from sglang.srt.distributed import get_tp_group
 
-    runtime = get_runtime()
+    rank = this_rank()
+    layers = rank.model.num_layers
     modules: dict[int, Any] = {}
     for module in runner.model.modules():
         if hasattr(module, ARGUMENTS):
             modules[getattr(module, ARGUMENTS)["layer_id"]] = module
-    if sorted(modules) != list(range(runtime.plan.num_layers)):
+    if sorted(modules) != list(range(layers)):
         raise RuntimeError(
-            f"FairKV: found attention of layers {sorted(modules)}, the plan has "
-            f"{runtime.plan.num_layers} layers"
+            f"FairKV: found attention of layers {sorted(modules)}, the plan has {layers} layers"
         )
-    group = get_tp_group().device_group if runtime.tp_size > 1 else None
-    runtime.build_twins([modules[layer] for layer in sorted(modules)], group)
+    twins = TwinWeights(
+        [modules[layer] for layer in range(layers)],
+        rank.heads,
+        rank.model.head_dim,
+        get_tp_group().device_group if rank.tp_size > 1 else None,
+        fixed_width=rank.start.device.startswith("cuda"),
+    )
+    twins.build()
+    logger.info("FairKV: %s", twins.describe())
+    rank.twins = twins
 
 
 def after_weight_update(result: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
     """Twins follow their homes, also after an update that reports a failure."""
-    runtime = get_runtime()
-    if runtime.twins is not None:
-        runtime.twins.refresh()
+    rank = this_rank()
+    if "twins" in vars(rank):
+        rank.twins.refresh()
     return result
 
 

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
+from fairkv_sglang.config import from_environment
+from fairkv_sglang.memory.rows import RowBook, make_book
 from fairkv_sglang.memory.sizing import divide_memory
 from fairkv_sglang.model import Model
-from fairkv_sglang.patches.ledger import Hook, HookError
+from fairkv_sglang.patches.ledger import Hook, HookError, verify
+from fairkv_sglang.patches.overrides import overrides
+from fairkv_sglang.patches.rank import Rank, begin, this_rank
 from fairkv_sglang.plan_file import received
 from fairkv_sglang.planning import make_start
-from fairkv_sglang.runtime import create_runtime, get_runtime
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +29,7 @@ def before_load_model(runner: Any) -> None:
     """
     from sglang.srt.runtime_context import get_parallel
 
-    from fairkv_sglang.config import from_environment
-    from fairkv_sglang.patches import verify_hooks
-
-    verify_hooks()
+    verify()
     config = from_environment()
     if config is None:
         raise RuntimeError("FairKV: no configuration in this process's environment")
@@ -43,33 +43,35 @@ def before_load_model(runner: Any) -> None:
     # Attention classes fall back to hidden_size // heads, which a twin's counts would change.
     runner.model_config.hf_text_config.head_dim = model.head_dim
     start = make_start(config, model, plan.tp_size, str(runner.device), plan)
-    create_runtime(start, get_parallel().tp_rank, verify_hooks)
+    rank = Rank(start, get_parallel().tp_rank)
+    begin(rank)
+    logger.info(rank.describe())
 
 
 def after_resolve_pool_config(result: Any, configurator: Any, *args: Any, **kwargs: Any) -> Any:
     """Give SGLang's pool its part of the memory only."""
     from sglang.srt.runtime_context import get_parallel, get_schedule
 
-    runtime = get_runtime()
+    rank = this_rank()
     model = configurator.model_config
     division = divide_memory(
-        lane_slots=runtime.heads.table.capacity,
+        lane_slots=rank.heads.table.capacity,
         total_tokens=result.max_total_num_tokens,
         stock_heads=model.get_num_kv_heads(get_parallel().attn_tp_size),
-        head_dim=runtime.model.head_dim,
+        head_dim=rank.model.head_dim,
         dtype_bytes=torch.empty((), dtype=configurator.kv_cache_dtype).element_size(),
         page_size=get_schedule().page_size,
         context_len=model.context_len,
         chunk=get_schedule().chunked_prefill_size,
         max_requests=result.max_running_requests,
-        prefill_pool=runtime.config.prefill_pool,
-        max_head_tokens=runtime.config.max_head_tokens,
-        arena_pages=runtime.config.debug.arena_pages,
+        prefill_pool=rank.config.prefill_pool,
+        max_head_tokens=rank.config.max_head_tokens,
+        arena_pages=rank.config.debug.arena_pages,
     )
-    runtime.division = division
+    rank.division = division
     result.max_total_num_tokens = division.pool_tokens
     result.max_running_requests = division.max_requests
-    logger.info("FairKV: %s", division.describe(runtime.heads.rank, runtime.heads.num_lanes))
+    logger.info("FairKV: %s", division.describe(rank.heads.rank, rank.heads.num_lanes))
     return result
 
 
@@ -84,13 +86,18 @@ def after_configure(result: Any, configurator: Any, *args: Any, **kwargs: Any) -
         raise RuntimeError(
             f"FairKV needs SGLang's NHD KV layout, found {layout}: unset SGLANG_USE_HND_KVCACHE"
         )
-    runtime = get_runtime()
-    if runtime.division is None:
-        raise RuntimeError("FairKV: the pools were built without the division of memory")
-    book = runtime.create_book(
-        runtime.division, configurator.kv_cache_dtype, str(configurator.device)
+    rank = this_rank()
+    rank.book = make_book(
+        rank.heads,
+        rank.scope,
+        rank.division,
+        head_dim=rank.model.head_dim,
+        dtype=configurator.kv_cache_dtype,
+        device=str(configurator.device),
+        window=rank.config.replan_window,
+        verbose=rank.config.debug.log_decisions,
     )
-    result.req_to_token_pool.attach_aux_cache(book)
+    result.req_to_token_pool.attach_aux_cache(rank.book)
 
 
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
@@ -121,3 +128,21 @@ HOOKS: tuple[Hook, ...] = (
         upstream="sglang/srt/mem_cache/memory_pool.py (attach_aux_cache)",
     ),
 )
+
+
+OVERRIDES = overrides(
+    RowBook,
+    None,
+    {
+        "free": "head pages go back when SGLang frees a row",
+        "clear": "and when it frees them all",
+        "alloc_to_lengths": "pages are charged by the hooks on allocation, not here",
+        "reset_allocator": "SGLang resets allocators at idle",
+        "dense_capacity": "the scheduler counts with the prefill pool",
+    },
+    callers=("sglang.srt.mem_cache.memory_pool",),
+    since="0.5.20",
+    test="tests/engine/test_memory.py",
+    receiver="_aux_cache",
+)
+"""Of the object that SGLang's request table carries."""

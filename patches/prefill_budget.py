@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
 from fairkv_sglang.memory.ledger import PAGE_TOKENS, Pages
 from fairkv_sglang.memory.rows import RowBook
+from fairkv_sglang.patches.overrides import overrides
 
 
 class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
@@ -107,3 +108,19 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
         if not is_chunked_continuation and self._candidate is not None:
             self.promised = self.promised + self._candidate
             self._candidate = None
+
+
+OVERRIDES = overrides(
+    FairKVPrefillBudget,
+    "sglang.srt.mem_cache.prefill_budget.PrefillBudget",
+    {
+        "remaining_total": "what is left is the smaller of pool and fullest rank",
+        "has_capacity": "no more prompts are looked at when a rank has no head page left",
+        "check_prefill": "a prompt needs slots for its prefill and head pages of every rank",
+        "available_chunk_tokens": "a chunk waits when running requests would not get their pages",
+        "reserve": "two prompts of one pass must not be promised the same pages",
+    },
+    callers=("sglang.srt.managers.schedule_policy",),
+    since="0.5.20",
+    test="tests/patches/test_scheduling.py",
+)

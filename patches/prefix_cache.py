@@ -9,12 +9,16 @@ and every leak check of SGLang still adds up.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from fairkv_sglang.patches.versions import let_go_of_prefix
-from fairkv_sglang.runtime import get_runtime
+from fairkv_sglang.memory.rows import RowBook
+from fairkv_sglang.patches.ledger import verify
+from fairkv_sglang.patches.overrides import overrides
+from fairkv_sglang.patches.rank import this_rank
+from fairkv_sglang.patches.versions import let_go_of_prefix, since
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -40,7 +44,16 @@ class FairKVRadixCache(UnifiedRadixCache):  # type: ignore[misc]
 
     The prompt stays in the tree, evictable, without its request's lock. Without prefix caching
     (``--disable-radix-cache``) SGLang's class is told so and keeps nothing.
+
+    Args:
+        params: SGLang's.
+        book: Rows of this rank.
+        window: Last tokens of a prompt whose queries the scorer needs.
     """
+
+    def __init__(self, params: Any, *, book: RowBook, window: int) -> None:
+        self.book, self.window = book, window
+        super().__init__(params)
 
     def cache_unfinished_req(self, req: Req, chunked: bool = False, **kwargs: Any) -> None:
         """SGLang up to 0.5.21: cache a prompt, and after its last chunk give its slots back."""
@@ -56,7 +69,7 @@ class FairKVRadixCache(UnifiedRadixCache):  # type: ignore[misc]
 
     def _hand_over(self, req: Req) -> None:
         row, slots = req.kv.req_pool_idx, getattr(req, SLOTS)
-        get_runtime().book.hand_over(row, slots)
+        self.book.hand_over(row, slots)
         # Only real slots, never past them: under overlap a decode step was added already.
         self.free_kv_row(req.kv, [(req.kv.cache_protected_len, slots)])
         let_go_of_prefix(self, req)
@@ -92,7 +105,7 @@ class FairKVRadixCache(UnifiedRadixCache):  # type: ignore[misc]
         SGLang has this for sliding windows; window scorers need the same: the queries of the last
         tokens of the prompt must exist.
         """
-        return max(int(super().swa_reprefill_tail_tokens(*request)), get_runtime().scorer.window)
+        return max(int(super().swa_reprefill_tail_tokens(*request)), self.window)
 
 
 def build_prefix_cache(context: Any) -> Any:
@@ -103,5 +116,28 @@ def build_prefix_cache(context: Any) -> Any:
     """
     from sglang.srt.mem_cache.registry import create_unified_radix_cache
 
-    get_runtime().verify_hooks()
-    return create_unified_radix_cache(context, cache_class=FairKVRadixCache)
+    verify()
+    rank = this_rank()
+    ours = partial(FairKVRadixCache, book=rank.book, window=rank.scorer.window)
+    return create_unified_radix_cache(context, cache_class=ours)
+
+
+_STORE = "checkpoint" if since("0.5.22") else "cache_unfinished_req"
+
+OVERRIDES = overrides(
+    FairKVRadixCache,
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache",
+    {
+        _STORE: "the slots of a prompt go back when its last chunk has run",
+        "claim_kv_row": "a released row must not free positions that never had a slot",
+        "on_release": "a retracted request starts anew",
+        "swa_reprefill_tail_tokens": "the observation window is recomputed in a prefix hit",
+    },
+    callers=(
+        "sglang.srt.mem_cache.common",
+        "sglang.srt.managers.schedule_policy",
+        "sglang.srt.managers.schedule_batch",
+    ),
+    since="0.5.20",
+    test="tests/engine/test_memory.py",
+)

@@ -7,8 +7,14 @@ from typing import Any
 
 import torch
 
-from fairkv_sglang.patches.ledger import Hook
-from fairkv_sglang.runtime import get_runtime
+from fairkv_sglang.attention.compress_all import make_compressor
+from fairkv_sglang.attention.decoders import make_decoder
+from fairkv_sglang.attention.exchange import HomeExchange
+from fairkv_sglang.attention.hand_over import HandOver
+from fairkv_sglang.attention.warm_up import warm_up
+from fairkv_sglang.patches import measure
+from fairkv_sglang.patches.ledger import Hook, verify
+from fairkv_sglang.patches.rank import this_rank
 
 
 def register_prefix_cache() -> None:
@@ -33,20 +39,27 @@ def after_build_backend(result: Any, *, model_runner: Any, **kwargs: Any) -> Any
     """
     from sglang.srt.distributed import get_tp_group
 
-    from fairkv_sglang.attention.decoders import make_decoder
     from fairkv_sglang.patches.attention_backend import FairKVAttnBackend
 
-    runtime = get_runtime()
-    runtime.verify_hooks()
-    device, group, transfer = str(model_runner.device), None, None
-    if runtime.tp_size > 1:
-        group = get_tp_group().device_group
-        if device.startswith("cuda"):
+    verify()
+    rank = this_rank()
+    book, heads = rank.book, rank.heads
+    transfer = exchange = None
+    if rank.tp_size > 1:
+        group = transfer = get_tp_group().device_group
+        exchange = HomeExchange(heads.homes, group)
+        if book.pages.device.type == "cuda":
             transfer = torch.distributed.new_group(get_tp_group().ranks)
+    hand_over = HandOver(heads, rank.scope, book.pages, transfer)
+    compressor = make_compressor(book, rank.scorer, hand_over, exchange)
+    if measure.is_asked_for():
+        measure.time_compression(compressor)
     # SGLang composes two backends where it chose another one for decode, which is not used here.
     prefill = getattr(result, "prefill_backend", result)
-    decoder = make_decoder(runtime, device)
-    return FairKVAttnBackend(model_runner, prefill, decoder, runtime, group, transfer)
+    decoder = make_decoder(rank.config.decode_backend, book.pages, heads)
+    warm_up(book.pages, decoder, rank.scorer, heads.lane_start, heads.group_size)
+    rank.backend = FairKVAttnBackend(model_runner, prefill, decoder, compressor, book)
+    return rank.backend
 
 
 HOOKS: tuple[Hook, ...] = (

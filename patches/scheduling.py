@@ -10,11 +10,9 @@ import numpy as np
 import torch
 
 from fairkv_sglang.attention.forward_plan import plan_forward
-from fairkv_sglang.control.state import update_metrics
 from fairkv_sglang.memory.ledger import PAGE_TOKENS
-from fairkv_sglang.memory.sizing import MemoryDivision
 from fairkv_sglang.patches.ledger import Hook
-from fairkv_sglang.runtime import FairKVRuntime, get_runtime
+from fairkv_sglang.patches.rank import Rank, this_rank
 
 ERRORS = "fairkv_errors"
 """Attribute of a pass's result: the ticket of its device errors."""
@@ -24,7 +22,7 @@ def after_alloc_for_extend(result: Any, batch: Any) -> None:
     """A prompt (or its next chunk) got its slots: fix owners, charge its head pages."""
     from fairkv_sglang.patches.prefix_cache import HANDED_OVER, SLOTS
 
-    book = get_runtime().book
+    book = this_rank().book
     for req in batch.reqs:
         setattr(req, SLOTS, req.kv.kv_allocated_len)
         setattr(req, HANDED_OVER, False)
@@ -41,7 +39,7 @@ def replace_alloc_for_decode(batch: Any, token_per_req: int) -> torch.Tensor:
     from fairkv_sglang.patches.prefix_cache import HANDED_OVER, owns_nothing
 
     rows = batch.req_pool_indices_cpu.tolist()
-    get_runtime().book.grow(rows)
+    this_rank().book.grow(rows)
     for req in batch.reqs:
         req.kv.kv_allocated_len += token_per_req
         req.kv.kv_committed_len += token_per_req
@@ -56,7 +54,7 @@ def around_create_prefill_budget(
     """Admission checks pool slots and the head pages of all ranks."""
     from fairkv_sglang.patches.prefill_budget import FairKVPrefillBudget
 
-    book = get_runtime().book
+    book = this_rank().book
     return FairKVPrefillBudget(allocator, tree_cache, book, num_mixed_decode_tokens)
 
 
@@ -80,7 +78,7 @@ def before_new_prefill(scheduler: Any, *args: Any, **kwargs: Any) -> None:
     SGLang stops asking when a prompt did not fit, until a running request ends. Its slots are free
     much earlier here.
     """
-    if get_runtime().book.take_made_room():
+    if this_rank().book.take_made_room():
         batch = args[0] if args else kwargs.get("running_batch", scheduler.running_batch)
         batch.batch_is_full = False
 
@@ -91,7 +89,7 @@ def around_check_decode_capacity(
     """The next step fits if every rank has the head pages; else SGLang retracts."""
     if requests is None:
         raise RuntimeError("FairKV: SGLang asked for decode capacity without naming the requests")
-    ledger = get_runtime().book.ledger
+    ledger = this_rank().book.ledger
     need = ledger.growth([req.kv.req_pool_idx for req in requests])
     return bool(np.all(need <= ledger.free))
 
@@ -100,9 +98,9 @@ def around_max_new_tokens(
     original: Any, allocator: Any, input_tokens: int, max_new_tokens: int, **kwargs: Any
 ) -> int | None:
     """Longest output of a request that has the server to itself; None if its prompt cannot fit."""
-    runtime = get_runtime()
-    book, division = runtime.book, runtime.division
-    if division is None or input_tokens + allocator.page_size + 1 > division.pool_tokens:
+    rank = this_rank()
+    book, division = rank.book, rank.division
+    if input_tokens + allocator.page_size + 1 > division.pool_tokens:
         return None
     # One page per lane more: a retracted request comes back with a longer prompt, rounded anew.
     # A new plan may come before it ends, and a retracted request is routed by the new one.
@@ -111,31 +109,29 @@ def around_max_new_tokens(
     if np.any(left < 0):
         return None
     by_pages = int((left // np.maximum(lanes, 1)).min()) * PAGE_TOKENS
-    longest_head = int(runtime.scope.per_head_bound(input_tokens).max())
+    longest_head = int(rank.scope.per_head_bound(input_tokens).max())
     by_table = division.max_head_tokens - longest_head
     if by_table < 1:
         return None
     # A retracted request prefills its output again, in whole pages of the pool and one to spare.
     by_pool = division.pool_tokens - allocator.page_size - input_tokens
     longest = max(0, min(max_new_tokens, by_pages, by_table, by_pool))
-    return _longest_return(runtime, division, input_tokens, longest)
+    return _longest_return(rank, input_tokens, longest)
 
 
-def _longest_return(
-    runtime: FairKVRuntime, division: MemoryDivision, input_tokens: int, longest: int
-) -> int:
+def _longest_return(rank: Rank, input_tokens: int, longest: int) -> int:
     """Most output, up to ``longest``, with which a prompt can still be admitted anew.
 
     The bound of a compressed prompt may rise faster than the prompt, but not without end, so nearly
     always this is ``longest`` and costs one look.
     """
-    book = runtime.book
+    book, most = rank.book, rank.division.max_head_tokens
 
     def fits(output: int) -> bool:
         length = input_tokens + output
         return bool(
             np.all(book.demand.under_any_plan(length) <= book.ledger.capacity)
-            and runtime.scope.per_head_bound(length).max() <= division.max_head_tokens
+            and rank.scope.per_head_bound(length).max() <= most
         )
 
     if fits(longest):
@@ -149,8 +145,10 @@ def _longest_return(
 
 def after_verify_byte_accounting(result: list[str], allocator: Any) -> list[str]:
     """SGLang's idle check reports leaked head pages like leaked slots."""
-    update_metrics()
-    return [*result, *get_runtime().book.check_idle()]
+    rank = this_rank()
+    if rank.exporter is not None:
+        rank.exporter.update()
+    return [*result, *rank.book.check_idle()]
 
 
 def around_validate_beam(original: Any, coordinator: Any, req: Any, recv_req: Any) -> str:
@@ -163,19 +161,20 @@ def before_forward_batch(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """On the forward stream: return freed pages, then tell the backend which prompts end here."""
     if batch is not None:
-        runtime = get_runtime()
+        rank = this_rank()
         plan = plan_forward(batch)
-        runtime.book.begin_forward([span.row for span in plan.last])
-        runtime.forward_plan = plan
-        if runtime.replanner is not None:
-            runtime.replanner.step()
-        update_metrics()
+        rank.book.begin_forward([span.row for span in plan.last])
+        rank.backend.plan = plan
+        if rank.replanner is not None:
+            rank.replanner.step()
+        if rank.exporter is not None:
+            rank.exporter.update()
     return None
 
 
 def after_forward_batch(result: Any, *args: Any, **kwargs: Any) -> Any:
     """On the forward stream: the pass is launched, its device errors follow it."""
-    setattr(result, ERRORS, get_runtime().book.errors.send())
+    setattr(result, ERRORS, this_rank().book.errors.send())
     return result
 
 
@@ -187,7 +186,7 @@ def before_process_result(scheduler: Any, batch: Any, result: Any) -> None:
     """
     ticket = getattr(result, ERRORS, None)
     if ticket is not None:
-        get_runtime().book.errors.check(ticket)
+        this_rank().book.errors.check(ticket)
 
 
 _ALLOCATOR = "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator"

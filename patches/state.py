@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-from fairkv_sglang.patches.ledger import Hook
+from fairkv_sglang.control.metrics import Exporter
+from fairkv_sglang.control.replan import Replanner
+from fairkv_sglang.control.state import RankReport
+from fairkv_sglang.decode_backends import choose
+from fairkv_sglang.patches import measure
+from fairkv_sglang.patches.ledger import Hook, verify
+from fairkv_sglang.patches.rank import Rank, this_rank
 
 REPLAN = "fairkv_replan"
 """Key of ``POST /set_internal_state`` with which an administrator asks for a new plan now."""
@@ -16,12 +22,33 @@ ADOPT = "fairkv_adopt"
 
 
 def after_scheduler_init(_: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Last point before serving: every hook is in effect."""
-    from fairkv_sglang.control.state import start_reporting
-    from fairkv_sglang.runtime import get_runtime
+    """Last point before serving: every hook is in effect, and the rank complete."""
+    verify()
+    rank = this_rank()
+    rank.replanner = _replanner(rank, scheduler)
+    rank.report = RankReport(
+        config=rank.config,
+        scorer=rank.scorer,
+        in_force=rank.in_force,
+        division=rank.division,
+        book=rank.book,
+        twins=rank.twins,
+        hand_over=rank.backend.compressor.hand_over,
+        replanner=rank.replanner,
+        prefill_backend=type(rank.backend.prefill).__name__,
+        decode_backend=choose(rank.config.decode_backend, str(rank.book.pages.device)),
+    )
+    collector = getattr(scheduler.metrics_reporter, "metrics_collector", None)
+    labels = getattr(collector, "labels", None)
+    if labels:  # the server has metrics on (``--enable-metrics``)
+        rank.exporter = Exporter(rank.report, {key: str(value) for key, value in labels.items()})
+        rank.exporter.update()
 
-    runtime = get_runtime()
-    runtime.verify_hooks()
+
+def _replanner(rank: Rank, scheduler: Any) -> Replanner | None:
+    """Watches the traffic from now on, if the configuration says so."""
+    if rank.start.slots is None:
+        return None
 
     def share(value: Any) -> Any:
         values = [value]
@@ -30,25 +57,43 @@ def after_scheduler_init(_: None, scheduler: Any, *args: Any, **kwargs: Any) -> 
         )
         return values[0]
 
-    runtime.start_replanning(share)
-    start_reporting(scheduler)
+    return Replanner(
+        start=rank.start,
+        book=rank.book,
+        twins=rank.twins,
+        share=share,
+        in_force=rank.in_force,
+    )
 
 
 def after_get_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """Adds ``fairkv`` to the internal state that ``/server_info`` shows."""
-    from fairkv_sglang.control.state import collect_state
-
-    result.internal_state["fairkv"] = collect_state(scheduler)
+    rank = this_rank()
+    mine = rank.report.rank()
+    mine["pool_tokens_held"] = _pool_tokens_held(scheduler)
+    mine["hooks"] = len(verify())
+    if measure.is_asked_for():
+        mine |= measure.seconds
+    ranks: list[Any] = [mine]
+    if rank.tp_size > 1:
+        ranks = [None] * rank.tp_size
+        torch.distributed.all_gather_object(ranks, mine, group=scheduler.tp_cpu_group)
+    result.internal_state["fairkv"] = rank.report.server(ranks)
     return result
+
+
+def _pool_tokens_held(scheduler: Any) -> int:
+    """Slots of the prefill pool that requests hold; those of cached prefixes can be evicted."""
+    cache = scheduler.tree_cache
+    free = scheduler.token_to_kv_pool_allocator.available_size() + cache.evictable_size()
+    return int(scheduler.max_total_num_tokens - free)
 
 
 def after_pull_requests(result: list[Any] | None, receiver: Any) -> list[Any] | None:
     """A new plan enters SGLang's channel as a control request, which reaches all ranks at once."""
     from sglang.srt.managers.io_struct import SetInternalStateReq
 
-    from fairkv_sglang.runtime import get_runtime
-
-    replanner = get_runtime().replanner
+    replanner = this_rank().replanner
     if result is None:
         return result
     for request in result:
@@ -63,9 +108,7 @@ def around_set_internal_state(original: Any, scheduler: Any, recv_req: Any) -> A
     """FairKV's own requests: a plan is ready, or the administrator asks for one."""
     from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
-    from fairkv_sglang.runtime import get_runtime
-
-    replanner = get_runtime().replanner
+    replanner = this_rank().replanner
     if ADOPT in recv_req.server_args:
         if replanner is not None:
             replanner.adopt()

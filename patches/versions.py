@@ -56,7 +56,8 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, found.group().split("."))) if found else ()
 
 
-def _since(version: str) -> bool:
+def since(version: str) -> bool:
+    """Whether the installed SGLang is this release or a later one."""
     return _numbers(installed()) >= _numbers(version)
 
 
@@ -67,7 +68,7 @@ def let_go_of_prefix(cache: Any, req: Any) -> None:
     """
     import torch
 
-    if _since("0.5.22"):
+    if since("0.5.22"):
         cache.unlock(req.lock)
         req.lock = None
     else:

@@ -107,9 +107,9 @@ def serve(
 def _prefill(before: Call | None, after: Call | None) -> dict[str, list[float]] | None:
     """What FairKV did in prefill between two states, by rank: seconds of scoring, selection and
     copying (``compress``), of them those of the hand-over, and bytes handed over; None without
-    FairKV.
+    FairKV, or where nothing is measured.
     """
-    if not before or not after:
+    if not before or not after or "prefill_seconds" not in after["ranks"][0]:
         return None
     keys = ("prefill_seconds", "compress_seconds", "hand_over_seconds", "hand_over_bytes")
     pairs = list(zip(before["ranks"], after["ranks"], strict=True))

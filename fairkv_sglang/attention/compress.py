@@ -17,37 +17,36 @@ from torch import Tensor
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
 from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, IntArray, StoreBatch
-from fairkv_sglang.budgets import Kept, pick
-from fairkv_sglang.runtime import FairKVRuntime
+from fairkv_sglang.budgets import Kept, Scorer, pick
+from fairkv_sglang.memory.rows import RowBook
 
 
 class PromptCompressor:
     """Compresses the prompts that end in the current forward pass.
 
     Args:
-        runtime: This rank.
-        device_group: Process group of the ranks, for tensors on their device; None at TP 1.
-        transfer_group: One of its own for the hand-over where that overlaps; else the same.
+        book: Rows of this rank, with its heads and the budget scope.
+        scorer: Importance of tokens.
+        hand_over: Brings kept rows to their owners.
+        exchange: What the ranks tell each other of their home heads; None at TP 1.
     """
 
     def __init__(
         self,
-        runtime: FairKVRuntime,
-        device_group: torch.distributed.ProcessGroup | None,
-        transfer_group: torch.distributed.ProcessGroup | None = None,
+        book: RowBook,
+        scorer: Scorer,
+        hand_over: HandOver,
+        exchange: HomeExchange | None = None,
     ) -> None:
-        self.runtime = runtime
-        self.scope = runtime.scope
-        heads = runtime.heads
-        self.hand_over = HandOver(
-            heads, runtime.scope, runtime.book.pages, transfer_group or device_group
-        )
+        self.book, self.scorer, self.hand_over = book, scorer, hand_over
+        self.scope = book.scope
+        self.heads = heads = book.heads
         # row -> layer -> last queries so far [<=W, n, g, D]
         self._tails: dict[int, dict[int, Tensor]] = {}
         self._endings: list[Ending] = []
         self._batch: StoreBatch | None = None
-        self._home = torch.tensor(heads.home, device=runtime.book.pages.device)
-        self._exchange = None if device_group is None else HomeExchange(heads.homes, device_group)
+        self._home = torch.tensor(heads.home, device=book.pages.device)
+        self._exchange = exchange
         # Replicas of a head have a part of its query heads each, so no rank can score it alone.
         self._together = self.scope.spans_ranks or heads.homes.replicas > 1
 
@@ -58,11 +57,11 @@ class PromptCompressor:
             plan: The pass.
             req_to_token: SGLang's request table ``[rows, context]``.
         """
-        source = self.runtime.heads.homes.source
+        source = self.heads.homes.source
         self._endings = []
         self.hand_over.forget()
         for span in plan.last:
-            owners = self.runtime.book.owners(span.row).astype(np.int64)
+            owners = self.book.owners(span.row).astype(np.int64)
             slots = req_to_token[span.row, : span.prompt_len].long()
             sources = source[np.arange(source.shape[0])[None, :], owners]
             self._endings.append(Ending(span, slots, owners, sources))
@@ -92,13 +91,13 @@ class PromptCompressor:
         ending = [window for window, span in zip(windows, plan.spans, strict=True) if span.is_last]
         choices = self._select(layer, ending, k_pool, scale)
         self.hand_over.start(layer, self._endings, choices, k_pool, v_pool, self._batch)
-        if layer == self.runtime.plan.num_layers - 1:
+        if layer == self.scope.num_layers - 1:
             self.hand_over.finish()
             self._finish()
 
     def _window(self, layer: int, q: Tensor, span: PromptSpan) -> Tensor | None:
         """Last queries of the prompt up to this span; carried over when more chunks follow."""
-        size = self.runtime.scorer.window if self.runtime.scorer.needs_queries else 0
+        size = self.scorer.window if self.scorer.needs_queries else 0
         if size == 0:
             return None
         tail = q[span.start : span.start + span.length][-size:]
@@ -156,7 +155,7 @@ class PromptCompressor:
     def _choose(self, layer: int, scores: Tensor, ending: Ending) -> Choice:
         """From ``scores`` of all heads ``[H, M]``, or of the home heads where that is enough."""
         scope, length = self.scope, ending.span.prompt_len
-        home = self.runtime.heads.home
+        home = self.heads.home
         if not scope.input_dependent:
             exact: IntArray | None = np.array(scope.expected(length)[layer])
             counts = torch.tensor(exact).to(scores.device, non_blocking=True)
@@ -180,20 +179,17 @@ class PromptCompressor:
         self, layer: int, scores: Tensor, counts: Tensor, length: int, exact: IntArray | None
     ) -> Kept:
         """Positions of the home heads; their table is as wide as could be where nothing waits."""
-        home = list(self.runtime.heads.home)
+        home = list(self.heads.home)
         most = self.scope.per_head_bound(length)[layer] if exact is None else exact
         return pick(scores, counts, length, min(int(most[home].max()), length))
 
     def _score(self, window: Tensor | None, keys: Tensor, scale: float) -> Tensor:
         if window is None:
-            window = keys.new_empty(
-                (0, keys.shape[1], self.runtime.heads.group_size, keys.shape[2])
-            )
-        return self.runtime.scorer.score(window, keys, scale=scale)
+            window = keys.new_empty((0, keys.shape[1], self.heads.group_size, keys.shape[2]))
+        return self.scorer.score(window, keys, scale=scale)
 
     def _finish(self) -> None:
         """After the last layer: kept counts of all heads to the host, equal on all ranks."""
-        book = self.runtime.book
         for ending in self._endings:
             self._tails.pop(ending.span.row, None)
             if not self.scope.input_dependent:
@@ -201,7 +197,7 @@ class PromptCompressor:
             kept = torch.stack(ending.counts)
             if kept.shape[1] < self.scope.num_heads and self._exchange is not None:
                 kept = self._exchange.counts(kept)
-            book.note_kept(ending.span.row, _to_host(kept))
+            self.book.note_kept(ending.span.row, _to_host(kept))
         self._endings = []
 
 

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from fairkv_sglang.attention.compress import PromptCompressor
+from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_plan import ForwardPlan
-from fairkv_sglang.attention.hand_over import Choice, StoreBatch
-from fairkv_sglang.budgets import Kept
+from fairkv_sglang.attention.hand_over import Choice, HandOver, StoreBatch
+from fairkv_sglang.budgets import Kept, Scorer
 from fairkv_sglang.budgets.scopes.pooled import Pooled
 from fairkv_sglang.kernels.interface import PromptKernels
 from fairkv_sglang.kernels.prompts import PromptBatch, to_device
-from fairkv_sglang.runtime import FairKVRuntime
-
-Group = torch.distributed.ProcessGroup
+from fairkv_sglang.memory.rows import RowBook
 
 
 class AllPromptsCompressor(PromptCompressor):
@@ -29,15 +28,16 @@ class AllPromptsCompressor(PromptCompressor):
 
     def __init__(
         self,
-        runtime: FairKVRuntime,
+        book: RowBook,
+        scorer: Scorer,
+        hand_over: HandOver,
+        exchange: HomeExchange | None,
         kernels: PromptKernels,
-        device_group: Group | None,
-        transfer_group: Group | None = None,
     ) -> None:
-        super().__init__(runtime, device_group, transfer_group)
+        super().__init__(book, scorer, hand_over, exchange)
         self.kernels = kernels
         # Homes are neighbours, so the home heads of a table of all heads are a view.
-        self._mine = slice(runtime.heads.home[0], runtime.heads.home[-1] + 1)
+        self._mine = slice(self.heads.home[0], self.heads.home[-1] + 1)
 
     def begin(self, plan: ForwardPlan, req_to_token: Tensor) -> None:
         """See the base class; the tables of all layers go to the device here."""
@@ -60,7 +60,7 @@ class AllPromptsCompressor(PromptCompressor):
             [max(b - window, 0) for b in budgets],
             [scope.floor(n) for n in lengths] if isinstance(scope, Pooled) else (),
         )
-        layers, device = self.runtime.plan.num_layers, req_to_token.device
+        layers, device = self.scope.num_layers, req_to_token.device
         bounds = [scope.per_head_bound(n)[:, self._mine].max(axis=1) for n in lengths]
         self._widths = np.minimum(np.stack(bounds), np.array(lengths)[:, None]).max(axis=0)
         # [P, L, H] on the host; on the device for static scopes, whose counts these are.
@@ -69,7 +69,7 @@ class AllPromptsCompressor(PromptCompressor):
             self._static = to_device(torch.from_numpy(self._expected), device)
         every = np.repeat(np.array(lengths)[:, None], scope.num_heads, axis=1)
         self._everything_kept = to_device(torch.from_numpy(every), device)
-        most = max(len(self.runtime.heads.slots(layer)) for layer in range(layers))
+        most = max(len(self.heads.slots(layer)) for layer in range(layers))
         columns = np.full((layers, len(lengths), most), -1, dtype=np.int64)
         for layer in range(layers):
             for p, ending in enumerate(self._endings):
@@ -91,7 +91,7 @@ class AllPromptsCompressor(PromptCompressor):
         if scores.shape[0] > mine.shape[1]:
             scores = scores[self._mine]
         indices = self.kernels.pick(scores, mine, prompts, int(self._widths[layer]))
-        lanes = len(self.runtime.heads.slots(layer))
+        lanes = len(self.heads.slots(layer))
         self._batch = StoreBatch(prompts, indices, mine, self._columns[layer, :, :lanes])
         choices = []
         for p, (length, scored) in enumerate(zip(prompts.lengths, prompts.scored, strict=True)):
@@ -106,7 +106,7 @@ class AllPromptsCompressor(PromptCompressor):
 
     def _scores(self, windows: list[Tensor | None], k_pool: Tensor, scale: float) -> Tensor:
         """``float32 [home heads, scored tokens of all prompts]``."""
-        prompts, scorer = self._prompts, self.runtime.scorer
+        prompts, scorer = self._prompts, self.scorer
         if not prompts.total:
             return k_pool.new_empty((k_pool.shape[1], 0), dtype=torch.float32)
         last = [w for w, scored in zip(windows, prompts.scored, strict=True) if scored]
@@ -125,7 +125,7 @@ class AllPromptsCompressor(PromptCompressor):
         rows = scores.shape[0]
         if isinstance(scope, Pooled):
             return self.kernels.shared_counts(scores, prompts, min(scope.group, rows))
-        heads = range(rows) if rows == scope.num_heads else self.runtime.heads.home
+        heads = range(rows) if rows == scope.num_heads else self.heads.home
         found = []
         for p, (length, scored) in enumerate(zip(prompts.lengths, prompts.scored, strict=True)):
             at = prompts.starts[p]
@@ -139,10 +139,10 @@ class AllPromptsCompressor(PromptCompressor):
 
 
 def make_compressor(
-    runtime: FairKVRuntime, device_group: Group | None, transfer_group: Group | None = None
+    book: RowBook, scorer: Scorer, hand_over: HandOver, exchange: HomeExchange | None = None
 ) -> PromptCompressor:
-    """The compressor for this rank's device."""
-    kernels = runtime.book.pages.kernels.prompts
+    """The compressor for this rank's device; arguments as :class:`PromptCompressor` has them."""
+    kernels = book.pages.kernels.prompts
     if kernels is None:
-        return PromptCompressor(runtime, device_group, transfer_group)
-    return AllPromptsCompressor(runtime, kernels, device_group, transfer_group)
+        return PromptCompressor(book, scorer, hand_over, exchange)
+    return AllPromptsCompressor(book, scorer, hand_over, exchange, kernels)

@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from fairkv_sglang.decode_backends import choose
 from fairkv_sglang.kernels import HeadPages, torch_decode
-
-if TYPE_CHECKING:
-    from fairkv_sglang.runtime import FairKVRuntime
+from fairkv_sglang.parallel import RankHeads
 
 
 class Decoder(Protocol):
@@ -94,20 +92,25 @@ class PageTableDecoder:
         self.operation(self.pages, q, rows, self.lane_start[layer], lanes, scale, out)
 
 
-def make_decoder(runtime: FairKVRuntime, device: str) -> Decoder:
+def make_decoder(wanted: str, pages: HeadPages, heads: RankHeads) -> Decoder:
     """The implementation that ``--fairkv-decode-backend`` names, or the device's own.
+
+    Args:
+        wanted: Name of the implementation, or ``auto``.
+        pages: Head pages of this rank.
+        heads: Its lanes.
 
     Raises:
         ValueError: if the named implementation does not run on the device, with those that do.
     """
-    name = runtime.decode_backend = choose(runtime.config.decode_backend, device)
-    pages, lane_start = runtime.book.pages, runtime.heads.lane_start
+    device = str(pages.device)
+    name = choose(wanted, device)
     if name == "flashinfer":
         from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
         from fairkv_sglang.kernels.cuda.flashinfer_check import assert_plan_matches_flashinfer
 
-        group = runtime.model.group_size
+        group = heads.group_size
         assert_plan_matches_flashinfer(pages.dtype, pages.head_dim, group, device)
-        return FlashInferDecoder(pages, lane_start, group, pages.head_dim**-0.5)
+        return FlashInferDecoder(pages, heads.lane_start, group, pages.head_dim**-0.5)
     operation = torch_decode.decode if name == "torch" else pages.kernels.decode
-    return PageTableDecoder(pages, lane_start, operation)
+    return PageTableDecoder(pages, heads.lane_start, operation)

@@ -16,7 +16,6 @@ which sender and receiver both know.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -123,8 +122,6 @@ class HandOver:
         self.group = group
         self.overlaps = pages.device.type != "cpu"  # with the computation of the next layer
         self.rows_sent = 0  # rows of K and V that left this rank, bounds included
-        # Host time (on CUDA that of launches) in packing, waiting and storing of what travels.
-        self.seconds = 0.0
         self._arrival: _Arrival | None = None
         self._known = lru_cache(4096)(self._copied)
 
@@ -132,6 +129,11 @@ class HandOver:
     def row_bytes(self) -> int:
         """Bytes of a row of K and one of V."""
         return 2 * self.pages.head_dim * self.pages.v_pages.element_size()
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of kept rows that left this rank."""
+        return self.rows_sent * self.row_bytes
 
     def forget(self) -> None:
         """Drop rows under way; a pass that failed may have left some."""
@@ -161,7 +163,7 @@ class HandOver:
             batch: What is kept, if it can be stored for all prompts at once.
         """
         if self.group is not None and self.moves(layer, endings):
-            self._send(layer, endings, choices, k_pool, v_pool)
+            self.send(layer, endings, choices, k_pool, v_pool)
         lane_lo, kernels = self.heads.lane_start[layer], self.pages.kernels
         if batch is not None and kernels.prompts is not None:
             kernels.prompts.store_all_kept(
@@ -186,7 +188,7 @@ class HandOver:
         if not self.overlaps:
             self.finish()
 
-    def _send(
+    def send(
         self,
         layer: int,
         endings: Sequence[Ending],
@@ -195,7 +197,6 @@ class HandOver:
         v_pool: Tensor,
     ) -> None:
         """Start the layer's exchange; see :meth:`start`."""
-        started = time.perf_counter()
         sizes = np.stack(
             [self._sizes(layer, e, c) for e, c in zip(endings, choices, strict=True)]
         )  # [prompts, from, to]
@@ -223,14 +224,12 @@ class HandOver:
         lanes = self._lanes(layer, endings, choices, sizes[:, :, rank])
         self._arrival = _Arrival(work, rows, sent, lanes)
         self.rows_sent += len(sent)
-        self.seconds += time.perf_counter() - started
 
     def finish(self) -> None:
         """Store what has arrived of the layer that was started last."""
         arrival, self._arrival = self._arrival, None
         if arrival is None:
             return
-        started = time.perf_counter()
         if arrival.work is not None:
             arrival.work.wait()
         total = arrival.rows.shape[0]
@@ -242,7 +241,6 @@ class HandOver:
             self.pages.kernels.store_kept(
                 self.pages, row, lane_lo, k, v, identity, kept_idx, counts, columns
             )
-        self.seconds += time.perf_counter() - started
 
     def _device(self, values: IntArray) -> Tensor:
         """The values on the device. The same ones come again, layer by layer and prompt by prompt,

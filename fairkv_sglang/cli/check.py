@@ -3,7 +3,7 @@
 
 Without launch flags it checks the installation, up to a start of a model of two layers. ``fairkv
 check LAUNCH FLAGS`` goes through a start as far as the parent process does, without loading a
-weight. ``--ledger`` lists the hooks.
+weight. ``--ledger`` lists every touch on SGLang.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fairkv_sglang.patches import versions
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("--ledger", action="store_true", help="list every hook on SGLang")
+    parser.add_argument("--ledger", action="store_true", help="list every touch on SGLang")
     parser.add_argument("--markdown", action="store_true", help="the ledger as a Markdown page")
     parser.add_argument("--json", action="store_true", help="print as JSON")
     parser.usage = "%(prog)s [--ledger [--markdown]] [--json] [LAUNCH FLAGS]"
@@ -106,7 +106,7 @@ def _hooks() -> str:
 
     ledger.register(all_hooks())
     HookRegistry.apply_hooks()
-    return f"all {len(verify_hooks())} hooks take effect"
+    return f"all {len(verify_hooks())} hooks and overridden methods take effect"
 
 
 def _start() -> str:
@@ -126,18 +126,18 @@ _CHECKS: dict[str, Callable[[], str]] = {
 
 
 def _print_ledger(as_json: bool, as_markdown: bool) -> None:
-    from fairkv_sglang.cli.ledger_page import hook_groups, ledger_markdown
+    from fairkv_sglang.cli.ledger_page import ledger_markdown, row_groups
 
     if as_markdown:
         print(ledger_markdown(), end="")
         return
     rows = [
-        [hook.target.removeprefix("sglang.srt."), hook.kind, group, hook.since, hook.why, hook.test]
-        for group, hooks in hook_groups().items()
-        for hook in hooks
+        [row.target.removeprefix("sglang.srt."), row.kind, group, row.since, row.why, row.test]
+        for group, part in row_groups().items()
+        for row in part
     ]
     columns = ["target", "kind", "group", "since", "why", "test"]
     if as_json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
     else:
-        print_table("hooks on SGLang", columns, rows)
+        print_table("touches on SGLang", columns, rows)

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, Literal, NamedTuple
 
-from fairkv_sglang.runtime import FairKVRuntime
+from fairkv_sglang.control.state import RankReport
 
 
 class Metric(NamedTuple):
@@ -37,26 +38,27 @@ METRICS: tuple[Metric, ...] = (
 )
 
 PREFIX = "sglang:fairkv_"
+REFRESH_SECONDS = 1.0
 
 
-def read(runtime: FairKVRuntime) -> dict[str, float]:
+def read(report: RankReport) -> dict[str, float]:
     """Present value of every metric, by name."""
-    book, rank = runtime.book, runtime.heads.rank
-    replanner = runtime.replanner
+    book, replanner, twins = report.book, report.replanner, report.twins
+    rank = book.heads.rank
     return {
         "head_pages_used": int(book.ledger.held[rank]),
         "head_pages_total": int(book.ledger.capacity[rank]),
         "rank_load_tokens": int(book.residents.reads[:, rank].sum()),
         "balancedness": book.residents.balancedness(),
-        "balancedness_planned": runtime.planned_balancedness,
+        "balancedness_planned": report.in_force.balancedness,
         "running_requests": book.live_requests,
         "kept_tokens": int(book.kept_sum.sum()),
         "prompt_tokens": book.kept_prompt_tokens,
         "compressions": book.kept_prompts,
         "retractions": book.readmitted,
         "replans": replanner.adopted if replanner else 0,
-        "lane_weight_bytes": runtime.twins.bytes_brought if runtime.twins else 0,
-        "handed_over_bytes": runtime.hand_over_bytes,
+        "lane_weight_bytes": twins.bytes_brought,
+        "handed_over_bytes": report.hand_over.bytes_sent,
     }
 
 
@@ -64,12 +66,15 @@ class Exporter:
     """The metrics of this rank; created after SGLang has set up Prometheus for its processes.
 
     Args:
+        report: What there is to say of the rank.
         labels: SGLang's labels of the rank.
     """
 
-    def __init__(self, labels: dict[str, str]) -> None:
+    def __init__(self, report: RankReport, labels: dict[str, str]) -> None:
         from prometheus_client import Counter, Gauge
 
+        self._report = report
+        self._refreshed = -REFRESH_SECONDS
         self._gauges: dict[str, Any] = {}
         self._counters: dict[str, Any] = {}
         self._counted: dict[str, float] = {}
@@ -82,9 +87,17 @@ class Exporter:
                 self._counters[name] = Counter(PREFIX + name, text, names).labels(**labels)
                 self._counted[name] = 0.0
 
-    def update(self, runtime: FairKVRuntime) -> None:
-        """Bring all metrics up to the present state."""
-        values = read(runtime)
+    def update(self) -> None:
+        """Bring all metrics up to the present state, once a second.
+
+        Every rank does so before its passes and at idle: SGLang logs its own statistics on the
+        first rank alone.
+        """
+        now = time.monotonic()
+        if now < self._refreshed + REFRESH_SECONDS:
+            return
+        self._refreshed = now
+        values = read(self._report)
         for name, gauge in self._gauges.items():
             gauge.set(values[name])
         for name, counter in self._counters.items():

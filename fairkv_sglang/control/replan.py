@@ -13,18 +13,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from fairkv_sglang.control.in_force import PlanInForce
 from fairkv_sglang.control.proposals import Proposals
-from fairkv_sglang.memory.rows import LEAST_RECORDED
+from fairkv_sglang.memory.rows import LEAST_RECORDED, RowBook
 from fairkv_sglang.parallel import LaneChanges, TwinWeights
 from fairkv_sglang.placement import Plan
-
-if TYPE_CHECKING:
-    from fairkv_sglang.memory.rows import RowBook
-    from fairkv_sglang.planning import Start
+from fairkv_sglang.planning import Start
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +42,7 @@ class Replanner:
         book: Rows of this rank: recorder, router, residents, page bounds.
         twins: Weights of this rank's lanes.
         share: Gives every rank what rank 0 passes to it (a broadcast); called by all ranks.
-        adopted: Called with each plan that is adopted.
+        in_force: Where a plan that is adopted is put.
     """
 
     def __init__(
@@ -54,7 +52,7 @@ class Replanner:
         book: RowBook,
         twins: TwinWeights,
         share: Callable[[Any], Any],
-        adopted: Callable[[Plan], None],
+        in_force: PlanInForce,
     ) -> None:
         self.mode = start.config.replan
         self.adopted = 0
@@ -63,7 +61,7 @@ class Replanner:
         self.longest = 0.0  # before one of them
         self._planner = start.planner.model_dump()
         self._book, self._twins = book, twins
-        self._share, self._tell = share, adopted
+        self._share, self._in_force = share, in_force
         self._heads = book.heads
         self._changes = LaneChanges(book.heads.table)
         self._is_first = self._heads.rank == 0
@@ -146,7 +144,7 @@ class Replanner:
         self.adopted += 1
         self._steps_of_change = 0
         self._book.log.add("plan", self.adopted, plan.digest.encode())
-        self._tell(plan)
+        self._in_force.adopt(plan)
 
     def step(self) -> None:
         """Before a forward pass, after the pages of finished requests went back."""

@@ -28,6 +28,7 @@ from fairkv_sglang.memory.demand import PageDemand
 from fairkv_sglang.memory.device_errors import DeviceErrors
 from fairkv_sglang.memory.ledger import PageLedger
 from fairkv_sglang.memory.residents import Residents
+from fairkv_sglang.memory.sizing import MemoryDivision
 from fairkv_sglang.parallel import RankHeads
 from fairkv_sglang.placement import Router
 from fairkv_sglang.profiles.recorder import Recorder
@@ -106,7 +107,7 @@ class RowBook:
         self.ledger = ledger
         self.pages = pages
         self.errors = DeviceErrors(pages.error)
-        self.dense_capacity = pool_tokens
+        self._pool_tokens = pool_tokens
         plan = heads.plan
         self.residents = Residents(plan.num_layers, plan.tp_size, plan.num_kv_heads)
         self.recorder = Recorder(plan.num_layers, plan.num_kv_heads, window)
@@ -232,6 +233,11 @@ class RowBook:
     ) -> None:
         """Nothing: prompts are charged by :meth:`admit`, decode steps by :meth:`grow`."""
 
+    @property
+    def dense_capacity(self) -> int:
+        """Tokens that SGLang may schedule."""
+        return self._pool_tokens
+
     def free(self, row: int) -> None:
         """SGLang frees ``row``."""
         life = self._lives.pop(row, None)
@@ -280,3 +286,45 @@ class RowBook:
     def _note_peak(self) -> None:
         self.peak_requests = max(self.peak_requests, len(self._lives))
         np.maximum(self.peak_pages, self.ledger.held, out=self.peak_pages)
+
+
+def make_book(
+    heads: RankHeads,
+    scope: BudgetScope,
+    division: MemoryDivision,
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: str,
+    window: int,
+    verbose: bool,
+) -> RowBook:
+    """Allocate the arena and the page tables of a rank, and open the book on them.
+
+    Args:
+        heads, scope, window, verbose: As :class:`RowBook` has them.
+        division: Division of the KV memory.
+        head_dim: D.
+        dtype: Of K and V.
+        device: Where SGLang's pool is.
+    """
+    table = heads.table
+    return RowBook(
+        heads=heads,
+        scope=scope,
+        demand=PageDemand(scope, heads.plan.shares() > 0, None if table.fixed else table.capacity),
+        router=Router(heads.plan),
+        ledger=PageLedger(np.asarray(division.arena_pages)),
+        pages=HeadPages.create(
+            num_pages=int(division.arena_pages[heads.rank]),
+            rows=division.max_requests + 1,
+            lanes=heads.num_lanes,
+            max_pages=division.max_pages,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=device,
+        ),
+        pool_tokens=division.pool_tokens,
+        window=window,
+        verbose=verbose,
+    )

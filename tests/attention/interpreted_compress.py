@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-import fairkv_sglang.runtime
+import fairkv_sglang.patches.rank
 from fairkv_sglang.attention.compress_all import AllPromptsCompressor
 from fairkv_sglang.budgets.scopes.pooled import share_out
 from fairkv_sglang.budgets.selection import picked, pooled
@@ -48,7 +48,7 @@ def device_pages(monkeypatch: pytest.MonkeyPatch) -> None:
         return pages
 
     monkeypatch.setattr(HeadPages, "create", made)
-    monkeypatch.setattr(fairkv_sglang.runtime, "_runtime", None)
+    monkeypatch.setattr(fairkv_sglang.patches.rank, "_rank", None)
 
 
 @pytest.fixture

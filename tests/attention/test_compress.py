@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fairkv_sglang.runtime
+import fairkv_sglang.patches.rank
 from fairkv_sglang.attention.compress import PromptCompressor
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.placement import Plan
@@ -49,8 +49,8 @@ SPLITS = [(4, 2, 1), (4, 2, 2), (4, 1, 4), (6, 1, 3), (2, 2, 4), (1, 4, 4), (1, 
 
 
 @pytest.fixture(autouse=True)
-def _no_runtime_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fairkv_sglang.runtime, "_runtime", None)
+def _no_rank_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fairkv_sglang.patches.rank, "_rank", None)
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +70,7 @@ def compress(
 
     def work(rank: Rank) -> None:
         rank.run(prompts)
-        if rank.runtime.heads.rank == 0:
+        if rank.state.heads.rank == 0:
             owners.update({p.row: rank.book.owners(p.row).copy() for p in prompts})
 
     ranks, collectives = run_ranks(config, model, tp_size, work, **options)
@@ -204,7 +204,7 @@ def test_heads_at_home_move_nothing(
     if scope in ("uniform", "head") and heads >= tp_size:
         assert not any(collectives.calls) and not any(collectives.bytes_sent)
     assert all(rank.compressor.hand_over.rows_sent == 0 for rank in ranks)
-    assert all(rank.compressor.hand_over.seconds == 0 for rank in ranks)
+    assert all(rank.compressor.hand_over.bytes_sent == 0 for rank in ranks)
     check(ranks, config, prompts)
 
 

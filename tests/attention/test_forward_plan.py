@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -47,12 +48,16 @@ def test_decode_has_no_prompts() -> None:
     assert plan_forward(batch(False, [request(1, 3, 3)], [], None)) == ForwardPlan()
 
 
+PAGES = HeadPages.create(1, 2, 1, 1, 8, torch.float32)
+HEADS: Any = SimpleNamespace(lane_start=(0, 1))
+
+
 @pytest.mark.parametrize(
     ("name", "operation"),
     [("auto", operations.decode), ("numba", operations.decode), ("torch", torch_decode.decode)],
 )
 def test_decoders_on_cpu(name: str, operation: object) -> None:
-    decoder = make_decoder(runtime(name), "cpu")
+    decoder = make_decoder(name, PAGES, HEADS)
     assert isinstance(decoder, PageTableDecoder) and decoder.operation is operation
 
 
@@ -60,12 +65,4 @@ def test_a_decoder_of_another_device_is_refused() -> None:
     with pytest.raises(
         ValueError, match="flashinfer does not run on cpu: use auto or one of numba"
     ):
-        make_decoder(runtime("flashinfer"), "cpu")
-
-
-def runtime(name: str):
-    return SimpleNamespace(
-        config=SimpleNamespace(decode_backend=name),
-        heads=SimpleNamespace(lane_start=(0, 1)),
-        book=SimpleNamespace(pages=HeadPages.create(1, 2, 1, 1, 8, torch.float32)),
-    )
+        make_decoder("flashinfer", PAGES, HEADS)

@@ -37,7 +37,7 @@ def test_rank_is_sglangs_own(stock: Callable[[str], Any]) -> None:
         "sglang.srt.managers.scheduler.Scheduler.__init__",  # the probe itself
     }
     (imported,) = _probe(run.log, "modules")
-    for part in ("memory", "attention", "runtime", "kernels", "placement", "budgets", "parallel"):
+    for part in ("memory", "attention", "control", "kernels", "placement", "budgets", "parallel"):
         found = {module for module in imported if module.startswith(f"fairkv_sglang.{part}")}
         assert not found, part
     assert "fairkv" not in run.state

@@ -13,10 +13,11 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-import fairkv_sglang.runtime
+import fairkv_sglang.patches.rank
 from fairkv_sglang.attention.decoders import PageTableDecoder
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
 from fairkv_sglang.kernels import torch_decode
+from fairkv_sglang.patches import measure
 from fairkv_sglang.patches.attention_backend import FairKVAttnBackend
 from fairkv_tests.compress_cases import (
     DIM,
@@ -34,8 +35,8 @@ MODEL = Model()
 
 
 @pytest.fixture(autouse=True)
-def _no_runtime_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fairkv_sglang.runtime, "_runtime", None)
+def _no_rank_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fairkv_sglang.patches.rank, "_rank", None)
 
 
 class Prefill(AttentionBackend):
@@ -89,7 +90,7 @@ class Server:
         plan = random_plan(np.random.default_rng(3), LAYERS, 1, MODEL.heads)
         config = settle(folder, MODEL, plan, scope="layer", ratio=0.4, scorer="streaming")
         self.rank = Rank(config, MODEL, 1, 0, None)
-        self.runtime, self.book = self.rank.runtime, self.rank.book
+        self.heads, self.book = self.rank.state.heads, self.rank.book
         pool = Pool(self.rank)
         self.prefill = Prefill(pool)
         runner = SimpleNamespace(
@@ -97,10 +98,10 @@ class Server:
             req_to_token_pool=SimpleNamespace(req_to_token=self.rank.table),
             token_to_kv_pool=pool,
         )
-        decoder = PageTableDecoder(
-            self.book.pages, self.runtime.heads.lane_start, torch_decode.decode
+        decoder = PageTableDecoder(self.book.pages, self.heads.lane_start, torch_decode.decode)
+        self.backend = FairKVAttnBackend(
+            runner, self.prefill, decoder, self.rank.compressor, self.book
         )
-        self.backend = FairKVAttnBackend(runner, self.prefill, decoder, self.runtime, None)
 
     def extend(self, parts: list[tuple[Prompt, int, int]], running: list[int]) -> Any:
         """A pass over [start, end) of prompts, and a token of running rows: SGLang's batch."""
@@ -109,7 +110,7 @@ class Server:
             spans.append(PromptSpan(prompt.row, offset, end - start, end, prompt.length))
             offset += end - start
             slots.append(prompt.slots[start:end])
-        self.runtime.forward_plan = plan = ForwardPlan(tuple(spans), tuple(running))
+        self.backend.plan = plan = ForwardPlan(tuple(spans), tuple(running))
         self.book.begin_forward([span.row for span in plan.last])
         lengths = [span.length for span in spans] + [1] * len(running)
         rows = [span.row for span in spans] + running
@@ -146,7 +147,7 @@ def server(tmp_path: Path) -> Server:
 
 
 def kept_of(server: Server, row: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    pages, lanes = server.book.pages, server.runtime.heads.num_lanes
+    pages, lanes = server.book.pages, server.heads.num_lanes
     return [torch_decode.gather(pages, row, lane) for lane in range(lanes)]
 
 
@@ -163,13 +164,27 @@ def test_a_prompt_is_sglangs_and_then_compressed(server: Server) -> None:
     assert len(server.prefill.outputs) == 2 * LAYERS
     kept = [len(k) for k, _ in kept_of(server, prompt.row)]
     assert sum(kept) == LAYERS * MODEL.heads * -(-41 * 4 // 10)
-    assert server.runtime.prefill_seconds > server.runtime.compress_seconds > 0
-    assert server.runtime.hand_over_bytes == 0 and server.runtime.prefill_backend == "Prefill"
+    assert server.backend.compressor.hand_over.bytes_sent == 0
+
+
+def test_stopwatches_run_where_they_are_asked_for(server: Server) -> None:
+    """Plain code on the way of every server; timed only where it is measured."""
+    before = dict(measure.seconds)
+    for row, timed in ((0, False), (1, True)):
+        if timed:
+            measure.time_compression(server.backend.compressor)
+        prompt = random_prompts(np.random.default_rng(row), ([30],))[0]
+        server.rank.admit(prompt)
+        batch = server.extend([(prompt, 0, 30)], [])
+        server.backend.init_forward_metadata(batch)
+        server.run_prompts(batch, [(prompt, 0, 30)])
+        server.book.free(prompt.row)
+        for name in ("compress_seconds", "hand_over_seconds"):
+            assert (measure.seconds[name] > before[name]) == timed
 
 
 def test_a_pass_without_a_plan_is_sglangs_alone(server: Server) -> None:
     """Warm-up and capture: no request of the scheduler's is in the batch."""
-    server.runtime.forward_plan = None
     batch = SimpleNamespace(forward_mode=ForwardMode.EXTEND, out_cache_loc=torch.arange(4))
     server.backend.init_forward_metadata(batch)
     zeros = torch.zeros(4, MODEL.heads * MODEL.group * DIM)
@@ -178,12 +193,12 @@ def test_a_pass_without_a_plan_is_sglangs_alone(server: Server) -> None:
         zeros, kv, kv, server.layer(0, MODEL.heads), batch, sinks=None
     )
     assert out is server.prefill.outputs[-1]
-    assert server.runtime.compress_seconds == 0 and server.book.pages.num_used == 0
+    assert server.book.pages.num_used == 0
 
 
 def decode(server: Server, batch: Any, rows: list[int], seed: int) -> None:
     """All layers of a decode pass against a softmax over the pages and the new token."""
-    heads = server.runtime.heads
+    heads = server.heads
     make = torch.Generator().manual_seed(seed)
     for index in range(LAYERS):
         n, lane = len(heads.heads[index]), heads.lane_start[index]
@@ -255,4 +270,3 @@ def test_an_idle_pass_touches_nothing(server: Server) -> None:
 def test_what_sglang_asks_of_a_backend(server: Server) -> None:
     assert server.backend.get_cuda_graph_seq_len_fill_value() == 1
     assert server.backend.needs_cpu_seq_lens is True
-    assert server.backend.support_triton() is False

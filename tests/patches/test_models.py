@@ -64,10 +64,11 @@ def batch_of(mode: ForwardMode, lengths: list[int]) -> SimpleNamespace:
 
 
 def forward(
-    module: Any, batch: SimpleNamespace, plan: ForwardPlan | None
+    module: Any, batch: SimpleNamespace, plan: ForwardPlan
 ) -> tuple[torch.Tensor, torch.Tensor, Calls]:
     calls, hidden = Calls(), torch.rand(len(batch.positions), 3)
-    with mock.patch.object(models, "get_runtime", lambda: SimpleNamespace(forward_plan=plan)):
+    rank = SimpleNamespace(backend=SimpleNamespace(plan=plan))
+    with mock.patch.object(models, "this_rank", lambda: rank):
         out = models.around_attention_forward(calls, module, batch.positions, hidden, batch)
     return out, hidden, calls
 
@@ -79,8 +80,8 @@ def plan_of(prompts: list[int], running: int) -> ForwardPlan:
 
 
 @pytest.mark.parametrize("mode", [ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.IDLE])
-@pytest.mark.parametrize("plan", [None, ForwardPlan(), plan_of([3, 2], 0)], ids=["-", "0", "2"])
-def test_prompts_run_on_sglangs_module(mode: ForwardMode, plan: ForwardPlan | None) -> None:
+@pytest.mark.parametrize("plan", [ForwardPlan(), plan_of([3, 2], 0)], ids=["0", "2"])
+def test_prompts_run_on_sglangs_module(mode: ForwardMode, plan: ForwardPlan) -> None:
     module, _ = pair()
     batch = batch_of(mode, [3, 2])
     out, hidden, calls = forward(module, batch, plan)
@@ -89,9 +90,9 @@ def test_prompts_run_on_sglangs_module(mode: ForwardMode, plan: ForwardPlan | No
     assert who is module and seen is batch and positions is batch.positions  # nothing is copied
 
 
-@pytest.mark.parametrize("plan", [None, plan_of([3, 2], 2)], ids=["no plan", "of the pass before"])
+@pytest.mark.parametrize("plan", [ForwardPlan(), plan_of([3, 2], 2)], ids=["no plan", "stale"])
 @pytest.mark.parametrize("same", [False, True], ids=["twin", "itself"])
-def test_decode_runs_on_the_twin(plan: ForwardPlan | None, same: bool) -> None:
+def test_decode_runs_on_the_twin(plan: ForwardPlan, same: bool) -> None:
     module, twin = pair(same)
     batch = batch_of(ForwardMode.DECODE, [1, 1, 1])
     out, hidden, calls = forward(module, batch, plan)
@@ -146,19 +147,29 @@ def test_a_module_remembers_how_it_was_built() -> None:
         models.after_attention_init(None, module, 3, 8)  # type: ignore[call-arg]
 
 
-class Runtime:
+class Twins:
+    """Instead of the rank's own; remembers what it is made of."""
+
+    def __init__(
+        self, modules: list[Any], heads: Any, head_dim: int, group: Any, fixed_width: bool
+    ) -> None:
+        self.layers = [getattr(module, ARGUMENTS)["layer_id"] for module in modules]
+        self.group, self.fixed_width, self.built = group, fixed_width, False
+
+    def build(self) -> None:
+        self.built = True
+
+    def describe(self) -> str:
+        return "twins"
+
+
+def rank_of(layers: int, tp_size: int) -> SimpleNamespace:
     """What the hook on the loaded model asks of a rank."""
-
-    def __init__(self, layers: int, tp_size: int) -> None:
-        self.plan, self.tp_size = SimpleNamespace(num_layers=layers), tp_size
-        self.built: list[tuple[list[int], Any]] = []
-        self.twins: Any = None
-
-    def build_twins(self, modules: list[Any], group: Any) -> None:
-        self.built.append(([getattr(module, ARGUMENTS)["layer_id"] for module in modules], group))
+    shape = SimpleNamespace(num_layers=layers, head_dim=8, device="cpu")
+    return SimpleNamespace(shape=shape, tp_size=tp_size, heads=None)
 
 
-def load(layers: list[int], runtime: Runtime) -> None:
+def load(layers: list[int], rank: SimpleNamespace) -> None:
     kind = class_of(1)
     model = torch.nn.Sequential(
         torch.nn.Linear(2, 2),
@@ -166,7 +177,8 @@ def load(layers: list[int], runtime: Runtime) -> None:
     )
     group = SimpleNamespace(device_group="the ranks")
     with (
-        mock.patch.object(models, "get_runtime", lambda: runtime),
+        mock.patch.object(models, "this_rank", lambda: rank),
+        mock.patch.object(models, "TwinWeights", Twins),
         mock.patch.object(sglang.srt.distributed, "get_tp_group", lambda: group),
     ):
         models.after_load_model(None, SimpleNamespace(model=model))
@@ -174,25 +186,26 @@ def load(layers: list[int], runtime: Runtime) -> None:
 
 @pytest.mark.parametrize(("tp_size", "group"), [(1, None), (2, "the ranks")])
 def test_twins_are_built_layer_by_layer(tp_size: int, group: str | None) -> None:
-    runtime = Runtime(3, tp_size)
-    load([2, 0, 1], runtime)
-    assert runtime.built == [([0, 1, 2], group)]
+    rank = rank_of(3, tp_size)
+    load([2, 0, 1], rank)
+    assert rank.twins.built and rank.twins.layers == [0, 1, 2]
+    assert rank.twins.group == group and not rank.twins.fixed_width
 
 
 @pytest.mark.parametrize("layers", [[], [0, 2], [0, 1, 2, 3]], ids=str)
 def test_a_model_with_other_layers_is_refused(layers: list[int]) -> None:
-    runtime = Runtime(3, 1)
+    rank = rank_of(3, 1)
     with pytest.raises(RuntimeError, match=r"found attention of layers \[.*the plan has 3 layers"):
-        load(layers, runtime)
-    assert not runtime.built
+        load(layers, rank)
+    assert not hasattr(rank, "twins")
 
 
 @pytest.fixture
 def refreshed() -> Iterator[list[int]]:
     calls: list[int] = []
-    runtime = Runtime(1, 1)
-    runtime.twins = SimpleNamespace(refresh=lambda: calls.append(1))
-    with mock.patch.object(models, "get_runtime", lambda: runtime):
+    rank = rank_of(1, 1)
+    rank.twins = SimpleNamespace(refresh=lambda: calls.append(1))
+    with mock.patch.object(models, "this_rank", lambda: rank):
         yield calls
 
 
@@ -204,7 +217,7 @@ def test_twins_follow_an_update_and_a_failed_one(result: Any, refreshed: list[in
 
 
 def test_an_update_before_twins_exist() -> None:
-    with mock.patch.object(models, "get_runtime", lambda: Runtime(1, 1)):
+    with mock.patch.object(models, "this_rank", lambda: rank_of(1, 1)):
         assert models.after_weight_update((True, ""), object()) == (True, "")
 
 

@@ -17,9 +17,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-import fairkv_sglang.config as config_module
-import fairkv_sglang.patches as patches
-import fairkv_sglang.runtime
+import fairkv_sglang.patches.rank
 from fairkv_sglang.attention.decoders import PageTableDecoder
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.patches import pools, registries
@@ -32,8 +30,8 @@ from fairkv_tests.core_cases import random_plan
 
 
 @pytest.fixture(autouse=True)
-def _no_runtime_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fairkv_sglang.runtime, "_runtime", None)
+def _no_rank_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fairkv_sglang.patches.rank, "_rank", None)
 
 
 def rank_of(folder: Path, tp_size: int = 1, rank: int = 0) -> Rank:
@@ -62,11 +60,11 @@ def test_a_pool_that_kept_rows_cannot_be_read_from_is_refused(layout: str) -> No
 
 @pytest.mark.parametrize("pool", [{}, {"kv_cache_layout": "nhd"}], ids=["older", "nhd"])
 def test_head_pages_are_attached_to_the_request_table(pool: dict, tmp_path: Path) -> None:
-    runtime = rank_of(tmp_path).runtime
+    state = rank_of(tmp_path).state
     result = configured(**pool)
     assert pools.after_configure(result, CONFIGURATOR) is None
-    assert result.req_to_token_pool.attached == [runtime.book]
-    assert runtime.book.pages.lanes == runtime.heads.num_lanes
+    assert result.req_to_token_pool.attached == [state.book]
+    assert state.book.pages.lanes == state.heads.num_lanes
 
 
 def test_the_layout_is_named_as_sglang_names_it() -> None:
@@ -74,15 +72,15 @@ def test_the_layout_is_named_as_sglang_names_it() -> None:
 
 
 def test_pools_without_a_division_are_refused(tmp_path: Path) -> None:
-    rank_of(tmp_path).runtime.division = None
-    with pytest.raises(RuntimeError, match="without the division of memory"):
+    del rank_of(tmp_path).state.division
+    with pytest.raises(RuntimeError, match=r"no division yet; the hook .* did not take effect"):
         pools.after_configure(configured(), CONFIGURATOR)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_sglangs_pool_gets_a_part_of_the_memory(tp_size: int, tmp_path: Path) -> None:
     """Sizes follow SGLang's own heads per rank; the plan says how many lanes share the rest."""
-    runtime = rank_of(tmp_path, tp_size, tp_size - 1).runtime
+    state = rank_of(tmp_path, tp_size, tp_size - 1).state
     result = SimpleNamespace(max_total_num_tokens=30_000, max_running_requests=20)
     model = SimpleNamespace(context_len=128, get_num_kv_heads=lambda ranks: 4 // ranks)
     configurator = SimpleNamespace(model_config=model, kv_cache_dtype=torch.float16)
@@ -95,8 +93,7 @@ def test_sglangs_pool_gets_a_part_of_the_memory(tp_size: int, tmp_path: Path) ->
         ),
     ):
         assert pools.after_resolve_pool_config(result, configurator) is result
-    parts = runtime.division
-    assert parts is not None
+    parts = state.division
     assert result.max_total_num_tokens == parts.pool_tokens < 30_000
     assert result.max_running_requests == parts.max_requests <= 20
     row = 4 // tp_size * LAYERS * 2 * 8 * 2
@@ -107,8 +104,8 @@ def test_sglangs_pool_gets_a_part_of_the_memory(tp_size: int, tmp_path: Path) ->
 def test_a_parent_without_hooks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PLAN_VARIABLE, raising=False)
     with (
-        mock.patch.object(patches, "verify_hooks", list),
-        mock.patch.object(config_module, "from_environment", FairKVConfig),
+        mock.patch.object(pools, "verify", list),
+        mock.patch.object(pools, "from_environment", FairKVConfig),
         pytest.raises(HookError, match="resolve_once did not take effect"),
     ):
         pools.before_load_model(SimpleNamespace())
@@ -129,14 +126,16 @@ class Prefill(AttentionBackend):
 def test_sglangs_backend_stays_inside(tp_size: int, tmp_path: Path) -> None:
     rank = rank_of(tmp_path, tp_size)
     verified: list[int] = []
-    rank.runtime.verify_hooks = lambda: verified.append(1) or []  # type: ignore[func-returns-value]
     runner = SimpleNamespace(
         device="cpu",
         req_to_token_pool=SimpleNamespace(req_to_token=rank.table),
         token_to_kv_pool=object(),
     )
     group, prefill = SimpleNamespace(device_group=(0, tp_size)), Prefill()
-    with mock.patch.object(sglang.srt.distributed, "get_tp_group", lambda: group):
+    with (
+        mock.patch.object(sglang.srt.distributed, "get_tp_group", lambda: group),
+        mock.patch.object(registries, "verify", lambda: verified.append(1)),
+    ):
         backend = registries.after_build_backend(prefill, model_runner=runner, draft=None)
     assert type(backend) is FairKVAttnBackend and isinstance(backend, AttentionBackend)
     assert backend.prefill is prefill and type(backend.decoder) is PageTableDecoder
@@ -145,22 +144,25 @@ def test_sglangs_backend_stays_inside(tp_size: int, tmp_path: Path) -> None:
     assert verified == [1]
     for name in ("needs_cpu_seq_lens", "extend_dummy_seqs_capped_by_req_pool", "data_type"):
         assert getattr(backend, name) == getattr(prefill, name)
-    assert rank.runtime.prefill_backend == "Prefill"
+    assert rank.state.backend is backend
 
 
 def test_a_rank_without_its_hooks_does_not_serve(tmp_path: Path) -> None:
     def lost() -> list[str]:
         raise HookError("hook x did not take effect")
 
-    rank_of(tmp_path).runtime.verify_hooks = lost
-    with pytest.raises(HookError, match="hook x"):
+    rank_of(tmp_path)
+    with (
+        mock.patch.object(registries, "verify", lost),
+        pytest.raises(HookError, match="hook x"),
+    ):
         registries.after_build_backend(Prefill(), model_runner=SimpleNamespace(device="cpu"))
 
 
 def test_one_plan_for_all_ranks(tmp_path: Path) -> None:
     """Homes come from counts alone, so that a plan file cannot disagree with SGLang's split."""
     ranks = [rank_of(tmp_path, 2, rank) for rank in range(2)]
-    assert len({rank.runtime.plan.digest for rank in ranks}) == 1
+    assert len({rank.state.in_force.plan.digest for rank in ranks}) == 1
     assert [rank.home for rank in ranks] == [[0, 1], [2, 3]]
-    assert all(rank.runtime.scope.home_size == 2 for rank in ranks)
-    assert isinstance(ranks[0].runtime.plan, Plan)
+    assert all(rank.state.scope.home_size == 2 for rank in ranks)
+    assert isinstance(ranks[0].state.in_force.plan, Plan)

@@ -23,7 +23,6 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-import fairkv_sglang.runtime
 from fairkv_sglang.patches.prefix_cache import FairKVRadixCache
 from fairkv_sglang.patches.scheduling import around_add_request
 
@@ -47,7 +46,9 @@ def make_cache(disable: bool) -> FairKVRadixCache:
             token_to_kv_pool_allocator=allocator,
             page_size=1,
             tree_components=(ComponentType.FULL,),
-        )
+        ),
+        book=None,  # type: ignore[arg-type]
+        window=8,
     )
 
 
@@ -57,9 +58,7 @@ def request(rid: str, tokens: list[int]) -> Req:
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scorer that needs the queries of the last 8 tokens, in a server without disaggregation."""
-    rank = SimpleNamespace(scorer=SimpleNamespace(window=8))
-    monkeypatch.setattr(fairkv_sglang.runtime, "_runtime", rank)
+    """A server without disaggregation."""
     settings = SimpleNamespace(disaggregation_mode="null", radix_eviction_policy="lru")
     for name in ("get_disagg", "get_memory"):  # the second from 0.5.22 on
         monkeypatch.setattr(schedule_policy, name, lambda: settings, raising=False)

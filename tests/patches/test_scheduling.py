@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import fairkv_sglang.runtime
+import fairkv_sglang.patches.rank
 from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.kernels.pages import ERROR_NO_FREE_PAGE
 from fairkv_sglang.memory.sizing import LEAST_PAGES
@@ -42,19 +42,19 @@ class Pool:
 
 
 def server(seed: int, name: str, ranks: int, pages: int, page_size: int = 1, pool: int = 640):
-    """A runtime of one rank, its pool, and the random generator."""
+    """The state of a rank, its pool, and the random generator."""
     rng = np.random.default_rng(seed)
     plan = random_plan(rng, 2, ranks, 4)
     scope = random_scope(rng, name, 2, 4, ranks)
     lanes = (plan.shares() > 0).sum(axis=(0, 2))
     book = make_books(plan, scope, lanes * pages, max_pages=2)[0]
     division = SimpleNamespace(pool_tokens=pool, max_head_tokens=MAX_HEAD_TOKENS)
-    runtime = SimpleNamespace(book=book, scope=scope, division=division)
-    return runtime, Pool(pool, page_size), rng
+    rank = SimpleNamespace(book=book, scope=scope, division=division)
+    return rank, Pool(pool, page_size), rng
 
 
-def clip(runtime, pool: Pool, prompt: int, wanted: int) -> int | None:
-    with mock.patch.object(fairkv_sglang.runtime, "_runtime", runtime):
+def clip(rank, pool: Pool, prompt: int, wanted: int) -> int | None:
+    with mock.patch.object(fairkv_sglang.patches.rank, "_rank", rank):
         return scheduling.around_max_new_tokens(None, pool, prompt, wanted, token_capacity=0)
 
 
@@ -84,15 +84,15 @@ def fits(budget: FairKVPrefillBudget, prompt: int, output: int) -> bool:
 def test_whoever_is_taken_can_always_come_back(
     name: str, seed: int, ranks: int, pages: int, page_size: int, prompt: int, wanted: int
 ) -> None:
-    runtime, pool, _ = server(seed, name, ranks, pages, page_size)
-    output = clip(runtime, pool, prompt, wanted)
+    rank, pool, _ = server(seed, name, ranks, pages, page_size)
+    output = clip(rank, pool, prompt, wanted)
     if output is None:
         return
     assert 0 <= output <= wanted
     for so_far in range(output + 1):
-        budget = FairKVPrefillBudget(pool, pool, runtime.book)
+        budget = FairKVPrefillBudget(pool, pool, rank.book)
         assert fits(budget, prompt + so_far, output - so_far), so_far
-        longest_head = int(runtime.scope.per_head_bound(prompt + so_far).max())
+        longest_head = int(rank.scope.per_head_bound(prompt + so_far).max())
         assert longest_head + output - so_far <= MAX_HEAD_TOKENS + 16  # a page to spare in tables
 
 
@@ -104,8 +104,8 @@ def test_bounds_that_rise_faster_than_the_prompt(pages: int) -> None:
     scope = make_scope("layer", spec, 1, 8, make_scorer("snapkv"), floor_alpha=0.0)
     book = make_books(plan, scope, np.full(8, pages), max_pages=2)[0]
     division = SimpleNamespace(pool_tokens=640, max_head_tokens=MAX_HEAD_TOKENS)
-    runtime, pool = SimpleNamespace(book=book, scope=scope, division=division), Pool(640, 1)
-    output = clip(runtime, pool, 130, 1 << 30)
+    rank, pool = SimpleNamespace(book=book, scope=scope, division=division), Pool(640, 1)
+    output = clip(rank, pool, 130, 1 << 30)
     assert output is not None and output >= 16
     for so_far in range(output + 1):
         budget = FairKVPrefillBudget(pool, pool, book)
@@ -117,10 +117,10 @@ def test_bounds_that_rise_faster_than_the_prompt(pages: int) -> None:
 @given(seed=seeds, ranks=st.sampled_from([1, 2, 4]), prompt=st.integers(1, 300))
 def test_alone_nobody_runs_out_of_pages(name: str, seed: int, ranks: int, prompt: int) -> None:
     """From admission to the last token, with the most pages that its scores could take."""
-    runtime, pool, _ = server(seed, name, ranks, 14)
-    output = clip(runtime, pool, prompt, 1 << 30)
+    rank, pool, _ = server(seed, name, ranks, 14)
+    output = clip(rank, pool, prompt, 1 << 30)
     assume(output)
-    book = runtime.book
+    book = rank.book
     book.admit(1, prompt)
     assert np.all(book.ledger.held <= book.ledger.capacity)
     owners = book.owners(1)
@@ -132,8 +132,8 @@ def test_alone_nobody_runs_out_of_pages(name: str, seed: int, ranks: int, prompt
 @settings(QUICK, max_examples=60)
 @given(seed=seeds, name=st.sampled_from(SCOPES), ranks=st.sampled_from([1, 2, 4]))
 def test_one_pass_does_not_promise_more_than_there_is(seed: int, name: str, ranks: int) -> None:
-    runtime, pool, rng = server(seed, name, ranks, 60, pool=100_000)
-    book = runtime.book
+    rank, pool, rng = server(seed, name, ranks, 60, pool=100_000)
+    book = rank.book
     row, taken = 0, 0
     for _ in range(3):  # passes
         budget = FairKVPrefillBudget(pool, pool, book)
@@ -152,8 +152,8 @@ def test_one_pass_does_not_promise_more_than_there_is(seed: int, name: str, rank
 
 
 def test_a_chunk_of_a_known_prompt_is_not_charged_again() -> None:
-    runtime, pool, _ = server(1, "uniform", 2, 60)
-    budget = FairKVPrefillBudget(pool, pool, runtime.book)
+    rank, pool, _ = server(1, "uniform", 2, 60)
+    budget = FairKVPrefillBudget(pool, pool, rank.book)
     assert fits(budget, 100, 10)
     budget.reserve(64, 0)
     promised = budget.promised.copy()
@@ -163,19 +163,19 @@ def test_a_chunk_of_a_known_prompt_is_not_charged_again() -> None:
 
 
 def test_expected_growth_of_running_requests_is_set_aside() -> None:
-    runtime, pool, _ = server(1, "uniform", 2, 20)
-    runtime.book.admit(1, 20)
-    budget = FairKVPrefillBudget(pool, pool, runtime.book)
+    rank, pool, _ = server(1, "uniform", 2, 20)
+    rank.book.admit(1, 20)
+    budget = FairKVPrefillBudget(pool, pool, rank.book)
     assert fits(budget, 16, 16)
     budget.total_offset += 16 * 18  # SGLang's PrefillAdder adds what they are to decode
     assert not fits(budget, 16, 16)
 
 
 def test_a_pass_with_running_requests_needs_their_pages_too() -> None:
-    runtime, pool, _ = server(3, "uniform", 1, 30)
-    book = runtime.book
+    rank, pool, _ = server(3, "uniform", 1, 30)
+    book = rank.book
     book.admit(1, 40)
-    kept = int(runtime.scope.expected(40)[0, 0])
+    kept = int(rank.scope.expected(40)[0, 0])
     for _ in range(-kept % 16):
         book.grow([1])
     assert book.ledger.growth([1])[0] == 8
@@ -188,19 +188,19 @@ def test_a_pass_with_running_requests_needs_their_pages_too() -> None:
 
 
 def test_a_prompt_longer_than_the_pool_is_rejected() -> None:
-    runtime, pool, _ = server(1, "uniform", 1, 200, page_size=16)
-    assert clip(runtime, pool, 640 - 16, 5) is None
-    assert clip(runtime, pool, 640 - 17, 5) == 1
+    rank, pool, _ = server(1, "uniform", 1, 200, page_size=16)
+    assert clip(rank, pool, 640 - 16, 5) is None
+    assert clip(rank, pool, 640 - 17, 5) == 1
 
 
 def test_decode_capacity_asks_the_fullest_rank() -> None:
-    runtime, _, _ = server(4, "uniform", 2, 30)
-    book = runtime.book
+    rank, _, _ = server(4, "uniform", 2, 30)
+    book = rank.book
     book.admit(1, 16)
     while not book.ledger.growth([1]).all():
         book.grow([1])
     requests = [SimpleNamespace(kv=SimpleNamespace(req_pool_idx=1))]
-    with mock.patch.object(fairkv_sglang.runtime, "_runtime", runtime):
+    with mock.patch.object(fairkv_sglang.patches.rank, "_rank", rank):
         need = book.ledger.growth([1])
         book.ledger.capacity = book.ledger.held + need
         assert scheduling.around_check_decode_capacity(None, None, requests=requests)
@@ -223,20 +223,20 @@ def test_mixed_batches_reserve_the_pages_of_running_requests(
         def __init__(self, allocator: object, cache: object, book: object, mixed: int = 0) -> None:
             made.append(mixed)
 
-    class Runtime:
+    class Rank:
         book = object()
 
     monkeypatch.setattr(prefill_budget, "FairKVPrefillBudget", Recorder)
-    monkeypatch.setattr(scheduling, "get_runtime", Runtime)
+    monkeypatch.setattr(scheduling, "this_rank", Rank)
     scheduling.around_create_prefill_budget(None, None, None, num_mixed_decode_tokens=5)
     assert made == [5]
 
 
 def test_a_device_error_stops_the_rank_before_its_pass_gives_out_a_token() -> None:
-    runtime, _, _ = server(1, "uniform", 1, 40)
-    book = runtime.book
+    rank, _, _ = server(1, "uniform", 1, 40)
+    book = rank.book
     results = [SimpleNamespace(), SimpleNamespace(), SimpleNamespace()]
-    with mock.patch.object(fairkv_sglang.runtime, "_runtime", runtime):
+    with mock.patch.object(fairkv_sglang.patches.rank, "_rank", rank):
         assert scheduling.after_forward_batch(results[0], None) is results[0]
         book.pages.error.bitwise_or_(ERROR_NO_FREE_PAGE)  # as a kernel of the second pass
         scheduling.after_forward_batch(results[1], None)

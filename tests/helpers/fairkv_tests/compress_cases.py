@@ -16,16 +16,20 @@ import torch
 
 from fairkv_sglang.attention import compress, exchange, hand_over
 from fairkv_sglang.attention.compress_all import make_compressor
+from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
+from fairkv_sglang.attention.hand_over import HandOver
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.kernels import torch_decode
 from fairkv_sglang.memory import MemoryDivision
+from fairkv_sglang.memory.rows import make_book
 from fairkv_sglang.model import Model as Description
+from fairkv_sglang.patches.rank import Rank as RankState
+from fairkv_sglang.patches.rank import begin
 from fairkv_sglang.placement import Plan
 from fairkv_sglang.placement.homes import Homes
 from fairkv_sglang.planning import make_start
 from fairkv_sglang.profiles import HeadProfile
-from fairkv_sglang.runtime import create_runtime
 from fairkv_tests.budgets_reference import ada_kv_kept, snapkv_scores, static_kept
 from fairkv_tests.fake_collectives import Collectives, Group, ranks_as_threads
 
@@ -112,14 +116,15 @@ def extreme_scores(rng: np.random.Generator, prompts: Sequence[Prompt]) -> None:
 
 
 class Rank:
-    """One rank: a real runtime, its book, and SGLang's pool with its home heads."""
+    """One rank: its real state, its book, and SGLang's pool with its home heads."""
 
     def __init__(
         self, config: FairKVConfig, model: Model, tp_size: int, rank: int, group: Group | None
     ) -> None:
         start = make_start(config, model.described, tp_size, "cuda")
-        self.runtime = create_runtime(start, rank, lambda: [])
-        division = MemoryDivision(
+        self.state = state = RankState(start, rank)
+        begin(state)
+        state.division = MemoryDivision(
             total_bytes=0,
             pool_tokens=SLOTS,
             pool_bytes=0,
@@ -129,9 +134,20 @@ class Rank:
             max_requests=ROWS - 1,
             max_head_tokens=CONTEXT,
         )
-        self.book = self.runtime.create_book(division, torch.float32, "cpu")
-        self.compressor = make_compressor(self.runtime, group)  # type: ignore[arg-type]
-        self.heads = [list(row) for row in self.runtime.heads.heads]
+        self.book = state.book = make_book(
+            state.heads,
+            state.scope,
+            state.division,
+            head_dim=DIM,
+            dtype=torch.float32,
+            device="cpu",
+            window=config.replan_window,
+            verbose=config.debug.log_decisions,
+        )
+        exchange = None if group is None else HomeExchange(state.heads.homes, group)  # type: ignore[arg-type]
+        hand_over = HandOver(state.heads, state.scope, self.book.pages, group)  # type: ignore[arg-type]
+        self.compressor = make_compressor(self.book, state.scorer, hand_over, exchange)
+        self.heads = [list(row) for row in state.heads.heads]
         homes = Homes(model.heads, tp_size)
         self.home = list(homes.heads(rank))
         # Replicas of a head divide its query heads in the order of their ranks.
@@ -205,7 +221,7 @@ def run_ranks(
     ranks = [Rank(config, model, tp_size, rank, group) for rank, group in enumerate(groups)]
     if first_number:
         for rank in ranks:
-            rank.runtime.scorer = FirstNumber(config.window)  # type: ignore[assignment]
+            rank.compressor.scorer = FirstNumber(config.window)  # type: ignore[assignment]
     for rank in ranks:
         rank.compressor.hand_over.overlaps = bounded
     with ExitStack() as stack:
@@ -256,15 +272,15 @@ def scores_of(config: FairKVConfig, first_number: bool, prompt: Prompt, layer: i
 
 def expected_kept(rank: Rank, config: FairKVConfig, prompt: Prompt) -> list:
     """[layer][head] -> kept positions, by the papers' formulae."""
-    runtime, total = rank.runtime, prompt.length
-    window, budget = config.window, runtime.scope.budget(total)
-    heads, tp_size = runtime.plan.num_kv_heads, runtime.plan.tp_size
+    state, total = rank.state, prompt.length
+    window, budget = config.window, state.scope.budget(total)
+    heads, tp_size = state.heads.plan.num_kv_heads, state.tp_size
     size = max(1, heads // tp_size) if config.scope == "rank" else heads
     result = []
     for layer in range(LAYERS):
-        scores = scores_of(config, isinstance(runtime.scorer, FirstNumber), prompt, layer)
+        scores = scores_of(config, isinstance(rank.compressor.scorer, FirstNumber), prompt, layer)
         if config.scope in ("uniform", "head"):
-            counts = runtime.scope.expected(total)[layer].tolist()
+            counts = state.scope.expected(total)[layer].tolist()
             result.append(static_kept(scores, counts, total))
             continue
         kept: list[list[int]] = []
@@ -289,7 +305,7 @@ def check(ranks: list[Rank], config: FairKVConfig, prompts: list[Prompt]) -> lis
             assert np.array_equal(rank.book.owners(prompt.row), owners[prompt.row])
             for layer in range(LAYERS):
                 for local, head in enumerate(rank.heads[layer]):
-                    lane = rank.runtime.heads.lane_start[layer] + local
+                    lane = rank.state.heads.lane_start[layer] + local
                     k, v = torch_decode.gather(rank.book.pages, prompt.row, lane)
                     if owners[prompt.row][layer, head] != index:
                         assert len(k) == 0
@@ -331,8 +347,8 @@ def check_traffic(
     bounded: bool = False,
 ) -> None:
     """Collectives and rows are those that the owners call for, counted one head at a time."""
-    runtime = ranks[0].runtime
-    homes, scope = runtime.heads.homes, runtime.scope
+    state = ranks[0].state
+    homes, scope = state.heads.homes, state.scope
     together = config.scope == "layer" or homes.replicas > 1
     exchanges, gathers = 0, 0
     rows = [0] * homes.tp_size
@@ -364,4 +380,3 @@ def check_traffic(
     for rank, sent in zip(ranks, rows, strict=True):
         over = rank.compressor.hand_over
         assert over.rows_sent == sent and over.row_bytes == 2 * DIM * 4
-        assert (over.seconds > 0) == (exchanges > 0)

@@ -270,9 +270,11 @@ def empty_cache(engine: Any, attempts: int = 100) -> None:
 
 def count_hooks(engine: Any) -> int:
     """Rows of the ledger."""
-    from fairkv_sglang.patches import all_hooks
+    from fairkv_sglang.patches import all_hooks, all_overrides, cpu, cpu_overrides
+    from fairkv_sglang.patches.server_args import flag_hooks
 
-    return len(all_hooks())
+    hooks = (flag_hooks(), cpu.HOOKS, cpu.RANK_HOOKS, all_hooks())
+    return sum(map(len, (*hooks, all_overrides(), cpu_overrides())))
 
 
 CALLS: dict[str, Callable[..., Any]] = {

@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-import fairkv_sglang.runtime
+import fairkv_sglang.patches.rank
 from fairkv_sglang.budgets import BudgetScope, pick
 from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.patches import scheduling
@@ -103,7 +103,7 @@ class Engine:
         rng = self.rng
         prompt = int(rng.choice([1, 3, 17, 40, 90, 200]) + rng.integers(0, 16))
         want = int(rng.choice([1, 2, 10, 40, 1 << 30]))
-        runtime = SimpleNamespace(
+        rank = SimpleNamespace(
             book=self.books[0],
             scope=self.scope,
             division=SimpleNamespace(
@@ -111,7 +111,7 @@ class Engine:
                 max_head_tokens=MAX_HEAD_TOKENS,
             ),
         )
-        with mock.patch.object(fairkv_sglang.runtime, "_runtime", runtime):
+        with mock.patch.object(fairkv_sglang.patches.rank, "_rank", rank):
             clipped = scheduling.around_max_new_tokens(None, self.allocator, prompt, want)
         if clipped is not None:
             self.waiting.append(Request(prompt, clipped))

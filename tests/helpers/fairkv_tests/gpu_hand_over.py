@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fairkv_sglang.attention import compress, exchange, hand_over
 from fairkv_sglang.attention.compress import PromptCompressor
+from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
 from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver
 from fairkv_sglang.bench.gpu.report import NotRun, need
@@ -165,16 +166,17 @@ class Pass:
         most, rows = -(-max(LENGTHS) // PAGE_TOKENS), len(LENGTHS) + 1
         sizes = (rows * heads.num_lanes * most, rows, heads.num_lanes, most)
         pages = HeadPages.create(*sizes, self.kv.shape[-1], self.kv.dtype, device)
-        book = SimpleNamespace(
-            pages=pages, owners=lambda row: self.owners[row - 1], note_kept=lambda row, kept: None
-        )
-        runtime: Any = SimpleNamespace(
-            plan=heads.plan, heads=heads, scope=self.scope, scorer=self.scorer, book=book
-        )
+        book: Any = SimpleNamespace(
+            heads=heads, scope=self.scope, pages=pages,
+            owners=lambda row: self.owners[row - 1], note_kept=lambda row, kept: None,
+        )  # fmt: skip
+        group: Any = (heads.rank, heads.plan.tp_size)
+        hand_over = HandOver(heads, self.scope, pages, group)
+        exchange = HomeExchange(heads.homes, group)
         return SimpleNamespace(
             heads=heads, pages=pages, pools=self.kv[:, :, :, list(heads.home)].to(device),
             owned=[torch.from_numpy(heads.owned(x)).to(device) for x in self.owners],
-            compressor=PromptCompressor(runtime, (heads.rank, heads.plan.tp_size)),  # type: ignore[arg-type]
+            compressor=PromptCompressor(book, self.scorer, hand_over, exchange),
         )  # fmt: skip
 
     def admit(self) -> None:
