@@ -165,8 +165,9 @@ class Twins:
 
 def rank_of(layers: int, tp_size: int) -> SimpleNamespace:
     """What the hook on the loaded model asks of a rank."""
-    shape = SimpleNamespace(num_layers=layers, head_dim=8, device="cpu")
-    return SimpleNamespace(shape=shape, tp_size=tp_size, heads=None)
+    model = SimpleNamespace(num_layers=layers, head_dim=8)
+    start = SimpleNamespace(device="cpu")
+    return SimpleNamespace(model=model, start=start, tp_size=tp_size, heads=None)
 
 
 def load(layers: list[int], rank: SimpleNamespace) -> None:
