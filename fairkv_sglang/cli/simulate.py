@@ -145,9 +145,8 @@ def adapt(
     """
     layers, heads = requests.kept.shape[1:]
     cost = CostModel.for_device("cuda", batch=traffic.batch)
+    planner, home = _planner("fair_copying", tp, heads, cost, spare), -(-heads // tp)
     budget = float(requests.kept.mean())
-    home = -(-heads // tp)
-    planner = Planner(tp_size=tp, cost=cost, slots=home + spare, paid=True)
     seconds = []
 
     def replan(kept: FloatArray) -> Plan:
@@ -184,6 +183,10 @@ def adapt(
     return {"tp": tp, "spare": spare, **figures, "seconds": seconds}
 
 
+def _planner(policy: str, tp: int, heads: int, cost: CostModel, spare: int) -> Planner:
+    return Planner(policy=policy, tp_size=tp, cost=cost, slots=-(-heads // tp) + spare, paid=True)
+
+
 def both_ways(
     requests: Requests,
     policy: str,
@@ -192,14 +195,19 @@ def both_ways(
     step: Any = None,
     fixed: Plan | None = None,
 ) -> list[tuple[Plan, Replay]]:
-    """Plan on one half and replay the other, then the other way round."""
+    """Plan on one half and replay the other, then the other way round.
+
+    Plans are a server's for Llama-3.1-8B on a GPU: one spare lane, slots are paid for.
+    """
     halves = requests.halves()
     if min(len(half) for half in halves) == 0:
         raise ValueError("two halves need at least two distinct prompts")
+    cost = CostModel.for_device("cuda", batch=traffic.batch)
+    planner = _planner(policy, tp, requests.kept.shape[2], cost, SPARE_LANES)
     out = []
     for seen, held_out in (halves[::-1], halves):
         kept = requests.kept[seen]
-        plan = fixed or Planner(policy=policy, tp_size=tp).from_requests(kept)
+        plan = fixed or planner.from_requests(kept)
         replay = simulate(plan, requests.kept[held_out], kept.mean(axis=0), traffic, step)
         out.append((plan, replay))
     return out
