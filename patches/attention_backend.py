@@ -15,7 +15,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from fairkv_sglang.attention.compress import PromptCompressor
 from fairkv_sglang.attention.decoders import Decoder
-from fairkv_sglang.attention.forward_plan import ForwardPlan
+from fairkv_sglang.attention.forward_spans import ForwardSpans
 from fairkv_sglang.attention.mixed import prompts_only
 from fairkv_sglang.kernels.prompts import to_device
 from fairkv_sglang.memory.rows import RowBook
@@ -33,7 +33,7 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         book: Rows of this rank.
 
     Attributes:
-        plan: Prompts of the pass that comes next or is running; set before each pass, because only
+        spans: Prompts of the pass that comes next or is running; set before each pass, because only
             SGLang's schedule batch knows them.
     """
 
@@ -49,7 +49,7 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         self.prefill = prefill
         self.decoder = decoder
         self.compressor = compressor
-        self.plan = ForwardPlan()
+        self.spans = ForwardSpans()
         self.req_to_token_pool = runner.req_to_token_pool  # SGLang reads both off the backend
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.device = runner.device
@@ -71,12 +71,14 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         if forward_batch.forward_mode.is_decode_or_idle():
             self.init_forward_metadata_in_graph(forward_batch)
             return
-        plan = self.plan
-        if plan.decode_rows:
-            self._start_decode(to_device(torch.tensor(plan.decode_rows), torch.device(self.device)))
-            forward_batch = prompts_only(forward_batch, plan)
+        spans = self.spans
+        if spans.decode_rows:
+            self._start_decode(
+                to_device(torch.tensor(spans.decode_rows), torch.device(self.device))
+            )
+            forward_batch = prompts_only(forward_batch, spans)
         self.prefill.init_forward_metadata(forward_batch)
-        self.compressor.begin(plan, self.req_to_token_pool.req_to_token)
+        self.compressor.begin(spans, self.req_to_token_pool.req_to_token)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Host-side part of a captured pass: decode has none."""
@@ -117,14 +119,14 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
     ) -> torch.Tensor:
         """SGLang's own attention to the whole prompt, then compression of prompts that end here."""
         out = self.prefill.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        if self.plan.spans:
+        if self.spans.prompts:
             index = layer.layer_id
             self.compressor.layer(
                 index,
                 q.view(q.shape[0], layer.tp_k_head_num, -1, self.pages.head_dim),
                 self.token_to_kv_pool.get_key_buffer(index),
                 self.token_to_kv_pool.get_value_buffer(index),
-                self.plan,
+                self.spans,
                 layer.scaling,
             )
         return out

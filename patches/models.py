@@ -44,16 +44,16 @@ def around_attention_forward(
         return original(module, positions, hidden_states, forward_batch)
     if forward_batch.forward_mode.is_decode():
         return original(twin, positions, hidden_states, forward_batch)
-    plan = this_rank().backend.plan
-    if not plan.decode_rows:
+    spans = this_rank().backend.spans
+    if not spans.decode_rows:
         return original(module, positions, hidden_states, forward_batch)
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    cut = plan.prompt_tokens
+    cut = spans.prompt_tokens
     prompts = original(
-        module, positions[:cut], hidden_states[:cut], prompts_only(forward_batch, plan)
+        module, positions[:cut], hidden_states[:cut], prompts_only(forward_batch, spans)
     )
-    running = running_only(forward_batch, plan, ForwardMode.DECODE)
+    running = running_only(forward_batch, spans, ForwardMode.DECODE)
     decoded = original(twin, positions[cut:], hidden_states[cut:], running)
     return torch.cat([prompts, decoded])
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
-from fairkv_sglang.memory.ledger import PAGE_TOKENS, Pages
+from fairkv_sglang.memory.page_ledger import PAGE_TOKENS, Pages
 from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.patches.overrides import overrides
 

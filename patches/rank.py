@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from fairkv_sglang.control.in_force import PlanInForce
 from fairkv_sglang.control.metrics import Exporter
 from fairkv_sglang.control.replan import Replanner
-from fairkv_sglang.control.state import RankReport
+from fairkv_sglang.control.server_info import RankReport
 from fairkv_sglang.memory import MemoryDivision
 from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.parallel import LaneTable, RankHeads, TwinWeights

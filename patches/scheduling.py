@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fairkv_sglang.attention.forward_plan import plan_forward
-from fairkv_sglang.memory.ledger import PAGE_TOKENS
+from fairkv_sglang.attention.forward_spans import forward_spans
+from fairkv_sglang.memory.page_ledger import PAGE_TOKENS
 from fairkv_sglang.patches.ledger import Hook
 from fairkv_sglang.patches.rank import Rank, this_rank
 
@@ -162,9 +162,9 @@ def before_forward_batch(
     """On the forward stream: return freed pages, then tell the backend which prompts end here."""
     if batch is not None:
         rank = this_rank()
-        plan = plan_forward(batch)
-        rank.book.begin_forward([span.row for span in plan.last])
-        rank.backend.plan = plan
+        spans = forward_spans(batch)
+        rank.book.begin_forward([span.row for span in spans.last])
+        rank.backend.spans = spans
         if rank.replanner is not None:
             rank.replanner.step()
         if rank.exporter is not None:

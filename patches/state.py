@@ -9,7 +9,7 @@ import torch
 
 from fairkv_sglang.control.metrics import Exporter
 from fairkv_sglang.control.replan import Replanner
-from fairkv_sglang.control.state import RankReport
+from fairkv_sglang.control.server_info import RankReport
 from fairkv_sglang.decode_backends import choose
 from fairkv_sglang.patches import measure
 from fairkv_sglang.patches.ledger import Hook, verify

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fairkv_sglang.attention.exchange import HomeExchange
-from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
+from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, IntArray, StoreBatch
 from fairkv_sglang.budgets import Kept, Scorer, pick
 from fairkv_sglang.memory.rows import RowBook
@@ -50,28 +50,34 @@ class PromptCompressor:
         # Replicas of a head have a part of its query heads each, so no rank can score it alone.
         self._together = self.scope.spans_ranks or heads.homes.replicas > 1
 
-    def begin(self, plan: ForwardPlan, req_to_token: Tensor) -> None:
+    def begin(self, spans: ForwardSpans, req_to_token: Tensor) -> None:
         """Look up the slots and owners of the prompts that end in this pass.
 
         Args:
-            plan: The pass.
+            spans: The pass.
             req_to_token: SGLang's request table ``[rows, context]``.
         """
         source = self.heads.homes.source
         self._endings = []
         self.hand_over.forget()
-        for span in plan.last:
+        for span in spans.last:
             owners = self.book.owners(span.row).astype(np.int64)
             slots = req_to_token[span.row, : span.prompt_len].long()
             sources = source[np.arange(source.shape[0])[None, :], owners]
             self._endings.append(Ending(span, slots, owners, sources))
         # A row starts anew when its span starts before any carried query could exist.
-        for span in plan.spans:
+        for span in spans.prompts:
             if span.end == span.length:
                 self._tails.pop(span.row, None)
 
     def layer(
-        self, layer: int, q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: ForwardPlan, scale: float
+        self,
+        layer: int,
+        q: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        spans: ForwardSpans,
+        scale: float,
     ) -> None:
         """Compress one layer.
 
@@ -81,14 +87,16 @@ class PromptCompressor:
                 the query heads that are here.
             k_pool: ``[slots, n, D]`` prefill pool of the layer, this pass already written.
             v_pool: The same for values.
-            plan: The pass.
+            spans: The pass.
             scale: Softmax scale of the layer.
         """
-        windows = [self._window(layer, q, span) for span in plan.spans]
+        windows = [self._window(layer, q, span) for span in spans.prompts]
         self.hand_over.finish()  # of the layer before, which travelled while this one was computed
         if not self._endings:
             return
-        ending = [window for window, span in zip(windows, plan.spans, strict=True) if span.is_last]
+        ending = [
+            window for window, span in zip(windows, spans.prompts, strict=True) if span.is_last
+        ]
         choices = self._select(layer, ending, k_pool, scale)
         self.hand_over.start(layer, self._endings, choices, k_pool, v_pool, self._batch)
         if layer == self.scope.num_layers - 1:

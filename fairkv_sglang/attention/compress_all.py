@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fairkv_sglang.attention.compress import PromptCompressor
 from fairkv_sglang.attention.exchange import HomeExchange
-from fairkv_sglang.attention.forward_plan import ForwardPlan
+from fairkv_sglang.attention.forward_spans import ForwardSpans
 from fairkv_sglang.attention.hand_over import Choice, HandOver, StoreBatch
 from fairkv_sglang.budgets import Kept, Scorer
 from fairkv_sglang.budgets.scopes.pooled import Pooled
@@ -39,9 +39,9 @@ class AllPromptsCompressor(PromptCompressor):
         # Homes are neighbours, so the home heads of a table of all heads are a view.
         self._mine = slice(self.heads.home[0], self.heads.home[-1] + 1)
 
-    def begin(self, plan: ForwardPlan, req_to_token: Tensor) -> None:
+    def begin(self, spans: ForwardSpans, req_to_token: Tensor) -> None:
         """See the base class; the tables of all layers go to the device here."""
-        super().begin(plan, req_to_token)
+        super().begin(spans, req_to_token)
         self._batch = None
         if not self._endings:
             return

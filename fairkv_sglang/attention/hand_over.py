@@ -27,7 +27,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fairkv_sglang.attention.forward_plan import PromptSpan
+from fairkv_sglang.attention.forward_spans import PromptSpan
 from fairkv_sglang.budgets import BudgetScope, Kept
 from fairkv_sglang.kernels.pages import HeadPages
 from fairkv_sglang.kernels.prompts import PromptBatch, to_device

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from fairkv_sglang.attention.forward_plan import ForwardPlan
+from fairkv_sglang.attention.forward_spans import ForwardSpans
 
 PER_REQUEST = (
     "req_pool_indices",
@@ -30,18 +30,18 @@ PER_TOKEN = ("input_ids", "positions", "out_cache_loc", "out_cache_loc_virtual")
 """The same with an entry for each token."""
 
 
-def prompts_only(forward_batch: Any, plan: ForwardPlan) -> Any:
+def prompts_only(forward_batch: Any, spans: ForwardSpans) -> Any:
     """The batch without its running requests."""
-    requests, tokens = len(plan.spans), plan.prompt_tokens
+    requests, tokens = len(spans.prompts), spans.prompt_tokens
     batch = _cut(forward_batch, slice(0, requests), slice(0, tokens))
     batch.extend_num_tokens = tokens
     return batch
 
 
-def running_only(forward_batch: Any, plan: ForwardPlan, decode: Any) -> Any:
+def running_only(forward_batch: Any, spans: ForwardSpans, decode: Any) -> Any:
     """The batch without its prompts, in SGLang's mode ``decode``."""
-    requests, tokens = len(plan.spans), plan.prompt_tokens
-    end = requests + len(plan.decode_rows)
+    requests, tokens = len(spans.prompts), spans.prompt_tokens
+    end = requests + len(spans.decode_rows)
     batch = _cut(forward_batch, slice(requests, end), slice(tokens, tokens + end - requests))
     batch.forward_mode = decode
     return batch

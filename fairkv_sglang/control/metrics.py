@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from typing import Any, Literal, NamedTuple
 
-from fairkv_sglang.control.state import RankReport
+from fairkv_sglang.control.server_info import RankReport
 
 
 class Metric(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairkv_sglang.budgets import BudgetScope
-from fairkv_sglang.memory.ledger import PAGE_TOKENS, Pages
+from fairkv_sglang.memory.page_ledger import PAGE_TOKENS, Pages
 
 
 class PageDemand:

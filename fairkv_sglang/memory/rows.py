@@ -26,7 +26,7 @@ from fairkv_sglang.kernels.pages import HeadPages, describe_error
 from fairkv_sglang.kernels.prompts import to_device
 from fairkv_sglang.memory.demand import PageDemand
 from fairkv_sglang.memory.device_errors import DeviceErrors
-from fairkv_sglang.memory.ledger import PageLedger
+from fairkv_sglang.memory.page_ledger import PageLedger
 from fairkv_sglang.memory.residents import Residents
 from fairkv_sglang.memory.sizing import MemoryDivision
 from fairkv_sglang.parallel import RankHeads

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fairkv_sglang.memory.ledger import PAGE_TOKENS, Pages
+from fairkv_sglang.memory.page_ledger import PAGE_TOKENS, Pages
 
 # Page tables may take this part of the KV memory; more requests than that are not admitted at once.
 TABLE_FRACTION = 1 / 16

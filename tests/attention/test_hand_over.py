@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairkv_sglang.attention import hand_over
-from fairkv_sglang.attention.forward_plan import PromptSpan
+from fairkv_sglang.attention.forward_spans import PromptSpan
 from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver
 from fairkv_sglang.budgets import Kept
 from fairkv_sglang.kernels import HeadPages, torch_decode

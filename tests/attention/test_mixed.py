@@ -13,11 +13,11 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
 from fairkv_sglang.attention import mixed
-from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
+from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.mixed import prompts_only, running_only
 
 # Two prompts of 3 and 4 tokens, of which the second has 6 cached, and two running requests.
-PLAN = ForwardPlan((PromptSpan(5, 0, 3, 3, 9), PromptSpan(2, 3, 4, 10, 10)), decode_rows=(7, 1))
+SPANS = ForwardSpans((PromptSpan(5, 0, 3, 3, 9), PromptSpan(2, 3, 4, 10, 10)), decode_rows=(7, 1))
 REQUESTS, TOKENS = 4, 9
 FIELDS = {field.name for field in dataclasses.fields(ForwardBatch)}
 
@@ -107,7 +107,7 @@ def listed(values: Any) -> list[int]:
 def test_both_parts_are_whole_batches(part: Any, requests: list[int], tokens: range) -> None:
     batch = a_batch()
     before = {name: getattr(batch, name) for name in FIELDS}
-    cut = part(batch, PLAN)
+    cut = part(batch, SPANS)
     for name in set(mixed.PER_REQUEST) & FIELDS:
         assert listed(getattr(cut, name)) == [listed(before[name])[i] for i in requests], name
     for name in set(mixed.PER_TOKEN) & FIELDS:
@@ -120,7 +120,7 @@ def test_both_parts_are_whole_batches(part: Any, requests: list[int], tokens: ra
 
 
 def test_modes_of_the_parts() -> None:
-    prompts, running = prompts_only(a_batch(), PLAN), decode_part(a_batch(), PLAN)
+    prompts, running = prompts_only(a_batch(), SPANS), decode_part(a_batch(), SPANS)
     assert prompts.forward_mode.is_extend() and not prompts.forward_mode.is_decode()
     assert prompts.extend_num_tokens == 7
     assert running.forward_mode.is_decode() and not running.forward_mode.is_extend()
@@ -131,7 +131,7 @@ def test_modes_of_the_parts() -> None:
 def test_what_is_not_there_stays_away(missing: str) -> None:
     batch = a_batch()
     setattr(batch, missing, None)
-    cut = prompts_only(batch, PLAN)
+    cut = prompts_only(batch, SPANS)
     assert getattr(cut, missing) is None
     assert cut.seq_lens_sum == (13 if missing != "seq_lens_cpu" else 56)  # at least what is there
 
@@ -141,6 +141,6 @@ def test_fields_of_another_sglang_are_not_needed() -> None:
     newer = {"orig_seq_lens", "req_pool_indices_cpu", "out_cache_loc_virtual"}
     newer |= {"multi_item_delimiter_indices", "global_num_token_non_padded_cpu"}
     values = {name: value for name, value in vars(a_batch()).items() if name not in newer}
-    cut = decode_part(SimpleNamespace(**values), PLAN)
+    cut = decode_part(SimpleNamespace(**values), SPANS)
     assert cut.seq_lens.tolist() == [31, 12] and cut.out_cache_loc.tolist() == [7, 8]
     assert not newer & set(vars(cut))

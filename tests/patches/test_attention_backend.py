@@ -15,7 +15,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 import fairkv_sglang.patches.rank
 from fairkv_sglang.attention.decoders import PageTableDecoder
-from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
+from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.kernels import torch_decode
 from fairkv_sglang.patches import measure
 from fairkv_sglang.patches.attention_backend import FairKVAttnBackend
@@ -110,8 +110,8 @@ class Server:
             spans.append(PromptSpan(prompt.row, offset, end - start, end, prompt.length))
             offset += end - start
             slots.append(prompt.slots[start:end])
-        self.backend.plan = plan = ForwardPlan(tuple(spans), tuple(running))
-        self.book.begin_forward([span.row for span in plan.last])
+        self.backend.spans = current = ForwardSpans(tuple(spans), tuple(running))
+        self.book.begin_forward([span.row for span in current.last])
         lengths = [span.length for span in spans] + [1] * len(running)
         rows = [span.row for span in spans] + running
         return SimpleNamespace(

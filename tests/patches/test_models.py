@@ -20,7 +20,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
 from fairkv_sglang.architectures import ARCHITECTURES, Architecture
-from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
+from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.parallel.twins import ARGUMENTS, TWIN
 from fairkv_sglang.patches import models
 from fairkv_tests.attention_module import class_of
@@ -64,38 +64,38 @@ def batch_of(mode: ForwardMode, lengths: list[int]) -> SimpleNamespace:
 
 
 def forward(
-    module: Any, batch: SimpleNamespace, plan: ForwardPlan
+    module: Any, batch: SimpleNamespace, spans: ForwardSpans
 ) -> tuple[torch.Tensor, torch.Tensor, Calls]:
     calls, hidden = Calls(), torch.rand(len(batch.positions), 3)
-    rank = SimpleNamespace(backend=SimpleNamespace(plan=plan))
+    rank = SimpleNamespace(backend=SimpleNamespace(spans=spans))
     with mock.patch.object(models, "this_rank", lambda: rank):
         out = models.around_attention_forward(calls, module, batch.positions, hidden, batch)
     return out, hidden, calls
 
 
-def plan_of(prompts: list[int], running: int) -> ForwardPlan:
+def plan_of(prompts: list[int], running: int) -> ForwardSpans:
     spans = [PromptSpan(row, 0, n, n, n) for row, n in enumerate(prompts, 1)]
     first = len(prompts) + 1
-    return ForwardPlan(tuple(spans), tuple(range(first, first + running)))
+    return ForwardSpans(tuple(spans), tuple(range(first, first + running)))
 
 
 @pytest.mark.parametrize("mode", [ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.IDLE])
-@pytest.mark.parametrize("plan", [ForwardPlan(), plan_of([3, 2], 0)], ids=["0", "2"])
-def test_prompts_run_on_sglangs_module(mode: ForwardMode, plan: ForwardPlan) -> None:
+@pytest.mark.parametrize("spans", [ForwardSpans(), plan_of([3, 2], 0)], ids=["0", "2"])
+def test_prompts_run_on_sglangs_module(mode: ForwardMode, spans: ForwardSpans) -> None:
     module, _ = pair()
     batch = batch_of(mode, [3, 2])
-    out, hidden, calls = forward(module, batch, plan)
+    out, hidden, calls = forward(module, batch, spans)
     assert torch.equal(out, hidden)
     ((who, positions, seen),) = calls.seen
     assert who is module and seen is batch and positions is batch.positions  # nothing is copied
 
 
-@pytest.mark.parametrize("plan", [ForwardPlan(), plan_of([3, 2], 2)], ids=["no plan", "stale"])
+@pytest.mark.parametrize("spans", [ForwardSpans(), plan_of([3, 2], 2)], ids=["none", "stale"])
 @pytest.mark.parametrize("same", [False, True], ids=["twin", "itself"])
-def test_decode_runs_on_the_twin(plan: ForwardPlan, same: bool) -> None:
+def test_decode_runs_on_the_twin(spans: ForwardSpans, same: bool) -> None:
     module, twin = pair(same)
     batch = batch_of(ForwardMode.DECODE, [1, 1, 1])
-    out, hidden, calls = forward(module, batch, plan)
+    out, hidden, calls = forward(module, batch, spans)
     assert torch.equal(out, hidden * twin.factor)
     ((who, _, seen),) = calls.seen
     assert who is twin and seen is batch

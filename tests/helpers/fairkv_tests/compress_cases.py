@@ -17,7 +17,7 @@ import torch
 from fairkv_sglang.attention import compress, exchange, hand_over
 from fairkv_sglang.attention.compress_all import make_compressor
 from fairkv_sglang.attention.exchange import HomeExchange
-from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
+from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import HandOver
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.kernels import torch_decode
@@ -176,13 +176,13 @@ class Rank:
             spans.append(PromptSpan(prompt.row, offset, end - start, end, prompt.length))
             offset += end - start
             self.write(prompt, start, end)
-        plan = ForwardPlan(tuple(spans))
-        self.book.begin_forward([span.row for span in plan.last])
-        self.compressor.begin(plan, self.table)
+        current = ForwardSpans(tuple(spans))
+        self.book.begin_forward([span.row for span in current.last])
+        self.compressor.begin(current, self.table)
         for layer in range(LAYERS):
             q = torch.cat([p.q[layer, a:b][:, self.home, self.queries] for p, a, b in parts])
             k, v = self.pools[layer]
-            self.compressor.layer(layer, q, k, v, plan, SCALE)
+            self.compressor.layer(layer, q, k, v, current, SCALE)
         self.passes.append([p for p, _, end in parts if end == p.length])
         # SGLang gives the slots away once the result is on the host.
         for prompt in self.passes[-1]:

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fairkv_sglang.attention import compress, exchange, hand_over
 from fairkv_sglang.attention.compress import PromptCompressor
 from fairkv_sglang.attention.exchange import HomeExchange
-from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan
+from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver
 from fairkv_sglang.bench.gpu.report import NotRun, need
 from fairkv_sglang.budgets import BudgetSpec, Kept, Scorer, make_scope, pick
@@ -153,7 +153,7 @@ class Pass:
         self.table, self.rows = table.to(device), torch.arange(1, len(table), device=device)
         starts = np.cumsum((0, *LENGTHS)).tolist()
         spans = (PromptSpan(i + 1, starts[i], n, n, n) for i, n in enumerate(LENGTHS))
-        self.plan, self.scorer = ForwardPlan(tuple(spans)), scorer
+        self.spans, self.scorer = ForwardSpans(tuple(spans)), scorer
         self.scope = make_scope(scope, BudgetSpec(tokens=BUDGET), LAYERS, heads, scorer)
         self.scope.home_size = max(1, heads // ranks)
         self.ranks = [self._rank(RankHeads(plan, r, GROUP), device) for r in range(ranks)]
@@ -191,9 +191,9 @@ class Pass:
 
         def work(number: int) -> None:
             rank = self.ranks[number]
-            rank.compressor.begin(self.plan, self.table)
+            rank.compressor.begin(self.spans, self.table)
             for layer in range(LAYERS):
-                rank.compressor.layer(layer, self.q[layer], *rank.pools[:, layer], self.plan, 0.1)
+                rank.compressor.layer(layer, self.q[layer], *rank.pools[:, layer], self.spans, 0.1)
 
         ranks = Ranks(len(self.ranks))
         with patched(ranks):

@@ -2,7 +2,7 @@
 """What one forward pass does with each request's prompt: known to the scheduler only.
 
 SGLang's model code gets a ``ForwardBatch`` (and drops attributes put on it). Which prompts end in
-this pass is known on the ``ScheduleBatch``, so the plan is built from that, right before the pass.
+this pass is known on the ``ScheduleBatch``, so the spans are read from that, right before the pass.
 """
 
 from __future__ import annotations
@@ -36,37 +36,37 @@ class PromptSpan:
 
 
 @dataclass(frozen=True)
-class ForwardPlan:
+class ForwardSpans:
     """Prompts of one pass, in the order of the batch; empty for decode.
 
     With mixed chunks (``--enable-mixed-chunk``) running requests follow the prompts in the batch,
     one token each: ``decode_rows`` are their rows.
     """
 
-    spans: tuple[PromptSpan, ...] = ()
+    prompts: tuple[PromptSpan, ...] = ()
     decode_rows: tuple[int, ...] = ()
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of prompts; tokens of running requests come after them."""
-        return sum(span.length for span in self.spans)
+        return sum(span.length for span in self.prompts)
 
     @property
     def last(self) -> list[PromptSpan]:
         """Spans whose prompt ends in this pass."""
-        return [span for span in self.spans if span.is_last]
+        return [span for span in self.prompts if span.is_last]
 
 
-def plan_forward(batch: Any) -> ForwardPlan:
-    """Read the plan off a ``ScheduleBatch``.
+def forward_spans(batch: Any) -> ForwardSpans:
+    """Read them off a ``ScheduleBatch``.
 
     Args:
         batch: With ``forward_mode``, ``reqs``, ``prefix_lens``, ``extend_lens``,
             ``decoding_reqs``; requests know their prompt.
     """
     if not batch.forward_mode.is_extend():
-        return ForwardPlan()
-    spans, decode_rows = [], []
+        return ForwardSpans()
+    prompts, decode_rows = [], []
     running = {id(req) for req in batch.decoding_reqs or ()}
     start = 0
     lengths = zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)
@@ -74,7 +74,7 @@ def plan_forward(batch: Any) -> ForwardPlan:
         if id(req) in running:
             decode_rows.append(req.kv.req_pool_idx)
             continue
-        spans.append(
+        prompts.append(
             PromptSpan(
                 row=req.kv.req_pool_idx,
                 start=start,
@@ -84,4 +84,4 @@ def plan_forward(batch: Any) -> ForwardPlan:
             )
         )
         start += length
-    return ForwardPlan(tuple(spans), tuple(decode_rows))
+    return ForwardSpans(tuple(prompts), tuple(decode_rows))

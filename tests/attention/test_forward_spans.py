@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fairkv_sglang.attention.decoders import PageTableDecoder, make_decoder
-from fairkv_sglang.attention.forward_plan import ForwardPlan, PromptSpan, plan_forward
+from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan, forward_spans
 from fairkv_sglang.kernels import HeadPages, torch_decode
 from fairkv_sglang.kernels.cpu import operations
 
@@ -34,18 +34,18 @@ def batch(extend: bool, reqs: list, lengths: list[int], running: list | None) ->
 def test_chunks_and_running_requests_are_told_apart() -> None:
     whole, chunk, last = request(3, 10, 10), request(1, 40, 90), request(5, 70, 70)
     running = [request(2, 31, 30), request(4, 12, 12)]
-    plan = plan_forward(batch(True, [whole, chunk, last, *running], [4, 20, 6, 1, 1], running))
-    assert plan.spans == (
+    spans = forward_spans(batch(True, [whole, chunk, last, *running], [4, 20, 6, 1, 1], running))
+    assert spans.prompts == (
         PromptSpan(row=3, start=0, length=4, end=10, prompt_len=10),
         PromptSpan(row=1, start=4, length=20, end=40, prompt_len=90),
         PromptSpan(row=5, start=24, length=6, end=70, prompt_len=70),
     )
-    assert plan.decode_rows == (2, 4) and plan.prompt_tokens == 30
-    assert [span.row for span in plan.last] == [3, 5]
+    assert spans.decode_rows == (2, 4) and spans.prompt_tokens == 30
+    assert [span.row for span in spans.last] == [3, 5]
 
 
 def test_decode_has_no_prompts() -> None:
-    assert plan_forward(batch(False, [request(1, 3, 3)], [], None)) == ForwardPlan()
+    assert forward_spans(batch(False, [request(1, 3, 3)], [], None)) == ForwardSpans()
 
 
 PAGES = HeadPages.create(1, 2, 1, 1, 8, torch.float32)
