@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .interface import Kernels, kernels_for
-from .pages import PADDING_ROW, PAGE_TOKENS, HeadPages
+from .interface import Kernels
+from .pages import PADDING_ROW, PAGE_TOKENS, HeadPages, kernels_for
 
 __all__ = ["PADDING_ROW", "PAGE_TOKENS", "HeadPages", "Kernels", "kernels_for"]

@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operations on head pages: one interface, implemented once for each kind of device.
 
-``cpu/`` has them in numba, ``cuda/`` in Triton. :class:`HeadPages` chooses when it is made
+``cpu/`` has them in numba, ``cuda/`` in Triton. ``HeadPages`` chooses when it is made
 (``pages.kernels``), so nothing looks at a device while it serves. Words: `bs` requests of a batch,
 `row` a request's row in the tables, a `lane` is one (layer, head) that this rank serves, `n` heads
 of one layer, `g` query heads per KV head.
 
 On the CPU an arena or table that would overflow raises RuntimeError and nothing is changed. Device
 kernels cannot raise: they leave the affected lane as it was, give slot -1 and set a bit in
-`HeadPages.error`, which stops the rank when it reaches the host.
+`PageTensors.error`, which stops the rank when it reaches the host.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 if TYPE_CHECKING:
-    from .pages import HeadPages
+    from .layout import PageTensors
     from .prompts import PromptBatch
 
 
@@ -65,7 +64,7 @@ class PromptKernels(Protocol):
 
     def store_all_kept(
         self,
-        pages: HeadPages,
+        pages: PageTensors,
         rows: torch.Tensor,
         lane_lo: int,
         k_pool: torch.Tensor,
@@ -92,13 +91,13 @@ class Kernels(Protocol):
     prompts: PromptKernels | None
     """Operations on all prompts of a pass, if compression is to use them."""
 
-    def set_owned(self, pages: HeadPages, row: int, owned: torch.Tensor) -> None:
+    def set_owned(self, pages: PageTensors, row: int, owned: torch.Tensor) -> None:
         """At admission: which lanes this rank serves for the request in `row`.
 
         owned: uint8 or bool [lanes]. The row must hold no pages and must not be the padding row 0.
         """
 
-    def grow(self, pages: HeadPages, rows: torch.Tensor, slots: torch.Tensor) -> None:
+    def grow(self, pages: PageTensors, rows: torch.Tensor, slots: torch.Tensor) -> None:
         """Make room for one token in every owned lane of every row; all layers at once.
 
         rows: int64 [bs], no row twice but the padding row. slots: int64 [bs, lanes], overwritten
@@ -106,12 +105,12 @@ class Kernels(Protocol):
         Lengths are advanced here.
         """
 
-    def release(self, pages: HeadPages, rows: torch.Tensor) -> None:
+    def release(self, pages: PageTensors, rows: torch.Tensor) -> None:
         """Give back all pages of the rows, int64 [m]; length and ownership become 0. Idempotent."""
 
     def store_kept(
         self,
-        pages: HeadPages,
+        pages: PageTensors,
         row: int,
         lane_lo: int,
         k_pool: torch.Tensor,
@@ -141,13 +140,13 @@ class Kernels(Protocol):
         """
 
     def append(
-        self, pages: HeadPages, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, pages: PageTensors, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> None:
         """Write the new token's K and V, [bs, n, D] each, to `slots` int64 [bs, n]; -1: skipped."""
 
     def decode(
         self,
-        pages: HeadPages,
+        pages: PageTensors,
         q: torch.Tensor,
         rows: torch.Tensor,
         lane_lo: int,
@@ -177,21 +176,3 @@ class Kernels(Protocol):
             float32 [n, N - W]; higher = keep. The attention of the W rows is averaged, pooled, then
             averaged over the group.
         """
-
-
-@functools.cache
-def kernels_for(kind: str) -> Kernels:
-    """Operations for tensors on this kind of device, ``torch.device(...).type``.
-
-    Raises:
-        ValueError: for a kind of device that FairKV has no kernels for.
-    """
-    if kind == "cpu":
-        from .cpu import operations as on_cpu
-
-        return on_cpu
-    if kind == "cuda":
-        from .cuda import operations as on_cuda
-
-        return on_cuda
-    raise ValueError(f"FairKV kernels run on cpu and cuda, not on {kind}")

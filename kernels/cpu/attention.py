@@ -18,7 +18,7 @@ import numpy as np
 from llvmlite.binding import get_host_cpu_features
 from numba.core import types
 
-from fairkv_sglang.kernels.pages import PAGE_TOKENS
+from fairkv_sglang.kernels.layout import PAGE_TOKENS
 
 from . import simd
 from .bookkeeping import I64, I64_1D, LENS, OWNED, TABLE

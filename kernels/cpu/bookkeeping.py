@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from fairkv_sglang.kernels.pages import (
+from fairkv_sglang.kernels.layout import (
     ERROR_INDEX,
     ERROR_NO_FREE_PAGE,
     ERROR_ROW_FULL,

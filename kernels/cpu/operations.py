@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from fairkv_sglang.kernels.interface import PromptKernels
-from fairkv_sglang.kernels.pages import (
+from fairkv_sglang.kernels.layout import (
     ERROR_ROW_NOT_EMPTY,
     PADDING_ROW,
     PAGE_TOKENS,
-    HeadPages,
+    PageTensors,
     describe_error,
 )
 
@@ -27,7 +27,7 @@ MIN_TOKENS_PER_THREAD = 512
 """Below this many tokens per thread, handing work to another thread costs more than it saves."""
 
 
-def _state(pages: HeadPages) -> tuple[Any, ...]:
+def _state(pages: PageTensors) -> tuple[Any, ...]:
     """Bookkeeping tensors as numpy arrays over the same memory, made once."""
     if pages._host is None:
         names = ("page_table", "lens", "owned", "free_pages", "free_count")
@@ -51,7 +51,7 @@ def _bytes(x: torch.Tensor, what: str, shape: tuple[int, ...], dtype: torch.dtyp
     return [x.data_ptr(), row * size, column * size]
 
 
-def _arena(pages: HeadPages) -> tuple[int, int, int]:
+def _arena(pages: PageTensors) -> tuple[int, int, int]:
     """Addresses of keys and values, and bytes of a row of either."""
     if not pages.by_columns:
         raise ValueError("the CPU kernels need pages that hold keys by columns")
@@ -61,7 +61,7 @@ def _arena(pages: HeadPages) -> tuple[int, int, int]:
     return pages.k_pages.data_ptr(), pages.v_pages.data_ptr(), row_bytes
 
 
-def set_owned(pages: HeadPages, row: int, owned: torch.Tensor) -> None:
+def set_owned(pages: PageTensors, row: int, owned: torch.Tensor) -> None:
     if row == PADDING_ROW:
         raise ValueError(f"row {PADDING_ROW} pads batches and owns no lane; use a row from 1 on")
     if bool(pages.lens[row].any()):
@@ -69,19 +69,19 @@ def set_owned(pages: HeadPages, row: int, owned: torch.Tensor) -> None:
     pages.owned[row].copy_(owned)
 
 
-def grow(pages: HeadPages, rows: torch.Tensor, slots: torch.Tensor) -> None:
+def grow(pages: PageTensors, rows: torch.Tensor, slots: torch.Tensor) -> None:
     if slots.shape != (rows.shape[0], pages.lanes):
         want = [rows.shape[0], pages.lanes]
         raise ValueError(f"slots must be {want} (rows x lanes), got {list(slots.shape)}")
     _check(bookkeeping.grow(*_state(pages), rows.numpy(), slots.numpy()))
 
 
-def release(pages: HeadPages, rows: torch.Tensor) -> None:
+def release(pages: PageTensors, rows: torch.Tensor) -> None:
     _check(bookkeeping.release(*_state(pages), rows.numpy()))
 
 
 def store_kept(
-    pages: HeadPages,
+    pages: PageTensors,
     row: int,
     lane_lo: int,
     k_pool: torch.Tensor,
@@ -107,7 +107,7 @@ def store_kept(
     )  # fmt: skip
 
 
-def append(pages: HeadPages, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def append(pages: PageTensors, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     shape = (*slots.shape, pages.head_dim)
     of_k = _bytes(k, "k", shape, pages.dtype)
     of_v = _bytes(v, "v", shape, pages.dtype)
@@ -129,7 +129,9 @@ def _kernel(dtype: torch.dtype, group: int, dim: int) -> Callable[..., None]:
     return attention.kernel(CODES[dtype], group, dim)
 
 
-def _parts(pages: HeadPages, rows: torch.Tensor, lane_lo: int, n: int) -> Iterable[tuple[int, int]]:
+def _parts(
+    pages: PageTensors, rows: torch.Tensor, lane_lo: int, n: int
+) -> Iterable[tuple[int, int]]:
     """Ranges of (request, head) items with about equal tokens, one for each thread."""
     items, threads = rows.shape[0] * n, torch.get_num_threads()
     if threads == 1 or items < 2:
@@ -141,7 +143,7 @@ def _parts(pages: HeadPages, rows: torch.Tensor, lane_lo: int, n: int) -> Iterab
 
 
 def decode(
-    pages: HeadPages,
+    pages: PageTensors,
     q: torch.Tensor,
     rows: torch.Tensor,
     lane_lo: int,

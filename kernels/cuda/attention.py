@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fairkv_sglang.kernels.pages import PAGE_TOKENS, HeadPages
+from fairkv_sglang.kernels.layout import PAGE_TOKENS, PageTensors
 
 LOG2_E = math.log2(math.e)
 
@@ -64,7 +64,7 @@ def _decode(  # type: ignore[no-untyped-def]
 
 
 def decode(
-    pages: HeadPages,
+    pages: PageTensors,
     q: torch.Tensor,
     rows: torch.Tensor,
     lane_lo: int,

@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 
 from fairkv_sglang.kernels.interface import PromptKernels
-from fairkv_sglang.kernels.pages import (
+from fairkv_sglang.kernels.layout import (
     ERROR_NO_FREE_PAGE,
     ERROR_ROW_FULL,
     ERROR_ROW_NOT_EMPTY,
     PADDING_ROW,
     PAGE_TOKENS,
-    HeadPages,
+    PageTensors,
 )
 
 from . import attention, score, store
@@ -129,7 +129,7 @@ def _append(  # type: ignore[no-untyped-def]
         tl.store(folded + (i * n * group + j) * D + d, query, mask=d < D)
 
 
-def set_owned(pages: HeadPages, row: int, owned: torch.Tensor) -> None:
+def set_owned(pages: PageTensors, row: int, owned: torch.Tensor) -> None:
     if row == PADDING_ROW:
         raise ValueError(f"row {PADDING_ROW} pads batches and owns no lane; use a row from 1 on")
     busy = (pages.lens[row] != 0).any()
@@ -137,7 +137,7 @@ def set_owned(pages: HeadPages, row: int, owned: torch.Tensor) -> None:
     pages.owned[row].copy_(owned)
 
 
-def grow(pages: HeadPages, rows: torch.Tensor, slots: torch.Tensor) -> None:
+def grow(pages: PageTensors, rows: torch.Tensor, slots: torch.Tensor) -> None:
     cells = rows.shape[0] * pages.lanes
     blocks = triton.cdiv(cells, GROW_BLOCK)
     if blocks == 0:
@@ -155,7 +155,7 @@ def grow(pages: HeadPages, rows: torch.Tensor, slots: torch.Tensor) -> None:
     _pop[(1,)](pages.free_count, counts, blocks, BLOCK=GROW_BLOCK)
 
 
-def release(pages: HeadPages, rows: torch.Tensor) -> None:
+def release(pages: PageTensors, rows: torch.Tensor) -> None:
     if rows.shape[0] == 0:
         return
     rows = rows.contiguous()
@@ -175,7 +175,7 @@ def release(pages: HeadPages, rows: torch.Tensor) -> None:
 
 
 def append(
-    pages: HeadPages,
+    pages: PageTensors,
     slots: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

@@ -11,13 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fairkv_sglang.kernels.pages import (
+from fairkv_sglang.kernels.layout import (
     ERROR_INDEX,
     ERROR_NO_FREE_PAGE,
     ERROR_ROW_FULL,
     ERROR_ROW_NOT_EMPTY,
     PAGE_TOKENS,
-    HeadPages,
+    PageTensors,
 )
 
 
@@ -83,7 +83,7 @@ def _store_kept(  # type: ignore[no-untyped-def]
 
 
 def store_kept(
-    pages: HeadPages,
+    pages: PageTensors,
     row: int,
     lane_lo: int,
     k_pool: torch.Tensor,
@@ -103,7 +103,7 @@ def store_kept(
 
 
 def store_all_kept(
-    pages: HeadPages,
+    pages: PageTensors,
     rows: torch.Tensor,
     lane_lo: int,
     k_pool: torch.Tensor,

@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fairkv_sglang.kernels.pages import PAGE_TOKENS, HeadPages
+from fairkv_sglang.kernels.layout import PAGE_TOKENS, PageTensors
 
 from .workspace import Workspace
 
@@ -176,7 +176,7 @@ def _list_pages(  # type: ignore[no-untyped-def]
 
 
 def make_tiles(
-    pages: HeadPages,
+    pages: PageTensors,
     rows: torch.Tensor,
     workspace: Workspace,
     longest_first: bool = True,

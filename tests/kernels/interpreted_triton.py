@@ -19,8 +19,7 @@ import torch
 from fairkv_sglang.attention.warm_up import warm_up
 from fairkv_sglang.budgets.scorers.snapkv import SnapKV
 from fairkv_sglang.budgets.scorers.streaming import Streaming
-from fairkv_sglang.kernels import HeadPages
-from fairkv_sglang.kernels import pages as pages_module
+from fairkv_sglang.kernels import HeadPages, layout
 from fairkv_sglang.kernels.cuda import attention, flashinfer, operations, score, tiles
 from fairkv_tests import gpu_checks, reference
 from fairkv_tests.flashinfer_model import FlashInferModel
@@ -96,11 +95,11 @@ def test_exhausted_arena_sets_the_error_bit_and_damages_nothing() -> None:
     pages.check_integrity()
     operations.grow(pages, torch.tensor([1], device=DEVICE), slots[:1])
     assert slots[0].tolist() == [-1, -1]
-    assert int(pages.error) == pages_module.ERROR_ROW_FULL
+    assert int(pages.error) == layout.ERROR_ROW_FULL
     pages.error.zero_()
     pages.check_integrity()
     operations.set_owned(pages, 1, everything)
-    assert int(pages.error) == pages_module.ERROR_ROW_NOT_EMPTY
+    assert int(pages.error) == layout.ERROR_ROW_NOT_EMPTY
 
 
 @pytest.mark.parametrize(
@@ -162,7 +161,7 @@ def test_store_kept_and_release(
     # Row 1 holds pages: refused as a whole, unless no lane takes anything.
     before = fast.lens.clone()
     store(operations, fast, 1)
-    bit = pages_module.ERROR_ROW_NOT_EMPTY if max(lanes) >= 0 else 0
+    bit = layout.ERROR_ROW_NOT_EMPTY if max(lanes) >= 0 else 0
     assert int(fast.error) == bit
     assert torch.equal(fast.lens, before)
     fast.error.zero_()
@@ -175,12 +174,12 @@ def test_store_kept_and_release(
 
 def test_store_kept_into_a_full_arena_changes_nothing() -> None:
     for num_pages, max_pages, columns, bit in (
-        (2, 9, None, pages_module.ERROR_NO_FREE_PAGE),
-        (3, 9, [0, 0], pages_module.ERROR_NO_FREE_PAGE),
-        (1, 9, [0, -1], pages_module.ERROR_NO_FREE_PAGE),
-        (9, 1, None, pages_module.ERROR_ROW_FULL),
-        (9, 9, [1, 2], pages_module.ERROR_INDEX),
-        (9, 9, [2**40, -1], pages_module.ERROR_INDEX),
+        (2, 9, None, layout.ERROR_NO_FREE_PAGE),
+        (3, 9, [0, 0], layout.ERROR_NO_FREE_PAGE),
+        (1, 9, [0, -1], layout.ERROR_NO_FREE_PAGE),
+        (9, 1, None, layout.ERROR_ROW_FULL),
+        (9, 9, [1, 2], layout.ERROR_INDEX),
+        (9, 9, [2**40, -1], layout.ERROR_INDEX),
         (1, 1, [-1, 1], 0),
         (2, 1, [1, 1], 0),
     ):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import fairkv_sglang.patches.rank
 from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
-from fairkv_sglang.kernels.pages import ERROR_NO_FREE_PAGE
+from fairkv_sglang.kernels.layout import ERROR_NO_FREE_PAGE
 from fairkv_sglang.memory.sizing import LEAST_PAGES
 from fairkv_sglang.patches import scheduling
 from fairkv_sglang.patches.prefill_budget import FairKVPrefillBudget

@@ -19,7 +19,7 @@ from fairkv_sglang.bench import resident
 from fairkv_sglang.bench.gpu.contenders import Maker
 from fairkv_sglang.bench.gpu.report import need
 from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages, kernels_for
-from fairkv_sglang.kernels.pages import ERROR_NO_FREE_PAGE, ERROR_ROW_FULL
+from fairkv_sglang.kernels.layout import ERROR_NO_FREE_PAGE, ERROR_ROW_FULL
 from fairkv_tests import reference
 from fairkv_tests.flashinfer_model import scalar_plan
 

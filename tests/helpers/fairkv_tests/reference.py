@@ -12,15 +12,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fairkv_sglang.kernels.pages import (
+from fairkv_sglang.kernels.layout import (
     ERROR_INDEX,
     ERROR_NO_FREE_PAGE,
     ERROR_ROW_FULL,
     ERROR_ROW_NOT_EMPTY,
     PAGE_TOKENS,
-    HeadPages,
     describe_error,
 )
+from fairkv_sglang.kernels.pages import HeadPages
 from fairkv_sglang.kernels.torch_decode import decode, gather
 
 __all__ = [
