@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
@@ -61,6 +62,14 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
     def get_kv_pool_cls(self, *, kind: str) -> None:
         """SGLang from 0.5.22 on asks this one first; its own pools do."""
+
+    def get_torch_profiler_activity_str(self) -> str:
+        """A name of its own: SGLang knows ``CPU`` itself, and would start two profilers for it."""
+        return self.device_name
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        """What that name stands for."""
+        return torch.profiler.ProfilerActivity.CPU
 
     def get_paged_allocator_cls(self) -> type:
         """SGLang's allocator with torch in place of its two Triton kernels."""

@@ -174,6 +174,16 @@ def test_metrics_of_both_ranks(server: ServerProcess) -> None:
     assert all(set(ranks) == {"0", "1"} for ranks in metrics.values())
 
 
+def test_profiling_leaves_a_trace_of_each_rank(server: ServerProcess, tmp_path: Path) -> None:
+    """Torch's profiler, with the kinds of activity that SGLang's client asks for."""
+    options = {"output_dir": str(tmp_path), "activities": ["CPU", "GPU"]}
+    server.post_text("/start_profile", options)
+    server.post("/generate", {"text": "hello " * 40, "sampling_params": {"max_new_tokens": 4}})
+    server.post_text("/stop_profile", {})
+    assert len(list(tmp_path.rglob("*.trace.json.gz"))) == 2
+    assert "fairkv" in server.get("/server_info")
+
+
 def test_flush_cache_gives_the_pool_back(server: ServerProcess) -> None:
     """And the answer afterwards is the same."""
     prompt = random_prompts([500], vocab=500, seed=10)[0]

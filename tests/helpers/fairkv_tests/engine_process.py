@@ -222,11 +222,15 @@ class ServerProcess(_Process):
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """JSON answer to a POST."""
+        return json.loads(self.post_text(path, body))
+
+    def post_text(self, path: str, body: dict[str, Any]) -> str:
+        """Answer to a POST."""
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=CALL_SECONDS) as response:
-            return json.loads(response.read())
+            return str(response.read().decode())
 
     def close(self, seconds: float = 20) -> int:
         """Ask the server to stop, then make sure of it."""
