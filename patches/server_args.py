@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fairkv_sglang.config import (
     FILE_VARIABLE,
@@ -28,6 +28,9 @@ from fairkv_sglang.config import (
 from fairkv_sglang.model import Model
 from fairkv_sglang.near_miss import guard
 from fairkv_sglang.patches.ledger import Hook
+
+if TYPE_CHECKING:
+    from fairkv_sglang.planning import Start
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +107,8 @@ def _resolve(original: Any, server_args: Any) -> None:
     _export(config)
     os.environ.pop(PLAN_VARIABLE, None)  # of an earlier start
     on_cpu = is_active()
+    if on_cpu or config.enabled:
+        _check_devices(server_args)
     if on_cpu:
         _settle_cpu(server_args)
     if config.enabled:
@@ -126,13 +131,70 @@ def _resolve(original: Any, server_args: Any) -> None:
         support.refuse(view, model)
     support.check_split(model, view.tp_size)
     if config.enabled:
-        plan = support.check_start(config, model, view.tp_size, str(view.device)).plan
+        start = support.check_start(config, model, view.tp_size, str(view.device))
+        _check_memory(start, view)
+        plan = start.plan
         os.environ[PLAN_VARIABLE] = hand_out(plan)
         logger.info(
             "FairKV is on: %s, plan %s",
             config.model_dump_json(exclude_defaults=True),
             plan.digest[:12],
         )
+
+
+def _check_devices(server_args: Any) -> None:
+    """What SGLang would find out in a rank, or never say."""
+    import torch
+
+    if server_args.tp_size < 1:
+        raise ConfigError(f"--tp-size {server_args.tp_size}: give the number of ranks, 1 or more")
+    if str(server_args.device).startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"--device {server_args.device}: torch finds no CUDA device on this machine; leave the "
+            "flag out to use what there is"
+        )
+
+
+def _check_memory(start: Start, view: Any) -> None:
+    """Divide the most memory that there can be: what does not fit into that does not fit at all.
+
+    Ranks divide what is free when their weights are loaded.
+    """
+    from sglang.srt.utils import get_device_memory_capacity
+
+    from fairkv_sglang.memory.sizing import divide_memory
+    from fairkv_sglang.parallel.lanes import LaneTable
+
+    model, config = start.model, start.config
+    # None and auto: the model's own
+    dtype_bytes = {"float32": 4, "float16": 2, "bfloat16": 2, "bf16": 2}.get(
+        str(view.kv_cache_dtype), model.dtype_bytes
+    )
+    heads = max(1, model.num_kv_heads // view.tp_size)
+    token_bytes = 2 * model.head_dim * dtype_bytes * heads * model.num_layers
+    mebibytes = get_device_memory_capacity(str(view.device)) or 0
+    bounds = [view.max_total_tokens or 0, int(mebibytes * (1 << 20)) // token_bytes]
+    if not any(bounds):
+        return
+    try:
+        divide_memory(
+            lane_slots=LaneTable(
+                start.plan, None if config.replan == "advise" else start.slots
+            ).capacity,
+            total_tokens=min(filter(None, bounds)),
+            stock_heads=heads,
+            head_dim=model.head_dim,
+            dtype_bytes=dtype_bytes,
+            page_size=view.page_size or 1,
+            context_len=model.context,
+            chunk=view.chunked_prefill_size,
+            max_requests=1,
+            prefill_pool=config.prefill_pool,
+            max_head_tokens=config.max_head_tokens,
+            arena_pages=config.debug.arena_pages,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def read_model(server_args: Any) -> Model:

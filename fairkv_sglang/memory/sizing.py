@@ -13,6 +13,8 @@ from fairkv_sglang.memory.page_ledger import PAGE_TOKENS, Pages
 TABLE_FRACTION = 1 / 16
 # Head pages per lane without which no request at all could be admitted.
 LEAST_PAGES = 3
+# The same for the prefill pool and the page tables, in tokens; SGLang's own first request has 40.
+LEAST_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,19 @@ def divide_memory(
             "(--mem-fraction-static, --max-total-tokens)"
         )
 
+    least = min(LEAST_TOKENS, context_len) + page_size
+    if pool_tokens < least:
+        raise ValueError(
+            f"a prefill pool of {pool_tokens} tokens holds no prompt: give --fairkv-prefill-pool "
+            f"at least {-(-least // page_size) * page_size}, or more memory"
+        )
+
     head_tokens = min(max_head_tokens or context_len, context_len)
+    if head_tokens < min(LEAST_TOKENS, context_len):
+        raise ValueError(
+            f"heads of {head_tokens} tokens hold no prompt with its output: give "
+            f"--fairkv-max-head-tokens at least {LEAST_TOKENS}"
+        )
     row_bytes = lanes * (-(-head_tokens // PAGE_TOKENS) + 1) * 4
     rows = min(max_requests, int(total_bytes * TABLE_FRACTION // int(row_bytes.max())) - 1)
     if rows < 1:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fairkv_sglang.cli.preview import describe
 from fairkv_sglang.config import from_mapping
@@ -73,6 +74,37 @@ def test_launch_flags_are_validated_and_explained(tiny_model: Callable[..., Path
     assert "error: there is no flag --fairkv-budgets: did you mean --fairkv-budget?" in lines
     assert not any(line.startswith("usage:") for line in lines)
     assert "did you mean layer?" in lines[-1]
+
+
+HOPELESS = {
+    "--fairkv-decode-backend flashinfer": "flashinfer",
+    "--fairkv-prefill-pool 1": "a prefill pool of 1 tokens holds no prompt",
+    "--fairkv-prefill-pool 999999999": "give a smaller --fairkv-prefill-pool",
+    "--max-total-tokens 4096 --fairkv-prefill-pool 4096": "give a smaller --fairkv-prefill-pool",
+    "--max-total-tokens 4096 --fairkv-arena-pages 1": "room for 1 head pages",
+    "--fairkv-max-head-tokens 1": "heads of 1 tokens hold no prompt",
+    "--tp 0": "--tp-size 0: give the number of ranks",
+    "--device cuda": "torch finds no CUDA device",
+}
+"""What passed until a rank had its weights, and what is wrong with it."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="some of it works with a GPU")
+def test_what_no_start_survives_is_refused_before_weights(tiny_model: Callable[..., Path]) -> None:
+    """One line each; the parent's hooks are the same for a server and for the check."""
+    model = ["--model-path", str(tiny_model()), "--fairkv"]
+    starts = [[*model, *flags.split()] for flags in HOPELESS]
+    done = subprocess.run(
+        [sys.executable, "-c", _CHECKS, json.dumps([[*model, "--device", "cpu"], *starts])],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    ends = [line for line in done.stdout.splitlines() if line.startswith("status")]
+    assert ends == ["status 0", *["status 2"] * len(HOPELESS)], done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == len(HOPELESS) and "Traceback" not in done.stderr
+    for line, message in zip(lines, HOPELESS.values(), strict=True):
+        assert message in line
 
 
 def _try_out(path: str = "") -> tuple[int, dict[str, tuple[bool, str]]]:

@@ -81,7 +81,8 @@ def of_the_server(
         patch.setattr("sglang.srt.arg_groups.overrides.resolving_view", lambda view: view)
         patch.setattr("fairkv_sglang.patches.cpu_platform.is_active", lambda: device == "cpu")
         patch.setattr(server_args, "_settle_cpu", lambda _: None)
-        patch.setattr(server_args, "_settle", lambda *_: None)
+        for name in ("_settle", "_check_devices", "_check_memory"):  # of this machine
+            patch.setattr(server_args, name, lambda *_: None)
         server_args.around_resolve(lambda _: None, arguments)
     plan, config = received(), from_environment()
     assert plan is not None and config is not None
@@ -126,7 +127,10 @@ def test_a_plan_file_goes_the_same_way(model: Path, tmp_path: Path) -> None:
     assert served == Plan.from_file(out)
 
 
-def test_another_start_gets_no_plan_of_an_earlier_one(model: Path) -> None:
+def test_another_start_gets_no_plan_of_an_earlier_one(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_args, "_check_devices", lambda _: None)
     of_the_server(model, 2, "cuda", "auto", [])
     server_args._State.command_line = None
     arguments = SimpleNamespace(model_path="none", tp_size=1, device="cuda")

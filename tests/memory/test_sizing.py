@@ -80,6 +80,9 @@ def test_parts_fit(seed: int, split: tuple[int, int], **options) -> None:
         ({"prefill_pool": 10**9}, "smaller --fairkv-prefill-pool"),
         ({"page_size": 64, "prefill_pool": 63}, "prefill pool of 0 tokens"),
         ({"context_len": 10**9}, "smaller --fairkv-max-head-tokens"),
+        ({"prefill_pool": 1}, "a prefill pool of 1 tokens holds no prompt.* at least 65"),
+        ({"page_size": 16, "prefill_pool": 64}, "64 tokens holds no prompt.* at least 80"),
+        ({"max_head_tokens": 1}, "--fairkv-max-head-tokens at least 64"),
         ({"arena_pages": 11}, "room for 11 head pages"),
     ],
 )
