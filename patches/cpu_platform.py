@@ -17,7 +17,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 from fairkv_sglang.patches.overrides import overrides
-from fairkv_sglang.patches.versions import since
+from fairkv_sglang.patches.versions import pool_class_method
 
 
 def is_active() -> bool:
@@ -87,13 +87,15 @@ OVERRIDES = overrides(
         "is_pin_memory_available": "there is no device to pin memory for",
         "apply_server_args_defaults": "on CPUs with AMX SGLang chooses a backend of sgl_kernel",
         "init_backend": "there is nothing to start",
-        "get_mha_kv_pool_cls": "a platform of its own has to name its pool",
-        **({"get_kv_pool_cls": "pools are SGLang's own"} if since("0.5.22") else {}),
+        pool_class_method(): "a platform of its own has to name its pool",
+        "get_torch_profiler_activity_str": "SGLang profiles on every platform of its own",
+        "get_torch_profiler_activity": "SGLang profiles on every platform of its own",
         "get_paged_allocator_cls": "SGLang's allocator needs Triton",
     },
     callers=(
         "sglang.srt.arg_groups.model_override_base",
         "sglang.srt.arg_groups.platform_hook",
+        "sglang.srt.managers.scheduler_components.profiler_manager",
         "sglang.srt.mem_cache.kv_cache_configurator",
         "sglang.srt.model_executor.model_runner",
         "sglang.srt.utils.common",

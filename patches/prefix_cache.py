@@ -18,7 +18,7 @@ from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.patches.ledger import verify
 from fairkv_sglang.patches.overrides import overrides
 from fairkv_sglang.patches.rank import this_rank
-from fairkv_sglang.patches.versions import let_go_of_prefix, since
+from fairkv_sglang.patches.versions import let_go_of_prefix, storing_method
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -122,13 +122,11 @@ def build_prefix_cache(context: Any) -> Any:
     return create_unified_radix_cache(context, cache_class=ours)
 
 
-_STORE = "checkpoint" if since("0.5.22") else "cache_unfinished_req"
-
 OVERRIDES = overrides(
     FairKVRadixCache,
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache",
     {
-        _STORE: "the slots of a prompt go back when its last chunk has run",
+        storing_method(): "the slots of a prompt go back when its last chunk has run",
         "claim_kv_row": "a released row must not free positions that never had a slot",
         "on_release": "a retracted request starts anew",
         "swa_reprefill_tail_tokens": "the observation window is recomputed in a prefix hit",

@@ -56,9 +56,19 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, found.group().split("."))) if found else ()
 
 
-def since(version: str) -> bool:
+def _since(version: str) -> bool:
     """Whether the installed SGLang is this release or a later one."""
     return _numbers(installed()) >= _numbers(version)
+
+
+def storing_method() -> str:
+    """Name of a prefix cache's method that stores what a request has computed so far."""
+    return "checkpoint" if _since("0.5.22") else "cache_unfinished_req"
+
+
+def pool_class_method() -> str:
+    """Name of a platform's method that names the class of its KV pool."""
+    return "get_kv_pool_cls" if _since("0.5.22") else "get_mha_kv_pool_cls"
 
 
 def let_go_of_prefix(cache: Any, req: Any) -> None:
@@ -68,7 +78,7 @@ def let_go_of_prefix(cache: Any, req: Any) -> None:
     """
     import torch
 
-    if since("0.5.22"):
+    if _since("0.5.22"):
         cache.unlock(req.lock)
         req.lock = None
     else:
