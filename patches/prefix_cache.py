@@ -80,6 +80,10 @@ class FairKVRadixCache(UnifiedRadixCache):  # type: ignore[misc]
         # Output tokens have no full KV, so nothing may be inserted at finish.
         req.skip_radix_cache_insert = True
 
+    def dec_lock_ref(self, node_id: Any, params: Any = None, *rest: Any, **named: Any) -> Any:
+        """SGLang's; it has no receipt to give where prefix caching is off."""
+        return super().dec_lock_ref(node_id, params, *rest, **named)
+
     def claim_kv_row(self, req: Req) -> bool:
         """First call of every release: forget positions that never had a slot."""
         slots = getattr(req, SLOTS, None)
@@ -127,6 +131,7 @@ OVERRIDES = overrides(
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache",
     {
         storing_method(): "the slots of a prompt go back when its last chunk has run",
+        "dec_lock_ref": "admission without prefix caching gives no receipt",
         "claim_kv_row": "a released row must not free positions that never had a slot",
         "on_release": "a retracted request starts anew",
         "swa_reprefill_tail_tokens": "the observation window is recomputed in a prefix hit",

@@ -184,7 +184,7 @@ def test_help_shows_both_groups(module: bool) -> None:
 @pytest.mark.parametrize(
     ("arguments", "environment", "words"),
     [
-        (["--fairkv", "--fairkv-scope", "model"], {}, "'model' is not one of uniform, head"),
+        (["--fairkv", "--fairkv-scope", "model"], {}, "'model' is not one of head, layer"),
         (["--fairkv"], {"SGLANG_PLUGINS": "other"}, "SGLANG_PLUGINS=other"),
         (["--fairkv"], {"SGLANG_PLATFORM": "other"}, "SGLANG_PLATFORM=other"),
     ],
