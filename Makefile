@@ -8,6 +8,7 @@ PYTHON ?= $(shell for name in python3.11 python3 python; do \
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
+CHAOS_ARGS ?=
 WORKERS ?= 2
 # Tests that share an engine stay on one worker; engines come first, so that no worker ends long before the other.
 PYTEST = $(ON_SGLANG) $(BIN)/pytest $(PYTEST_ARGS)
@@ -23,7 +24,7 @@ endif
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install dev demo test lint types unit engine smoke sweep bench format clean
+.PHONY: help install dev demo test lint types unit engine smoke sweep chaos bench format clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -79,6 +80,9 @@ smoke: $(VENV)/developing $(WHEEL)  ## what each supported SGLang has to pass; f
 
 sweep: $(VENV)/developing  ## the long tests: many placements, models and TP sizes
 	FAIRKV_SWEEP_REPORT=$(abspath docs/results) $(PYTEST) -m sweep
+
+chaos: $(VENV)/developing  ## 2,000 requests of every kind on a real server, and its books afterwards; options in CHAOS_ARGS
+	PYTHONPATH=tests/helpers $(BIN)/python -m fairkv_tests.chaos $(CHAOS_ARGS)
 
 build/sglang-%/complete: | $(VENV)/bin/python
 	@rm -rf $(@D) && mkdir -p $(@D)
