@@ -18,7 +18,7 @@ from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.patches.ledger import verify
 from fairkv_sglang.patches.overrides import overrides
 from fairkv_sglang.patches.rank import this_rank
-from fairkv_sglang.patches.versions import let_go_of_prefix, storing_method
+from fairkv_sglang.patches.versions import let_go_of_prefix, storing_method, unlocking_methods
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -81,7 +81,7 @@ class FairKVRadixCache(UnifiedRadixCache):  # type: ignore[misc]
         req.skip_radix_cache_insert = True
 
     def dec_lock_ref(self, node_id: Any, params: Any = None, *rest: Any, **named: Any) -> Any:
-        """SGLang's; it has no receipt to give where prefix caching is off."""
+        """SGLang up to 0.5.21: there is no receipt to give where prefix caching is off."""
         return super().dec_lock_ref(node_id, params, *rest, **named)
 
     def claim_kv_row(self, req: Req) -> bool:
@@ -131,7 +131,7 @@ OVERRIDES = overrides(
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache",
     {
         storing_method(): "the slots of a prompt go back when its last chunk has run",
-        "dec_lock_ref": "admission without prefix caching gives no receipt",
+        **dict.fromkeys(unlocking_methods(), "admission without prefix caching gives no receipt"),
         "claim_kv_row": "a released row must not free positions that never had a slot",
         "on_release": "a retracted request starts anew",
         "swa_reprefill_tail_tokens": "the observation window is recomputed in a prefix hit",

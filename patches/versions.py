@@ -66,6 +66,11 @@ def storing_method() -> str:
     return "checkpoint" if _since("0.5.22") else "cache_unfinished_req"
 
 
+def unlocking_methods() -> tuple[str, ...]:
+    """Methods of a prefix cache that admission calls without a receipt where caching is off."""
+    return () if _since("0.5.22") else ("dec_lock_ref",)
+
+
 def pool_class_method() -> str:
     """Name of a platform's method that names the class of its KV pool."""
     return "get_kv_pool_cls" if _since("0.5.22") else "get_mha_kv_pool_cls"
