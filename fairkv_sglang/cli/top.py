@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -83,6 +84,8 @@ def _show(view: View, args: argparse.Namespace, console: Console) -> None:
                 if fresh is not None:
                     view.answered(*fresh, time.monotonic())
 
+    # Not as an exception: raised inside a callback it would be swallowed, and the view go on.
+    before = signal.signal(signal.SIGINT, lambda *_: ended.set())
     thread = threading.Thread(target=keep_asking, name="fairkv-top", daemon=True)
     with (
         _single_keys() as keys,
@@ -93,7 +96,7 @@ def _show(view: View, args: argparse.Namespace, console: Console) -> None:
         size = console.size
         state = None
         try:
-            while True:
+            while not ended.is_set():
                 with lock:
                     now = time.monotonic()
                     news = (view.seen, view.error)
@@ -104,6 +107,7 @@ def _show(view: View, args: argparse.Namespace, console: Console) -> None:
                     return
         finally:
             ended.set()
+            signal.signal(signal.SIGINT, before)
 
 
 def _draw(view: View, console: Console, height: int) -> Text:

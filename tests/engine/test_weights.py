@@ -46,10 +46,13 @@ def engine(
     start_engine: Callable[..., EngineProcess],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> EngineProcess:
-    """Started without weights; its pool has pages of 16 tokens."""
+    """Started without weights; its pool has pages of 16 tokens.
+
+    Its first answers, nobody's, are looked at here: tests may come in any order.
+    """
     assert far_from_home(random_plan(2, SEED))
     plan = write_plan(tmp_path_factory.mktemp("plan"), 2, SEED)
-    return start_engine(
+    made = start_engine(
         models[0].folder,
         fairkv={"ratio": 1.0, "plan": plan},
         tp_size=2,
@@ -58,6 +61,10 @@ def engine(
         prefill_attention_backend="torch_native",
         **ENGINE,
     )
+    outputs = made.generate(PROMPTS, NEW_TOKENS)
+    assert [len(output) for output in outputs] == [NEW_TOKENS] * len(PROMPTS)
+    assert all(outputs != model.outputs for model in models)
+    return made
 
 
 def _from_disk(engine: EngineProcess, folder: Path) -> tuple[bool, str]:
@@ -72,11 +79,8 @@ def _from_disk(engine: EngineProcess, folder: Path) -> tuple[bool, str]:
     return done, message
 
 
-def test_dummy_weights_serve(engine: EngineProcess, models: list[Checkpoint]) -> None:
-    """Some answer of the right length, and it is nobody's."""
-    outputs = engine.generate(PROMPTS, NEW_TOKENS)
-    assert [len(output) for output in outputs] == [NEW_TOKENS] * len(PROMPTS)
-    assert all(outputs != model.outputs for model in models)
+def test_dummy_weights_serve(engine: EngineProcess) -> None:
+    """Twins are made of weights that came from nowhere; the fixture has looked at the answers."""
     assert "FairKV: decode twins of rank 1" in engine.log
 
 
@@ -101,6 +105,7 @@ def test_update_that_fails_changes_nothing(
 
 def test_update_from_tensors(engine: EngineProcess, models: list[Checkpoint]) -> None:
     """All tensors of a model, in two parts, as a trainer sends them."""
+    assert _from_disk(engine, models[0].folder)[0]
     assert engine.generate(PROMPTS, NEW_TOKENS) == models[0].outputs
     engine.call("empty_cache")
     assert engine.call("update_from_tensors", folder=str(models[1].folder), parts=2) == "Success"
