@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 
 from fairkv_sglang.attention.decoders import Decoder
-from fairkv_sglang.budgets import Scorer
+from fairkv_sglang.budgets import Scorer, pick
+from fairkv_sglang.budgets.selection import pooled_counts
 from fairkv_sglang.kernels import PADDING_ROW, HeadPages
 from fairkv_sglang.kernels.prompts import PromptBatch
 
@@ -69,7 +70,9 @@ def _prompt(pages: HeadPages, scorer: Scorer, lanes: int, group: int) -> None:
     q = k[:window, :, None].expand(-1, -1, group, -1).contiguous() if scorer.needs_queries else None
     of_prompts, scale = pages.kernels.prompts, pages.head_dim**-0.5
     if of_prompts is None:
-        scorer.score(q, k, scale=scale)
+        scores = scorer.score(q, k, scale=scale)
+        counts = window + pooled_counts(scores, SCORED, range(lanes))
+        pick(scores, counts, total)
         return
     slots = torch.arange(total, dtype=torch.int32, device=device).expand(pages.rows, -1)
     batch = PromptBatch.create([PADDING_ROW], [total], [SCORED], slots, [2], [1])
