@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Implementations of decode attention by name, and the devices that they run on."""
+"""Implementations of decode attention by name, the devices that they run on, what makes them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fairkv_sglang.registry import Registry
+
+_DECODERS = "fairkv_sglang.attention.decoders"  # torch and kernels come with it
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,15 @@ class DecodeBackend:
         devices: Kinds of device that it runs on, ``cpu`` or ``cuda``; none: it is a choice of
             another one.
         order: Of those that run on a device, the lowest is its default.
+        factory: ``module:function`` that makes it, imported when chosen. It gets the rank's
+            ``HeadPages`` and ``RankHeads`` and returns a ``Decoder`` (``attention/decoders.py``).
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     devices: ClassVar[tuple[str, ...]] = ()
     order: ClassVar[int] = 0
+    factory: ClassVar[str] = ""
 
 
 DECODE_BACKENDS: Registry[DecodeBackend] = Registry(
@@ -49,6 +54,7 @@ class FlashInfer(DecodeBackend):
     name: ClassVar[str] = "flashinfer"
     summary: ClassVar[str] = "FlashInfer's kernel, CUDA"
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    factory: ClassVar[str] = f"{_DECODERS}:flashinfer"
 
 
 @DECODE_BACKENDS.register
@@ -59,6 +65,7 @@ class Numba(DecodeBackend):
     name: ClassVar[str] = "numba"
     summary: ClassVar[str] = "compiled code, CPU"
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    factory: ClassVar[str] = f"{_DECODERS}:own_kernel"
 
 
 @DECODE_BACKENDS.register
@@ -70,6 +77,7 @@ class Triton(DecodeBackend):
     summary: ClassVar[str] = "Triton's kernel, CUDA"
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     order: ClassVar[int] = 1
+    factory: ClassVar[str] = f"{_DECODERS}:own_kernel"
 
 
 @DECODE_BACKENDS.register
@@ -81,6 +89,7 @@ class Torch(DecodeBackend):
     summary: ClassVar[str] = "plain torch, slow, any device"
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     order: ClassVar[int] = 2
+    factory: ClassVar[str] = f"{_DECODERS}:plain_torch"
 
 
 def choose(name: str, device: str) -> str:

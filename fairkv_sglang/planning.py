@@ -53,6 +53,11 @@ class Start:
         return self.planner.slots
 
     @property
+    def room(self) -> int | None:
+        """Those that ranks are built with: none with ``replan`` advise, which changes no lane."""
+        return None if self.config.replan == "advise" else self.slots
+
+    @property
     def expected(self) -> FloatArray:
         """Tokens ``[L, H]`` that heads are expected to keep of one prompt."""
         return _expected(self.config, self.scope)

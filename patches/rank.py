@@ -51,8 +51,7 @@ class Rank:
     def __init__(self, start: Start, rank: int) -> None:
         self.start, self.config, self.model = start, start.config, start.model
         self.scorer, self.scope = start.scorer, start.scope
-        # Advice alone changes no lane and needs no room for one.
-        table = LaneTable(start.plan, None if start.config.replan == "advise" else start.slots)
+        table = LaneTable(start.plan, start.room)
         self.heads = RankHeads(start.plan, rank, start.model.group_size, table)
         self.scope.home_size = self.heads.homes.per_rank
         self.in_force = PlanInForce(start.plan, start.source)

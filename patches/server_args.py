@@ -178,9 +178,7 @@ def _check_memory(start: Start, view: Any) -> None:
         return
     try:
         divide_memory(
-            lane_slots=LaneTable(
-                start.plan, None if config.replan == "advise" else start.slots
-            ).capacity,
+            lane_slots=LaneTable(start.plan, start.room).capacity,
             total_tokens=min(filter(None, bounds)),
             stock_heads=heads,
             head_dim=model.head_dim,

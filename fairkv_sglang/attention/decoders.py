@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
-from fairkv_sglang.decode_backends import choose
+from fairkv_sglang.decode_backends import DECODE_BACKENDS, choose
 from fairkv_sglang.kernels import HeadPages, torch_decode
 from fairkv_sglang.parallel import RankHeads
 
@@ -92,6 +93,26 @@ class PageTableDecoder:
         self.operation(self.pages, q, rows, self.lane_start[layer], lanes, scale, out)
 
 
+def flashinfer(pages: HeadPages, heads: RankHeads) -> Decoder:
+    """FlashInfer's kernel, after a check that it still reads the plan that is made for it."""
+    from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
+    from fairkv_sglang.kernels.cuda.flashinfer_check import assert_plan_matches_flashinfer
+
+    group, dim = heads.group_size, pages.head_dim
+    assert_plan_matches_flashinfer(pages.dtype, dim, group, str(pages.device))
+    return FlashInferDecoder(pages, heads.lane_start, group, dim**-0.5)
+
+
+def own_kernel(pages: HeadPages, heads: RankHeads) -> Decoder:
+    """The kernel of the pages' device: numba's or Triton's."""
+    return PageTableDecoder(pages, heads.lane_start, pages.kernels.decode)
+
+
+def plain_torch(pages: HeadPages, heads: RankHeads) -> Decoder:
+    """Torch operations, to compare with."""
+    return PageTableDecoder(pages, heads.lane_start, torch_decode.decode)
+
+
 def make_decoder(wanted: str, pages: HeadPages, heads: RankHeads) -> Decoder:
     """The implementation that ``--fairkv-decode-backend`` names, or the device's own.
 
@@ -103,14 +124,6 @@ def make_decoder(wanted: str, pages: HeadPages, heads: RankHeads) -> Decoder:
     Raises:
         ValueError: if the named implementation does not run on the device, with those that do.
     """
-    device = str(pages.device)
-    name = choose(wanted, device)
-    if name == "flashinfer":
-        from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
-        from fairkv_sglang.kernels.cuda.flashinfer_check import assert_plan_matches_flashinfer
-
-        group = heads.group_size
-        assert_plan_matches_flashinfer(pages.dtype, pages.head_dim, group, device)
-        return FlashInferDecoder(pages, heads.lane_start, group, pages.head_dim**-0.5)
-    operation = torch_decode.decode if name == "torch" else pages.kernels.decode
-    return PageTableDecoder(pages, heads.lane_start, operation)
+    backend = DECODE_BACKENDS[choose(wanted, str(pages.device))]
+    decoder: Decoder = pkgutil.resolve_name(backend.factory)(pages, heads)
+    return decoder

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from fairkv_sglang.attention import decoders
 from fairkv_sglang.attention.decoders import PageTableDecoder, make_decoder
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan, forward_spans
+from fairkv_sglang.decode_backends import DECODE_BACKENDS, DecodeBackend
 from fairkv_sglang.kernels import HeadPages, torch_decode
 from fairkv_sglang.kernels.cpu import operations
 
@@ -59,6 +62,23 @@ HEADS: Any = SimpleNamespace(lane_start=(0, 1))
 def test_decoders_on_cpu(name: str, operation: object) -> None:
     decoder = make_decoder(name, PAGES, HEADS)
     assert isinstance(decoder, PageTableDecoder) and decoder.operation is operation
+
+
+def test_a_decoder_of_another_package_is_made_by_its_own_factory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @dataclass(frozen=True)
+    class Theirs(DecodeBackend):
+        name: ClassVar[str] = "theirs"
+        summary: ClassVar[str] = "of another package"
+        devices: ClassVar[tuple[str, ...]] = ("cpu",)
+        order: ClassVar[int] = 9
+        factory: ClassVar[str] = "fairkv_sglang.attention.decoders:theirs"
+
+    made = object()
+    monkeypatch.setitem(DECODE_BACKENDS._classes, "theirs", Theirs)
+    monkeypatch.setattr(decoders, "theirs", lambda pages, heads: made, raising=False)
+    assert make_decoder("theirs", PAGES, HEADS) is made
 
 
 def test_a_decoder_of_another_device_is_refused() -> None:
