@@ -36,6 +36,9 @@ from demo.prompts import make_prompts  # type: ignore[import-not-found]  # noqa:
 
 AT_ONCE, BATCH, NEW = 12, 16, 96
 """Requests of the stream; of a timed round, and how many tokens each gets."""
+SETS = 2
+"""Sets of prompts that timed rounds take in turn: they stay in the prefix cache, or a round would
+be mostly prefill."""
 OF_A, OF_B, AFTER = 96, 128, 64
 BIN = 16  # prompts
 NEAR = 0.03
@@ -84,13 +87,14 @@ class Bench(contextlib.ExitStack):
             "tp_size": self.tp,
             "device": "cpu",
             "dtype": "float32",
-            "max_total_tokens": 32768,
+            "max_total_tokens": 65536,
             "skip_tokenizer_init": True,
             "dist_timeout": 24 * 3600,  # engines are frozen between their turns
             "random_seed": 1,
             "log_level": "info",
         }
-        both = {"fairkv": {"ratio": self.ratio, **fairkv}, "engine": options}
+        pool = (SETS + 1) * BATCH * 1024  # all sets stay cached
+        both = {"fairkv": {"ratio": self.ratio, "prefill_pool": pool, **fairkv}, "engine": options}
         made = EngineProcess(self.folder / f"{name}.log", both, measure=True)
         self.callback(made.close)
         made.freeze()
@@ -170,11 +174,11 @@ class Bench(contextlib.ExitStack):
             "plain TP": self.engine("plain", replan="off", placement="contiguous"),
         }
         rounds: list[dict[str, Call]] = []
-        for number in range(-1, self.rounds):  # the first one warms up
-            prompts = self.prompts(BATCH, 100 + number)
+        for number in range(-SETS, self.rounds):  # the first ones fill the prefix caches
+            prompts = self.prompts(BATCH, 100 + number % SETS)
             found = {}
             for name in rotated(list(engines), number):
-                run = {"prompts": prompts, "new_tokens": [NEW] * BATCH, "at_once": BATCH}
+                run = {"prompts": prompts, "new_tokens": [NEW] * BATCH, "cached": True}
                 found[name] = timed(engines[name].call("serve", **run))
                 engines[name].freeze()
             rounds += [found] if number >= 0 else []

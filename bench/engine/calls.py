@@ -32,8 +32,9 @@ def serve(
     new_tokens: list[int],
     at_once: int | None = None,
     look: bool = False,
+    cached: bool = False,
 ) -> Call:
-    """All requests once, with an empty prefix cache at the start, ends of sequences ignored.
+    """All requests once, ends of sequences ignored.
 
     Args:
         engine: The engine.
@@ -41,6 +42,7 @@ def serve(
         new_tokens: Of each request.
         at_once: A closed loop: each request that ends is followed by the next; None: all at once.
         look: Look at FairKV's state every 0.2 s.
+        cached: What earlier calls left in the prefix cache stays; else it is empty at the start.
 
     Returns:
         ``seconds`` of wall-clock time from the first request to the last token; ``ttft`` and
@@ -51,7 +53,8 @@ def serve(
     """
     looks: list[Call] = []
     places = asyncio.Semaphore(at_once or len(prompts))
-    engine.flush_cache()
+    if not cached:
+        engine.flush_cache()
     before = state(engine)["fairkv"]
 
     async def one(number: int) -> tuple[float, Call]:
