@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages
+from fairkv_sglang.kernels.layout import RUN_PAGES
 
 KINDS = ("uniform", "lognormal", "heavy")
 
@@ -65,9 +66,13 @@ def resident(
     order = torch.arange(pages.num_pages, dtype=torch.int32)
     if scattered:
         order = torch.randperm(pages.num_pages, generator=torch.Generator().manual_seed(seed)).int()
-    table = torch.zeros((bs, lanes, widest), dtype=torch.int32)
-    table[torch.arange(widest) < held[..., None]] = order[:total]
-    pages.page_table[1:].copy_(table)
+    table = torch.zeros((bs, lanes, pages.max_pages), dtype=torch.int32)
+    table[torch.arange(pages.max_pages) < held[..., None]] = order[:total]
+    runs = table.unflatten(2, (-1, RUN_PAGES))
+    first = runs[..., 0]
+    used = torch.arange(pages.max_runs) * RUN_PAGES < held[..., None]
+    pages.page_table[1:].copy_(first)
+    pages.runs[first[used].long().to(device)] = runs[used].to(device)
     pages.lens[1:].copy_(lens)
     pages.owned[1:] = 1
     left = order[total:].flip(0)

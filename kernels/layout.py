@@ -5,6 +5,10 @@ A *head page* holds PAGE_TOKENS tokens of K (and of V) of one (request, lane); a
 (layer, head) that this rank serves. One arena serves all layers and heads, so uneven budgets waste
 at most a page per lane.
 
+A page table has one entry for each run of 16 pages of a (row, lane): the run's first page. What
+pages follow that one stands in a side array with a row for each page of the arena. So a table for
+long contexts costs a sixteenth, and nobody has to allocate its parts: a run is had with its page.
+
 Values lie in a page token by token. Keys lie *by rows* (token by token too, as FlashInfer and the
 Triton kernels read them) or *by columns*: the page transposed in 32-bit words, so that the CPU
 kernel finds one word of all 16 tokens side by side. :attr:`PageTensors.keys` reads and writes both.
@@ -25,6 +29,9 @@ import torch
 
 PAGE_TOKENS = 16
 """Tokens per head page. Page ids are int32 and a page belongs to exactly one (row, lane)."""
+
+RUN_PAGES = 16
+"""Pages of a *run*: neighbouring pages of one (row, lane), named by the first of them."""
 
 PADDING_ROW = 0
 """The engine pads batches with this row: it owns no lane and never holds a page."""
@@ -82,14 +89,16 @@ def key_shape(
 class PageTensors:
     """Arena, page tables and free stack of one rank; see the module text.
 
-    Invariants: ``lens[row, lane]`` tokens occupy the first ``ceil(lens / 16)`` entries of
-    ``page_table[row, lane]``; every page is either among ``free_pages[:free_count]`` or in exactly
-    one of those entries; table entries past them are meaningless.
+    Invariants: ``lens[row, lane]`` tokens occupy the first ``ceil(lens / 16)`` pages of
+    (row, lane), of which page p is ``runs[page_table[row, lane, p // 16], p % 16]``; every page is
+    either among ``free_pages[:free_count]`` or exactly one of those; entries past them are
+    meaningless.
     """
 
     k_pages: torch.Tensor  # [num_pages, 16, D] model dtype, or by columns [num_pages, D/p, 16, p]
     v_pages: torch.Tensor  # [num_pages, 16, D]
-    page_table: torch.Tensor  # int32 [rows, lanes, max_pages]
+    page_table: torch.Tensor  # int32 [rows, lanes, max_pages / 16], first page of each run
+    runs: torch.Tensor  # int32 [num_pages, 16], pages of the run that begins with this page
     lens: torch.Tensor  # int32 [rows, lanes], tokens held
     owned: torch.Tensor  # uint8 [rows, lanes], 1 where this rank serves the lane for the row
     free_pages: torch.Tensor  # int32 [num_pages], a stack
@@ -127,6 +136,11 @@ class PageTensors:
 
     @property
     def max_pages(self) -> int:
+        """Most pages of one (row, lane)."""
+        return self.max_runs * RUN_PAGES
+
+    @property
+    def max_runs(self) -> int:
         return int(self.page_table.shape[2])
 
     @property
@@ -152,6 +166,10 @@ class PageTensors:
         """Pages in use. Synchronises with the device; for idle checks and tests."""
         return self.num_pages - self.num_free
 
+    def page(self, row: Any, lane: Any, number: Any) -> torch.Tensor:
+        """int32 page ``number`` of (row, lane); integers or index tensors that broadcast."""
+        return self.runs[self.page_table[row, lane, number // RUN_PAGES].long(), number % RUN_PAGES]
+
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every page is free or in exactly one table entry.
 
@@ -172,11 +190,11 @@ class PageTensors:
         held = (self.lens + (PAGE_TOKENS - 1)) // PAGE_TOKENS
         if int(held.max()) > self.max_pages:
             raise RuntimeError(f"head pages: a row holds more than {self.max_pages} pages")
-        column = torch.arange(self.max_pages, device=self.device)
-        used = self.page_table[column < held[..., None]]
-        ids = torch.cat([self.free_pages[:free], used]).long()
-        if bool(((ids < 0) | (ids >= self.num_pages)).any()):
-            raise RuntimeError(f"head pages: a page id is outside 0..{self.num_pages - 1}")
+        number = torch.arange(self.max_runs * RUN_PAGES, device=self.device, dtype=torch.int32)
+        left = (held[..., None] - number[::RUN_PAGES]).clamp(0, RUN_PAGES)  # pages of each run
+        first = self._ids(self.page_table[left > 0])
+        used = self.runs[first][number[:RUN_PAGES] < left[left > 0][:, None]]
+        ids = self._ids(torch.cat([self.free_pages[:free], used]))
         times = torch.bincount(ids, minlength=self.num_pages)
         for wrong, text in ((times == 0, "is lost"), (times > 1, "has more than one holder")):
             if bool(wrong.any()):
@@ -185,3 +203,10 @@ class PageTensors:
                     f"head pages: page {first} {text} ({int(wrong.sum())} such of "
                     f"{self.num_pages}; {free} free, {used.numel()} in tables)"
                 )
+
+    def _ids(self, pages: torch.Tensor) -> torch.Tensor:
+        """int64 page ids; raises RuntimeError if there is no such page."""
+        ids = pages.long()
+        if bool(((ids < 0) | (ids >= self.num_pages)).any()):
+            raise RuntimeError(f"head pages: a page id is outside 0..{self.num_pages - 1}")
+        return ids

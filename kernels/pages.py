@@ -9,9 +9,17 @@ from dataclasses import dataclass
 import torch
 
 from .interface import Kernels
-from .layout import PADDING_ROW, PAGE_TOKENS, PageTensors, describe_error, huge, key_shape
+from .layout import (
+    PADDING_ROW,
+    PAGE_TOKENS,
+    RUN_PAGES,
+    PageTensors,
+    describe_error,
+    huge,
+    key_shape,
+)
 
-__all__ = ["PADDING_ROW", "PAGE_TOKENS", "HeadPages", "describe_error"]
+__all__ = ["PADDING_ROW", "PAGE_TOKENS", "RUN_PAGES", "HeadPages", "describe_error"]
 
 
 @dataclass(kw_only=True)
@@ -35,7 +43,7 @@ class HeadPages(PageTensors):
         """Zeroed state with every page free.
 
         Args:
-            max_pages: Most pages of one (row, lane).
+            max_pages: Most pages of one (row, lane), rounded up to whole runs.
             by_columns: How keys lie in a page; None: as the device's own kernels read them.
 
         Raises:
@@ -71,7 +79,8 @@ class HeadPages(PageTensors):
         return cls(
             k_pages=arenas[0],
             v_pages=arenas[1],
-            page_table=zeros((rows, lanes, max_pages), torch.int32),
+            page_table=zeros((rows, lanes, -(-max_pages // RUN_PAGES)), torch.int32),
+            runs=zeros((num_pages, RUN_PAGES), torch.int32),
             lens=zeros((rows, lanes), torch.int32),
             owned=zeros((rows, lanes), torch.uint8),
             free_pages=free,

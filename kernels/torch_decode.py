@@ -14,7 +14,7 @@ from .pages import PAGE_TOKENS, HeadPages
 def gather(pages: HeadPages, row: int, lane: int) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V rows ``[len, D]`` that (row, lane) holds, in order, copied out of the pages."""
     n = int(pages.lens[row, lane])
-    ids = pages.page_table[row, lane, : -(-n // PAGE_TOKENS)].long()
+    ids = pages.page(row, lane, torch.arange(-(-n // PAGE_TOKENS), device=pages.device)).long()
     k, v = pages.keys[ids], pages.v_pages[ids]
     return k.reshape(-1, pages.head_dim)[:n], v.reshape(-1, pages.head_dim)[:n]
 

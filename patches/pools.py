@@ -10,7 +10,7 @@ import torch
 
 from fairkv_sglang.config import from_environment
 from fairkv_sglang.memory.rows import RowBook, make_book
-from fairkv_sglang.memory.sizing import divide_memory
+from fairkv_sglang.memory.sizing import divide_memory, most_of_a_pass
 from fairkv_sglang.model import Model
 from fairkv_sglang.patches.ledger import Hook, HookError, verify
 from fairkv_sglang.patches.overrides import overrides
@@ -52,7 +52,7 @@ def after_resolve_pool_config(result: Any, configurator: Any, *args: Any, **kwar
     """Give SGLang's pool its part of the memory only."""
     from sglang.srt.runtime_context import get_parallel, get_schedule
 
-    rank = this_rank()
+    rank, schedule = this_rank(), get_schedule()
     model = configurator.model_config
     division = divide_memory(
         lane_slots=rank.heads.table.capacity,
@@ -60,9 +60,9 @@ def after_resolve_pool_config(result: Any, configurator: Any, *args: Any, **kwar
         stock_heads=model.get_num_kv_heads(get_parallel().attn_tp_size),
         head_dim=rank.model.head_dim,
         dtype_bytes=torch.empty((), dtype=configurator.kv_cache_dtype).element_size(),
-        page_size=get_schedule().page_size,
+        page_size=schedule.page_size,
         context_len=model.context_len,
-        chunk=get_schedule().chunked_prefill_size,
+        pass_tokens=most_of_a_pass(schedule.chunked_prefill_size, schedule.max_prefill_tokens),
         max_requests=result.max_running_requests,
         prefill_pool=rank.config.prefill_pool,
         max_head_tokens=rank.config.max_head_tokens,

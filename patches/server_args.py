@@ -162,7 +162,7 @@ def _check_memory(start: Start, view: Any) -> None:
     """
     from sglang.srt.utils import get_device_memory_capacity
 
-    from fairkv_sglang.memory.sizing import divide_memory
+    from fairkv_sglang.memory.sizing import divide_memory, most_of_a_pass
     from fairkv_sglang.parallel.lanes import LaneTable
 
     model, config = start.model, start.config
@@ -185,7 +185,7 @@ def _check_memory(start: Start, view: Any) -> None:
             dtype_bytes=dtype_bytes,
             page_size=view.page_size or 1,
             context_len=model.context,
-            chunk=view.chunked_prefill_size,
+            pass_tokens=most_of_a_pass(view.chunked_prefill_size, view.max_prefill_tokens),
             max_requests=1,
             prefill_pool=config.prefill_pool,
             max_head_tokens=config.max_head_tokens,

@@ -95,8 +95,9 @@ def _page_lists(pages: HeadPages, layer: int) -> tuple[torch.Tensor, torch.Tenso
     """int32 indptr [rows + 1] on the host, page ids on the device, lengths of the last pages."""
     lens = pages.lens[1:, layer]
     held = (lens + (PAGE_TOKENS - 1)) // PAGE_TOKENS
-    column = torch.arange(pages.max_pages, device=pages.device)
-    indices = pages.page_table[1:, layer][column < held[:, None]]
+    number = torch.arange(int(held.max()), device=pages.device)[None]
+    rows = torch.arange(1, pages.rows, device=pages.device)[:, None]
+    indices = pages.page(rows, layer, number)[number < held[:, None]]
     indptr = torch.nn.functional.pad(held.cumsum(0), (1, 0)).int()
     return indptr.cpu(), indices, ((lens - 1) % PAGE_TOKENS + 1).cpu()
 

@@ -145,7 +145,8 @@ def decoder(
 def _last_slots(pages: HeadPages, rows: Tensor) -> Tensor:
     """``int64 [batch, n]``: arena slot of the newest token of each lane, -1 where not served."""
     last = (pages.lens[rows].long() - 1).clamp(min=0)
-    page = pages.page_table[rows].long().gather(2, (last // PAGE_TOKENS)[..., None])[..., 0]
+    lanes = torch.arange(pages.lanes, device=rows.device)
+    page = pages.page(rows[:, None], lanes, last // PAGE_TOKENS).long()
     slots = page * PAGE_TOKENS + last % PAGE_TOKENS
     return slots.masked_fill(pages.lens[rows] == 0, -1).contiguous()
 

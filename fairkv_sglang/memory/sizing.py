@@ -7,10 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fairkv_sglang.kernels.pages import RUN_PAGES
 from fairkv_sglang.memory.page_ledger import PAGE_TOKENS, Pages
 
-# Page tables may take this part of the KV memory; more requests than that are not admitted at once.
-TABLE_FRACTION = 1 / 16
+# The rows of page tables may take this part of the KV memory; more requests than that are not
+# admitted at once. In bfloat16 with D 128 that is 256 for each context that the memory would hold.
+TABLE_FRACTION = 1 / 128
+# What the prefill pool has at least, for cached prefixes, where the scheduler needs less.
+CACHE_FRACTION = 1 / 16
+ID_BYTES = 4
 # Head pages per lane without which no request at all could be admitted.
 LEAST_PAGES = 3
 # The same for the prefill pool and the page tables, in tokens; SGLang's own first request has 40.
@@ -25,7 +30,7 @@ class MemoryDivision:
         total_bytes: KV memory of a rank, what stock SGLang would give its own pool.
         pool_tokens: Size of the prefill pool in tokens.
         pool_bytes: Bytes of the prefill pool, SGLang's own with its even split.
-        table_bytes: ``[R]`` bytes of page tables.
+        table_bytes: ``[R]`` bytes of page tables: rows, and the runs of all pages.
         arena_pages: ``[R]`` head pages.
         page_bytes: Bytes of one head page (K and V).
         max_requests: Requests that the page tables have rows for.
@@ -69,7 +74,7 @@ def divide_memory(
     dtype_bytes: int,
     page_size: int,
     context_len: int,
-    chunk: int | None,
+    pass_tokens: int,
     max_requests: int,
     prefill_pool: int | None = None,
     max_head_tokens: int | None = None,
@@ -85,10 +90,10 @@ def divide_memory(
         dtype_bytes: Bytes of one K or V element.
         page_size: SGLang's page size.
         context_len: Longest context of the model in tokens.
-        chunk: Chunked-prefill size in tokens, or None.
+        pass_tokens: Most prompt tokens of a pass (:func:`most_of_a_pass`).
         max_requests: SGLang's limit of concurrent requests.
-        prefill_pool: Tokens of the prefill pool (``--fairkv-prefill-pool``); None chooses: room
-            for one longest prompt and a chunk, at least an eighth and at most half of the memory.
+        prefill_pool: Tokens of the prefill pool (``--fairkv-prefill-pool``); None: see
+            :func:`default_pool`.
         max_head_tokens: Longest kept length plus output of one head; None means the context.
         arena_pages: Overrides the number of head pages of every rank.
 
@@ -101,8 +106,7 @@ def divide_memory(
     page_bytes = PAGE_TOKENS * vector
     lanes = np.asarray(lane_slots).sum(axis=0).astype(np.int64)  # [R]
 
-    wanted = context_len + (chunk or 0)
-    pool_tokens = prefill_pool or max(total_tokens // 8, min(wanted, total_tokens // 2))
+    pool_tokens = prefill_pool or default_pool(total_tokens, context_len, pass_tokens)
     pool_tokens = pool_tokens // page_size * page_size
     pool_bytes = (pool_tokens + page_size) * stock_heads * layers * vector
     if pool_tokens < 1 or pool_bytes >= total_bytes:
@@ -125,17 +129,18 @@ def divide_memory(
             f"heads of {head_tokens} tokens hold no prompt with its output: give "
             f"--fairkv-max-head-tokens at least {LEAST_TOKENS}"
         )
-    row_bytes = lanes * (-(-head_tokens // PAGE_TOKENS) + 1) * 4
+    row_bytes = lanes * -(-(-(-head_tokens // PAGE_TOKENS) + 1) // RUN_PAGES) * ID_BYTES
     rows = min(max_requests, int(total_bytes * TABLE_FRACTION // int(row_bytes.max())) - 1)
     if rows < 1:
         raise ValueError(
-            f"page tables for heads of {head_tokens} tokens do not fit into a "
-            f"{TABLE_FRACTION:.0%} part of the KV memory ({total_bytes} bytes): give a smaller "
+            f"page tables for heads of {head_tokens} tokens do not fit into "
+            f"{TABLE_FRACTION:.1%} of the KV memory ({total_bytes} bytes): give a smaller "
             "--fairkv-max-head-tokens or more memory"
         )
-    table_bytes = (rows + 1) * row_bytes
+    row_table_bytes = (rows + 1) * row_bytes
+    run_bytes = RUN_PAGES * ID_BYTES
 
-    pages = (total_bytes - pool_bytes - table_bytes) // page_bytes
+    pages = (total_bytes - pool_bytes - row_table_bytes) // (page_bytes + run_bytes)
     if arena_pages is not None:
         pages = np.full_like(pages, arena_pages)
     # Per lane: one page of the prompt, the spare page of admission and that of a retraction.
@@ -151,9 +156,31 @@ def divide_memory(
         total_bytes=total_bytes,
         pool_tokens=pool_tokens,
         pool_bytes=pool_bytes,
-        table_bytes=table_bytes,
+        table_bytes=row_table_bytes + pages * run_bytes,
         arena_pages=pages,
         page_bytes=page_bytes,
         max_requests=rows,
         max_head_tokens=head_tokens,
     )
+
+
+def most_of_a_pass(chunk: int | None, max_prefill_tokens: int | None) -> int:
+    """Prompt tokens that SGLang's scheduler puts into one pass at most.
+
+    Args:
+        chunk: Chunked-prefill size; None, 0 and negative numbers switch chunking off.
+        max_prefill_tokens: What bounds a pass then.
+    """
+    return chunk if chunk is not None and chunk > 0 else max(0, max_prefill_tokens or 0)
+
+
+def default_pool(total_tokens: int, context_len: int, pass_tokens: int) -> int:
+    """Tokens of the prefill pool where nobody says how many.
+
+    A prompt holds its slots until the result of its last chunk is there; by then the next pass has
+    its own. So the scheduler needs room for the longest request (prompt and output, should it be
+    retracted) and one pass. What prompts do not hold caches prefixes, for which there is a
+    sixteenth of the memory at least; never more than half goes here.
+    """
+    needed = context_len + pass_tokens
+    return max(int(total_tokens * CACHE_FRACTION), min(needed, total_tokens // 2))

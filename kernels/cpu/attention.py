@@ -18,13 +18,13 @@ import numpy as np
 from llvmlite.binding import get_host_cpu_features
 from numba.core import types
 
-from fairkv_sglang.kernels.layout import PAGE_TOKENS
+from fairkv_sglang.kernels.layout import PAGE_TOKENS, RUN_PAGES
 
 from . import simd
-from .bookkeeping import I64, I64_1D, LENS, OWNED, TABLE
+from .bookkeeping import I64, I64_1D, LENS, OWNED, RUNS, TABLE
 from .simd import accumulate, highest_of, load_row, scores, store_row
 
-BLOCK = 256
+BLOCK = RUN_PAGES * PAGE_TOKENS
 """Tokens whose scores are held at once; their float32 scores stay in the first-level cache."""
 
 AHEAD_BYTES = 16384
@@ -71,17 +71,16 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
     wide = min(4 if dim <= 96 else 2 if dim <= 192 else 1, 1 << (group.bit_length() - 1))
     ahead = min(BLOCK // PAGE_TOKENS, max(1, AHEAD_BYTES // page_bytes))
 
-    signature = types.void(TABLE, LENS, OWNED, I64_1D, *([I64] * 11), types.float32)
+    signature = types.void(TABLE, RUNS, LENS, OWNED, I64_1D, *([I64] * 11), types.float32)
 
     @nb.njit(signature, cache=True, nogil=True, fastmath=FLAGS, error_model="numpy")  # type: ignore[untyped-decorator]
     def decode(  # type: ignore[no-untyped-def]
-        table, lens, owned, rows, lane_lo, n, first, last,
+        table, runs, lens, owned, rows, lane_lo, n, first, last,
         k_pages, v_pages, q, q_row, q_head, out, out_row, scale,
     ):  # fmt: skip
         qf = np.empty((group, dim), np.float32)
         acc = np.empty((group, dim), np.float32)
         s = np.empty((group, BLOCK), np.float32)
-        max_pages = table.shape[2]
         order = np.empty(2 * BLOCK // PAGE_TOKENS + ahead, np.int64)
         asked = np.empty(2 * BLOCK // PAGE_TOKENS, np.int64)
         top = np.empty(group, np.float32)
@@ -111,13 +110,17 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
                 # Pages in the order of reading: keys, values, keys of the next block or item.
                 first_page = start // PAGE_TOKENS
                 beyond = min(ahead, (length + PAGE_TOKENS - 1) // PAGE_TOKENS - first_page - pages)
+                run = table[row, lane, first_page // RUN_PAGES]
                 for p in range(pages + beyond):
-                    page = nb.int64(table[row, lane, first_page + p]) * page_bytes
+                    if p == RUN_PAGES:  # a block is a run, what is beyond it the next one
+                        run = table[row, lane, first_page // RUN_PAGES + 1]
+                    page = nb.int64(runs[run, p % RUN_PAGES]) * page_bytes
                     order[p if p < pages else p + pages] = k_pages + page
                     if p < pages:
                         order[pages + p] = v_pages + page
+                run = table[next_row, next_lane, 0]
                 for p in range(ahead - beyond):
-                    page = nb.int64(table[next_row, next_lane, min(p, max_pages - 1)]) * page_bytes
+                    page = nb.int64(runs[run, p]) * page_bytes
                     order[2 * pages + beyond + p] = k_pages + page
                 # The CPU follows consecutive pages by itself, faster than one can ask for them:
                 # there the page at hand stands for the later one.

@@ -22,17 +22,19 @@ from fairkv_sglang.kernels.layout import (
     ERROR_ROW_FULL,
     ERROR_ROW_NOT_EMPTY,
     PAGE_TOKENS,
+    RUN_PAGES,
 )
 
 # Bookkeeping arrays are made by HeadPages.create and always contiguous; rows and slots are not.
 TABLE = types.Array(types.int32, 3, "C")
+RUNS = types.Array(types.int32, 2, "C")
 LENS = types.Array(types.int32, 2, "C")
 OWNED = types.Array(types.uint8, 2, "C")
 STACK = types.Array(types.int32, 1, "C")
 COUNT = types.Array(types.int64, 1, "C")
 I64_1D = types.Array(types.int64, 1, "A")
 I64_2D = types.Array(types.int64, 2, "A")
-STATE = (TABLE, LENS, OWNED, STACK, COUNT)
+STATE = (TABLE, RUNS, LENS, OWNED, STACK, COUNT)
 I64 = types.int64
 
 
@@ -58,10 +60,22 @@ def _copy_key(k_pages, slot, src, row_bytes):  # type: ignore[no-untyped-def]
         _copy(to + w * (PAGE_TOKENS * 4), src + w * 4, 4)
 
 
+@nb.njit(inline="always")  # type: ignore[untyped-decorator]
+def _page(table, runs, row, lane, number):  # type: ignore[no-untyped-def]
+    return nb.int64(runs[table[row, lane, number // RUN_PAGES], number % RUN_PAGES])
+
+
+@nb.njit(inline="always")  # type: ignore[untyped-decorator]
+def _put(table, runs, row, lane, number, page):  # type: ignore[no-untyped-def]
+    if number % RUN_PAGES == 0:
+        table[row, lane, number // RUN_PAGES] = page
+    runs[table[row, lane, number // RUN_PAGES], number % RUN_PAGES] = page
+
+
 @nb.njit(I64(*STATE, I64_1D, I64_2D), cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def grow(table, lens, owned, stack, count, rows, slots):  # type: ignore[no-untyped-def]
+def grow(table, runs, lens, owned, stack, count, rows, slots):  # type: ignore[no-untyped-def]
     """One more token for every owned lane of every row. Returns 0 or an error bit."""
-    lanes, max_pages = lens.shape[1], table.shape[2]
+    lanes, max_pages = lens.shape[1], table.shape[2] * RUN_PAGES
     need = 0
     for i in range(rows.shape[0]):
         r = rows[i]
@@ -85,15 +99,15 @@ def grow(table, lens, owned, stack, count, rows, slots):  # type: ignore[no-unty
             page, offset = n // PAGE_TOKENS, n % PAGE_TOKENS
             if offset == 0:
                 top -= 1
-                table[r, j, page] = stack[top]
-            slots[i, j] = nb.int64(table[r, j, page]) * PAGE_TOKENS + offset
+                _put(table, runs, r, j, page, stack[top])
+            slots[i, j] = _page(table, runs, r, j, page) * PAGE_TOKENS + offset
             lens[r, j] = n + 1
     count[0] = top
     return 0
 
 
 @nb.njit(I64(*STATE, I64_1D), cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def release(table, lens, owned, stack, count, rows):  # type: ignore[no-untyped-def]
+def release(table, runs, lens, owned, stack, count, rows):  # type: ignore[no-untyped-def]
     """Give back every page of the rows; a row that holds none is left empty."""
     for i in range(rows.shape[0]):
         if rows[i] < 0 or rows[i] >= lens.shape[0]:
@@ -105,7 +119,7 @@ def release(table, lens, owned, stack, count, rows):  # type: ignore[no-untyped-
             # Last page first, so that the next owner takes them in ascending order again: runs of
             # consecutive pages are read about twice as fast as scattered ones.
             for p in range((lens[r, j] + PAGE_TOKENS - 1) // PAGE_TOKENS - 1, -1, -1):
-                stack[top] = table[r, j, p]
+                stack[top] = _page(table, runs, r, j, p)
                 top += 1
             lens[r, j] = 0
             owned[r, j] = 0
@@ -117,7 +131,7 @@ def release(table, lens, owned, stack, count, rows):  # type: ignore[no-untyped-
     I64(*STATE, *([I64] * 12), I64_1D, I64_2D, I64_1D, I64_1D), cache=True, nogil=True
 )
 def store_kept(  # type: ignore[no-untyped-def]
-    table, lens, owned, stack, count, row, lane_lo, k_to, v_to, row_bytes,
+    table, runs, lens, owned, stack, count, row, lane_lo, k_to, v_to, row_bytes,
     k_from, k_stride, k_head, v_from, v_stride, v_head, pool_slots,
     token_slots, kept_idx, counts, columns,
 ):  # fmt: skip
@@ -126,7 +140,7 @@ def store_kept(  # type: ignore[no-untyped-def]
     Lane lane_lo + j takes column columns[j] of the pools, kept_idx and counts. A column that no
     lane of the row takes may hold anything: it is not looked at.
     """
-    lanes, max_pages = columns.shape[0], table.shape[2]
+    lanes, max_pages = columns.shape[0], table.shape[2] * RUN_PAGES
     if not (0 < row < lens.shape[0] and 0 <= lane_lo <= lens.shape[1] - lanes):
         return ERROR_INDEX
     need = 0
@@ -162,7 +176,7 @@ def store_kept(  # type: ignore[no-untyped-def]
             if offset == 0:
                 top -= 1
                 page = nb.int64(stack[top])
-                table[row, lane, i // PAGE_TOKENS] = page
+                _put(table, runs, row, lane, i // PAGE_TOKENS, page)
             slot = token_slots[kept_idx[c, i]]
             to = page * PAGE_TOKENS + offset
             _copy_key(k_to, to, k_from + slot * k_stride + c * k_head, row_bytes)

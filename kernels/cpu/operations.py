@@ -30,7 +30,7 @@ MIN_TOKENS_PER_THREAD = 512
 def _state(pages: PageTensors) -> tuple[Any, ...]:
     """Bookkeeping tensors as numpy arrays over the same memory, made once."""
     if pages._host is None:
-        names = ("page_table", "lens", "owned", "free_pages", "free_count")
+        names = ("page_table", "runs", "lens", "owned", "free_pages", "free_count")
         pages._host = tuple(getattr(pages, name).numpy() for name in names)
     return pages._host  # type: ignore[no-any-return]
 
@@ -136,7 +136,7 @@ def _parts(
     items, threads = rows.shape[0] * n, torch.get_num_threads()
     if threads == 1 or items < 2:
         return [(0, items)]
-    ends = np.cumsum(_state(pages)[1][rows.numpy(), lane_lo : lane_lo + n].ravel() + PAGE_TOKENS)
+    ends = np.cumsum(_state(pages)[2][rows.numpy(), lane_lo : lane_lo + n].ravel() + PAGE_TOKENS)
     threads = min(threads, max(1, int(ends[-1]) // MIN_TOKENS_PER_THREAD), items)
     cuts = np.searchsorted(ends, ends[-1] * np.arange(1, threads) / threads).tolist()
     return zip([0, *cuts], [*cuts, items], strict=True)
@@ -163,7 +163,7 @@ def decode(
     if to_head != pages.head_dim * out.element_size():
         raise ValueError("out must be contiguous in its last two dimensions")
     run = _kernel(pages.dtype, group, pages.head_dim)
-    head = (*_state(pages)[:3], rows.numpy(), lane_lo, n)
+    head = (*_state(pages)[:4], rows.numpy(), lane_lo, n)
     tail = (*_arena(pages)[:2], *of_q, to, to_row)
     scale = scale * attention.LOG2_E
     first, *others = _parts(pages, rows, lane_lo, n)

@@ -14,17 +14,19 @@ import torch
 import triton
 import triton.language as tl
 
-from fairkv_sglang.kernels.layout import PAGE_TOKENS, PageTensors
+from fairkv_sglang.kernels.layout import PAGE_TOKENS, RUN_PAGES, PageTensors
+
+from .lookup import page_of
 
 LOG2_E = math.log2(math.e)
 
 
 @triton.jit
 def _decode(  # type: ignore[no-untyped-def]
-    q, out, k_pages, v_pages, table, lens, owned, rows, scale,
-    lane_lo, lanes, max_pages, q_row, q_head, o_row, o_head,
+    q, out, k_pages, v_pages, table, runs, lens, owned, rows, scale,
+    lane_lo, lanes, max_runs, q_row, q_head, o_row, o_head,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    PAGE: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.load(rows + i)
@@ -43,7 +45,7 @@ def _decode(  # type: ignore[no-untyped-def]
     for start in range(0, length, BLOCK):
         at = start + t
         live = at < length
-        page = tl.load(table + cell * max_pages + at // PAGE, mask=live, other=0).to(tl.int64)
+        page = page_of(table, runs, cell, at // PAGE, max_runs, live, RUN)
         where = (page * PAGE + at % PAGE)[:, None] * D + d[None, :]
         some = live[:, None] & (d < D)[None, :]
         k = tl.load(k_pages + where, mask=some, other=0.0)
@@ -84,9 +86,9 @@ def decode(
         raise ValueError("decode: q, rows and out must be contiguous in their last dimension")
     group, dim = q.shape[1] // n, pages.head_dim
     _decode[(rows.shape[0], n)](
-        q, out, pages.k_pages, pages.v_pages, pages.page_table, pages.lens, pages.owned, rows,
-        scale * LOG2_E, lane_lo, pages.lanes, pages.max_pages,
+        q, out, pages.k_pages, pages.v_pages, pages.page_table, pages.runs, pages.lens, pages.owned,
+        rows, scale * LOG2_E, lane_lo, pages.lanes, pages.max_runs,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1),
         G=group, G_PAD=max(16, triton.next_power_of_2(group)), D=dim,
-        D_PAD=max(16, triton.next_power_of_2(dim)), PAGE=PAGE_TOKENS, BLOCK=64,
+        D_PAD=max(16, triton.next_power_of_2(dim)), PAGE=PAGE_TOKENS, RUN=RUN_PAGES, BLOCK=64,
     )  # fmt: skip

@@ -19,11 +19,13 @@ from fairkv_sglang.kernels.layout import (
     ERROR_ROW_NOT_EMPTY,
     PADDING_ROW,
     PAGE_TOKENS,
+    RUN_PAGES,
     PageTensors,
 )
 
 from . import attention, score, store
 from . import prompts as of_prompts
+from .lookup import page_of
 
 GROW_BLOCK = 1024
 
@@ -45,9 +47,10 @@ def _count_new_pages(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["cells"])
 def _grow(  # type: ignore[no-untyped-def]
-    table, lens, owned, stack, count, error, rows, rows_stride, slots, slots_stride,
+    table, runs, lens, owned, stack, count, error, rows, rows_stride, slots, slots_stride,
     counts, cells, lanes, max_pages,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr, NO_PAGE: tl.constexpr, FULL: tl.constexpr,
+    PAGE: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, NO_PAGE: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     """A block of cells; pages come off the stack in the order of the cells."""
     block = tl.program_id(0)
@@ -63,7 +66,7 @@ def _grow(  # type: ignore[no-untyped-def]
     cell = row * lanes + lane
     mine = live & (tl.load(owned + cell, mask=live, other=0) != 0)
     n = tl.load(lens + cell, mask=mine, other=0)
-    entry = cell * max_pages + n // PAGE
+    number = n // PAGE
     starts_page = mine & (n % PAGE == 0)
     full = starts_page & (n // PAGE >= max_pages)
     wants = starts_page & (n // PAGE < max_pages)
@@ -71,9 +74,14 @@ def _grow(  # type: ignore[no-untyped-def]
     gets = wants & (order <= free)
     continues = mine & (n % PAGE != 0)
     fresh = tl.load(stack + (free - order), mask=gets, other=0)
-    tl.store(table + entry, fresh, mask=gets)
-    page = tl.where(gets, fresh, tl.load(table + entry, mask=continues, other=0))
+    entry = table + cell * (max_pages // RUN) + number // RUN
+    starts_run = gets & (number % RUN == 0)
+    tl.store(entry, fresh, mask=starts_run)
     done = gets | continues
+    first = tl.where(starts_run, fresh, tl.load(entry, mask=done & ~starts_run, other=0))
+    place = runs + first.to(tl.int64) * RUN + number % RUN
+    tl.store(place, fresh, mask=gets)
+    page = tl.where(gets, fresh, tl.load(place, mask=continues, other=0))
     slot = page.to(tl.int64) * PAGE + n % PAGE
     tl.store(slots + i.to(tl.int64) * slots_stride + lane, tl.where(done, slot, -1), mask=live)
     tl.store(lens + cell, n + 1, mask=done)
@@ -95,17 +103,17 @@ def _pop(count, counts, blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped
 
 @triton.jit
 def _release(  # type: ignore[no-untyped-def]
-    table, stack, rows, held, offsets, lanes, max_pages, BLOCK: tl.constexpr
+    table, runs, stack, rows, held, offsets, lanes, max_runs, RUN: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One program pushes the pages of one (row, lane), the last page first."""
     at = tl.program_id(0)
     row = tl.load(rows + at // lanes)
     n = tl.load(held + at)
     first = tl.load(offsets + at)
-    entry = table + (row * lanes + at % lanes) * max_pages
+    cell = row * lanes + at % lanes
     for start in range(0, n, BLOCK):
         p = start + tl.arange(0, BLOCK)
-        page = tl.load(entry + p, mask=p < n, other=0)
+        page = page_of(table, runs, cell, p, max_runs, p < n, RUN).to(tl.int32)
         tl.store(stack + first + n - 1 - p, page, mask=p < n)
 
 
@@ -148,9 +156,10 @@ def grow(pages: PageTensors, rows: torch.Tensor, slots: torch.Tensor) -> None:
         pages.lens, pages.owned, rows, rows.stride(0), *shared, PAGE=PAGE_TOKENS, BLOCK=GROW_BLOCK
     )
     _grow[(blocks,)](
-        pages.page_table, pages.lens, pages.owned, pages.free_pages, pages.free_count,
+        pages.page_table, pages.runs, pages.lens, pages.owned, pages.free_pages, pages.free_count,
         pages.error, rows, rows.stride(0), slots, slots.stride(0), *shared,
-        PAGE=PAGE_TOKENS, BLOCK=GROW_BLOCK, NO_PAGE=ERROR_NO_FREE_PAGE, FULL=ERROR_ROW_FULL,
+        PAGE=PAGE_TOKENS, RUN=RUN_PAGES, BLOCK=GROW_BLOCK, NO_PAGE=ERROR_NO_FREE_PAGE,
+        FULL=ERROR_ROW_FULL,
     )  # fmt: skip
     _pop[(1,)](pages.free_count, counts, blocks, BLOCK=GROW_BLOCK)
 
@@ -165,8 +174,8 @@ def release(pages: PageTensors, rows: torch.Tensor) -> None:
     ends = held.cumsum(0)
     offsets = pages.free_count + ends - held
     _release[(held.shape[0],)](
-        pages.page_table, pages.free_pages, rows, held, offsets, pages.lanes, pages.max_pages,
-        BLOCK=128,
+        pages.page_table, pages.runs, pages.free_pages, rows, held, offsets, pages.lanes,
+        pages.max_runs, RUN=RUN_PAGES, BLOCK=128,
     )  # fmt: skip
     pages.free_count += ends[-1:]
     # An assignment of a number through an index would wait for the device.

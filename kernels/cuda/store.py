@@ -17,6 +17,7 @@ from fairkv_sglang.kernels.layout import (
     ERROR_ROW_FULL,
     ERROR_ROW_NOT_EMPTY,
     PAGE_TOKENS,
+    RUN_PAGES,
     PageTensors,
 )
 
@@ -56,10 +57,11 @@ def _take_pages(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["kept_prompt", "kept_head", "columns_stride", "lane_lo"])
 def _store_kept(  # type: ignore[no-untyped-def]
-    table, k_pages, v_pages, k_pool, v_pool, slots, slots_row, kept, kept_prompt, kept_head,
-    columns, columns_stride, lens, stack, need, top, rows, lane_lo, lanes, max_pages,
+    table, runs, k_pages, v_pages, k_pool, v_pool, slots, slots_row, kept, kept_prompt, kept_head,
+    columns, columns_stride, lens, stack, need, top, rows, lane_lo, lanes, max_runs,
     k_slot, k_head, v_slot, v_head,
-    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, LANES: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, RUN: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """Program (j, page, prompt) fills a page of lane j: 16 gathered rows of K and of V."""
     j, at, p = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -67,8 +69,11 @@ def _store_kept(  # type: ignore[no-untyped-def]
         c = tl.load(columns + p * columns_stride + j)
         row = tl.load(rows + p)
         cell = row * lanes + lane_lo + j
-        page = tl.load(stack + tl.load(top + p * LANES + j) - at).to(tl.int64)
-        tl.store(table + cell * max_pages + at, page.to(tl.int32))
+        taken = stack + tl.load(top + p * LANES + j)
+        page = tl.load(taken - at).to(tl.int64)
+        first = tl.load(taken - at // RUN * RUN).to(tl.int64)  # of its run
+        tl.store(table + cell * max_runs + at // RUN, first.to(tl.int32))
+        tl.store(runs + first * RUN + at % RUN, page.to(tl.int32))
         t, d = tl.arange(0, PAGE), tl.arange(0, D_PAD)
         live = at * PAGE + t < tl.load(lens + cell)
         from_row = kept + p.to(tl.int64) * kept_prompt + c * kept_head
@@ -140,9 +145,11 @@ def store_all_kept(
         BUSY=ERROR_ROW_NOT_EMPTY, OUTSIDE=ERROR_INDEX,
     )  # fmt: skip
     _store_kept[(n, max(1, triton.cdiv(most, PAGE_TOKENS)), prompts)](
-        pages.page_table, pages.k_pages, pages.v_pages, k_pool, v_pool, slots, slots.stride(0),
+        pages.page_table, pages.runs, pages.k_pages, pages.v_pages, k_pool, v_pool,
+        slots, slots.stride(0),
         kept_idx, kept_idx.stride(0), kept_idx.stride(1), columns, columns.stride(0), pages.lens,
-        pages.free_pages, need, top, rows, lane_lo, pages.lanes, pages.max_pages,
+        pages.free_pages, need, top, rows, lane_lo, pages.lanes, pages.max_runs,
         k_pool.stride(0), k_pool.stride(1), v_pool.stride(0), v_pool.stride(1),
-        D=dim, D_PAD=triton.next_power_of_2(dim), PAGE=PAGE_TOKENS, LANES=lanes,
+        D=dim, D_PAD=triton.next_power_of_2(dim), PAGE=PAGE_TOKENS, RUN=RUN_PAGES,
+        LANES=lanes,
     )  # fmt: skip

@@ -27,8 +27,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fairkv_sglang.kernels.layout import PAGE_TOKENS, PageTensors
+from fairkv_sglang.kernels.layout import PAGE_TOKENS, RUN_PAGES, PageTensors
 
+from .lookup import page_of
 from .workspace import Workspace
 
 CHUNK = 128
@@ -149,9 +150,9 @@ def _list_tiles(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["bs"])
 def _list_pages(  # type: ignore[no-untyped-def]
-    table, rows, rows_stride, lane_start, lanes, max_pages, bs, layers,
+    table, runs, rows, rows_stride, lane_start, lanes, max_runs, bs, layers,
     page_starts, layer_pages, kv_indptr, kv_indices, width,
-    LAYERS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    LAYERS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Program (b, l) copies the page ids of BLOCK rows into the list for all layers."""
     layer = tl.program_id(1)
@@ -167,12 +168,12 @@ def _list_pages(  # type: ignore[no-untyped-def]
     live = r < count
     held = tl.load(page_starts + at + 1, mask=live, other=0) - tl.where(live, start, 0)
     row = tl.load(rows + (r // heads) * rows_stride, mask=live, other=0)
-    entry = (row * lanes + first + r % heads) * max_pages
+    cell = row * lanes + first + r % heads
     for done in range(0, tl.max(held, 0), WIDE):
         p = done + tl.arange(0, WIDE)
         some = p[None, :] < held[:, None]
-        page = tl.load(table + entry[:, None] + p[None, :], mask=some, other=0)
-        tl.store(kv_indices + (base + start)[:, None] + p[None, :], page, mask=some)
+        page = page_of(table, runs, cell[:, None], p[None, :], max_runs, some, RUN)
+        tl.store(kv_indices + (base + start)[:, None] + p[None, :], page.to(tl.int32), mask=some)
 
 
 def make_tiles(
@@ -201,7 +202,8 @@ def make_tiles(
         SORTED=longest_first, BUCKETS=BUCKETS, BITS=to.width.bit_length(), BLOCK=256,
     )  # fmt: skip
     _list_pages[(triton.cdiv(width + 1, 16), to.layers)](
-        pages.page_table, rows, rows.stride(0), to.lane_start, pages.lanes, pages.max_pages, bs,
-        to.layers, to.page_starts, to.layer_pages, to.kv_indptr, to.kv_indices, to.width,
-        LAYERS=triton.next_power_of_2(to.layers), BLOCK=16, WIDE=64,
+        pages.page_table, pages.runs, rows, rows.stride(0), to.lane_start, pages.lanes,
+        pages.max_runs, bs, to.layers, to.page_starts, to.layer_pages, to.kv_indptr,
+        to.kv_indices, to.width,
+        LAYERS=triton.next_power_of_2(to.layers), BLOCK=16, WIDE=64, RUN=RUN_PAGES,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages
+from fairkv_tests import reference
 
 
 def filled(
@@ -35,12 +36,14 @@ def filled(
     pages.k_pages.fill_(torch.nan)
     pages.v_pages.fill_(torch.nan)
     pages.page_table.fill_(-1)
+    pages.runs.fill_(-1)
     taken = 0
     for row in range(pages.rows):
         for lane in range(pages.lanes):
             n, count = int(lengths[row, lane]), int(held[row, lane])
             ids = order[taken : taken + count]
-            pages.page_table[row, lane, :count] = ids
+            for number, page in enumerate(ids.tolist()):
+                reference.put_page(pages, row, lane, number, page)
             taken += count
             for i in range(n):
                 for arena in (pages.keys, pages.v_pages):

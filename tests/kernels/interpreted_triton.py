@@ -93,10 +93,12 @@ def test_exhausted_arena_sets_the_error_bit_and_damages_nothing() -> None:
     for _ in range(15):
         operations.grow(pages, torch.tensor([1], device=DEVICE), slots[:1])
     pages.check_integrity()
+    pages.lens[1] = pages.max_pages * 16
     operations.grow(pages, torch.tensor([1], device=DEVICE), slots[:1])
     assert slots[0].tolist() == [-1, -1]
     assert int(pages.error) == layout.ERROR_ROW_FULL
     pages.error.zero_()
+    pages.lens[1] = 16
     pages.check_integrity()
     operations.set_owned(pages, 1, everything)
     assert int(pages.error) == layout.ERROR_ROW_NOT_EMPTY
@@ -173,23 +175,21 @@ def test_store_kept_and_release(
 
 
 def test_store_kept_into_a_full_arena_changes_nothing() -> None:
-    for num_pages, max_pages, columns, bit in (
-        (2, 9, None, layout.ERROR_NO_FREE_PAGE),
-        (3, 9, [0, 0], layout.ERROR_NO_FREE_PAGE),
-        (1, 9, [0, -1], layout.ERROR_NO_FREE_PAGE),
-        (9, 1, None, layout.ERROR_ROW_FULL),
-        (9, 9, [1, 2], layout.ERROR_INDEX),
-        (9, 9, [2**40, -1], layout.ERROR_INDEX),
-        (1, 1, [-1, 1], 0),
-        (2, 1, [1, 1], 0),
+    for num_pages, tokens, columns, bit in (
+        (2, 20, None, layout.ERROR_NO_FREE_PAGE),
+        (3, 20, [0, 0], layout.ERROR_NO_FREE_PAGE),
+        (1, 20, [0, -1], layout.ERROR_NO_FREE_PAGE),
+        (19, 257, None, layout.ERROR_ROW_FULL),
+        (9, 20, [1, 2], layout.ERROR_INDEX),
+        (9, 20, [2**40, -1], layout.ERROR_INDEX),
+        (1, 20, [-1, 1], 0),
+        (2, 20, [1, 1], 0),
     ):
-        pages = HeadPages.create(
-            num_pages, 2, 2, max_pages, 16, torch.float32, DEVICE, by_columns=False
-        )
+        pages = HeadPages.create(num_pages, 2, 2, 16, 16, torch.float32, DEVICE, by_columns=False)
         operations.set_owned(pages, 1, torch.ones(2, dtype=torch.uint8, device=DEVICE))
-        pool = torch.ones((20, 2, 16), device=DEVICE)
-        at = torch.arange(20, device=DEVICE)
-        counts = torch.tensor([20, 3], device=DEVICE)
+        pool = torch.ones((260, 2, 16), device=DEVICE)
+        at = torch.arange(260, device=DEVICE)
+        counts = torch.tensor([tokens, 3], device=DEVICE)
         where = None if columns is None else torch.tensor(columns, device=DEVICE)
         operations.store_kept(pages, 1, 0, pool, pool, at, at.repeat(2, 1), counts, where)
         assert int(pages.error) == bit

@@ -104,7 +104,7 @@ def test_large_scores_stay_finite(filled: Callable[..., HeadPages], shift: float
     """Scores of any size, rising over the blocks, so that the running maximum moves."""
     pages = filled([[0], [700]], 16)
     k, _ = torch_decode.gather(pages, 1, 0)
-    ids = pages.page_table[1, 0, :44].long()
+    ids = pages.page(1, 0, torch.arange(44)).long()
     flat = pages.keys[ids].reshape(-1, 16)
     flat[:700, 0] = torch.linspace(0, 60, 700) + shift
     pages.keys[ids] = flat.view(-1, 16, 16, 1)

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from fairkv_sglang.kernels.cuda import attention, operations, score, select, store, tiles
 
-PAGES = "*i32 *i32 *u8 *i32 *i64 *i32"
+PAGES = "*i32 *i32 *i32 *u8 *i32 *i64 *i32"
 HEAD = {"D": 80, "D_PAD": 128}
 WINDOW = {"W": 20, "W_PAD": 32, **HEAD, "KEYS": 64, "PAD": 32}
 BATCH = "*i32 *u8 *i64 i32 *i32 i32 i32 i32"
@@ -26,16 +26,16 @@ KERNELS = [
     (operations._count_new_pages, "*i32 *u8 *i64 i32 *i32 i32 i32 i32",
      {"PAGE": 16, "BLOCK": 1024}),
     (operations._grow, PAGES + " *i64 i32 *i64 i32 *i32 i32 i32 i32",
-     {"PAGE": 16, "BLOCK": 1024, "NO_PAGE": 1, "FULL": 2}),
+     {"PAGE": 16, "RUN": 16, "BLOCK": 1024, "NO_PAGE": 1, "FULL": 2}),
     (operations._pop, "*i64 *i32 i32", {"BLOCK": 1024}),
-    (operations._release, "*i32 *i32 *i64 *i64 *i64 i32 i32", {"BLOCK": 128}),
+    (operations._release, "*i32 *i32 *i32 *i64 *i64 *i64 i32 i32", {"RUN": 16, "BLOCK": 128}),
     (store._take_pages, "*i32 *u8 *i64 *i32 *i64" + 5 * " i32" + " *i64 i32 *i64 i32 i32 *i64 *i64",
      {"PAGE": 16, "LANES": 8, "NO_PAGE": 1, "FULL": 2, "BUSY": 4, "OUTSIDE": 8}),
-    (store._store_kept, "*i32 T T T T *i32 i32 *i64 i32 i32 *i64 i32 *i32 *i32 *i64 *i64 *i64"
-     + 7 * " i32", {**HEAD, "PAGE": 16, "LANES": 8}),
+    (store._store_kept, "*i32 *i32 T T T T *i32 i32 *i64 i32 i32 *i64 i32 *i32 *i32 *i64 *i64 *i64"
+     + 7 * " i32", {**HEAD, "PAGE": 16, "RUN": 16, "LANES": 8}),
     (operations._append, "T T *i64 i32 T T i32 i32 i32 i32 T T i32 i32 i32 i32", HEAD),
-    (attention._decode, "T T T T *i32 *i32 *u8 *i64 fp32" + 7 * " i32",
-     {"G": 5, "G_PAD": 16, **HEAD, "PAGE": 16, "BLOCK": 64}),
+    (attention._decode, "T T T T *i32 *i32 *i32 *u8 *i64 fp32" + 7 * " i32",
+     {"G": 5, "G_PAD": 16, **HEAD, "PAGE": 16, "RUN": 16, "BLOCK": 64}),
     (score._statistics, "T T *i32 i32 *i64 i32 *fp32 *fp32 fp32" + 7 * " i32", WINDOW),
     (score._join, "*i64 i32 *fp32 *fp32 *fp32 i32 i32", {"W_PAD": 32, "STEP": 16}),
     (score._columns, "T T *i32 i32 *i64 i32 *fp32 *fp32 i32 fp32" + 7 * " i32", WINDOW),
@@ -49,8 +49,8 @@ KERNELS = [
      {"SORTED": True, "BUCKETS": 64, "BITS": 12, "BLOCK": 256}),
     (tiles._list_tiles, BATCH + " *i32 *i32 *u8 *i32 *i32 i32 *i32 i32 *i32",
      {"SORTED": False, "BUCKETS": 64, "BITS": 12, "BLOCK": 256}),
-    (tiles._list_pages, "*i32 *i64 i32 *i32 i32 i32 i32 i32 *i32 *i32 *i32 *i32 i32",
-     {"LAYERS": 128, "BLOCK": 16, "WIDE": 64}),
+    (tiles._list_pages, "*i32 *i32 *i64 i32 *i32 i32 i32 i32 i32 *i32 *i32 *i32 *i32 i32",
+     {"LAYERS": 128, "BLOCK": 16, "WIDE": 64, "RUN": 16}),
 ]
 for kernel, kinds, constants in KERNELS:
     names = [name for name in kernel.arg_names if name not in constants]

@@ -28,6 +28,8 @@ LANE_START = [0, 2, 5]
 SHORT = [[0, 1, 15, 16], [17, 127, 128, 129], [70, 0, 3, 200]]
 BORDERS = [[0, 1, 15, 16], [17, 127, 128, 129], [255, 257, 0, 700], [2000, 3, 0, 31]]
 """Lengths [rows, lanes] around the borders of pages and tiles."""
+KEPT = (0, 1, 15, 16, 17, 33, 50, 255, 256, 262)
+"""Tokens of prompts around the borders of pages and of runs."""
 GROUPS = (1, 2, 4, 5, 7, 8, 16)
 
 
@@ -59,7 +61,7 @@ def page_operations(
     dim, rows = 24, range(1, 6)
     for seed in range(rounds):
         pick, make = random.Random(seed), torch.Generator().manual_seed(seed)
-        fast = HeadPages.create(150, 6, LANE_START[-1], 6, dim, dtype, device, by_columns)
+        fast = HeadPages.create(450, 6, LANE_START[-1], 20, dim, dtype, device, by_columns)
         slow = copy_to(fast, "cpu")
         active: list[int] = []
         for step in range(12):
@@ -105,12 +107,12 @@ def _admit(
             m = pick.randint(1, 4)
             columns = torch.tensor([pick.randrange(-1, m) for _ in range(n)])
         expanded = pick.random() < 0.3
-        pool = torch.randn((60, 2 * m + 1, slow.head_dim), generator=make).to(slow.dtype)
-        slots = torch.randperm(60, generator=make)[:55]
-        counts = [pick.choice((0, 1, 15, 16, 17, 33, 50)) for _ in range(m)]
+        pool = torch.randn((300, 2 * m + 1, slow.head_dim), generator=make).to(slow.dtype)
+        slots = torch.randperm(300, generator=make)[:270]
+        counts = [pick.choice(KEPT) for _ in range(m)]
         kept = torch.full((m, max(1, *counts)), 10**6)  # past a count nothing is read
         for c, count in enumerate(counts):
-            kept[c, :count] = torch.randperm(55, generator=make)[:count].sort().values
+            kept[c, :count] = torch.randperm(270, generator=make)[:count].sort().values
             if columns is not None and c not in columns:
                 counts[c] = 10**6  # nobody's column needs no pages
         for module, pages in ((kernels, fast), (reference, slow)):
@@ -164,8 +166,8 @@ def full_arena(kernels: Any, device: str, by_columns: bool) -> None:
     need(int(pages.lens[2, 1]) == 0, "grow: a lane without a page got a token")
     kernels.release(pages, rows)
     need(pages.num_used == 0, "release: pages stay in use")
-    pool, at = torch.ones((40, 1, 16), device=device), torch.arange(40, device=device)
-    for tokens, capacity, bit in ((40, 9, ERROR_ROW_FULL), (30, 1, ERROR_NO_FREE_PAGE)):
+    pool, at = torch.ones((260, 1, 16), device=device), torch.arange(260, device=device)
+    for tokens, capacity, bit in ((260, 19, ERROR_ROW_FULL), (30, 1, ERROR_NO_FREE_PAGE)):
         pages = HeadPages.create(capacity, 2, 1, 2, 16, torch.float32, device, by_columns)
         kernels.set_owned(pages, 1, torch.ones(1, dtype=torch.uint8, device=device))
         counts = torch.tensor([tokens], device=device)
@@ -317,13 +319,14 @@ def random_plans(device: str, rounds: int = 20) -> None:
         lens *= torch.rand(4, 6, generator=make) > 0.3
         pages = _pages_of(lens, device)
         rows = torch.tensor([3, 0, 4, 2, 0][: 3 + seed % 3], device=device)
-        table, held = pages.page_table.tolist(), pages.lens.tolist()
+        held, number = pages.lens.tolist(), torch.arange(pages.max_pages, device=device)
         for longest_first in (False, True):
             made = _planned(pages, lane_start, rows, spare, longest_first)
             for (first, end), layer in zip(itertools.pairwise(lane_start), made, strict=True):
                 cells = list(itertools.product(rows.tolist(), range(first, end)))
                 need(layer.lens == [held[r][lane] for r, lane in cells], "lengths")
-                want = [table[r][lane][: -(-held[r][lane] // PAGE_TOKENS)] for r, lane in cells]
+                used = [(r, lane, number[: -(-held[r][lane] // PAGE_TOKENS)]) for r, lane in cells]
+                want = [pages.page(*cell).tolist() for cell in used]
                 need(layer.page_lists == want, "page lists differ from the tables")
                 _follows_the_rules(layer, spare, longest_first)
 

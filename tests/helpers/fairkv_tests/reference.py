@@ -18,6 +18,7 @@ from fairkv_sglang.kernels.layout import (
     ERROR_ROW_FULL,
     ERROR_ROW_NOT_EMPTY,
     PAGE_TOKENS,
+    RUN_PAGES,
     describe_error,
 )
 from fairkv_sglang.kernels.pages import HeadPages
@@ -29,6 +30,7 @@ __all__ = [
     "gather",
     "grow",
     "pooled",
+    "put_page",
     "release",
     "set_owned",
     "snapkv_score",
@@ -43,6 +45,14 @@ def _held(pages: HeadPages, row: int, lane: int) -> int:
 def _pop(pages: HeadPages) -> torch.Tensor:
     pages.free_count -= 1
     return pages.free_pages[int(pages.free_count)]
+
+
+def put_page(pages: HeadPages, row: int, lane: int, number: int, page: torch.Tensor | int) -> None:
+    """Page ``number`` of (row, lane)."""
+    if number % RUN_PAGES == 0:
+        pages.page_table[row, lane, number // RUN_PAGES] = page
+    first = pages.page_table[row, lane, number // RUN_PAGES].long()
+    pages.runs[first, number % RUN_PAGES] = page
 
 
 def _require(ok: bool, bit: int) -> None:
@@ -65,8 +75,8 @@ def grow(pages: HeadPages, rows: torch.Tensor, slots: torch.Tensor) -> None:
     for i, r, j in todo:
         n = int(pages.lens[r, j])
         if n % PAGE_TOKENS == 0:
-            pages.page_table[r, j, n // PAGE_TOKENS] = _pop(pages)
-        slots[i, j] = pages.page_table[r, j, n // PAGE_TOKENS] * PAGE_TOKENS + n % PAGE_TOKENS
+            put_page(pages, r, j, n // PAGE_TOKENS, _pop(pages))
+        slots[i, j] = pages.page(r, j, n // PAGE_TOKENS) * PAGE_TOKENS + n % PAGE_TOKENS
         pages.lens[r, j] = n + 1
 
 
@@ -74,7 +84,8 @@ def release(pages: HeadPages, rows: torch.Tensor) -> None:
     for r in rows.tolist():
         for j in range(pages.lanes):
             n, top = _held(pages, r, j), int(pages.free_count)
-            pages.free_pages[top : top + n] = pages.page_table[r, j, :n].flip(0)
+            held = torch.arange(n, device=pages.device)
+            pages.free_pages[top : top + n] = pages.page(r, j, held).flip(0)
             pages.free_count += n
         pages.lens[r] = 0
         pages.owned[r] = 0
@@ -103,7 +114,7 @@ def store_kept(
         slot = token_slots[kept_idx[c, :n].long()]
         for first in range(0, n, PAGE_TOKENS):
             page, part = _pop(pages), slot[first : first + PAGE_TOKENS]
-            pages.page_table[row, j, first // PAGE_TOKENS] = page
+            put_page(pages, row, j, first // PAGE_TOKENS, page)
             keys = pages.keys
             keys[page.long(), : len(part)] = k_pool[part, c].unflatten(1, keys.shape[2:])
             pages.v_pages[page.long(), : len(part)] = v_pool[part, c]
