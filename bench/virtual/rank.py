@@ -25,7 +25,8 @@ from fairkv_sglang.model import Model
 from fairkv_sglang.placement import Plan
 
 WEIGHT_COPIES = 3
-"""Matrices that take turns, so that no repetition finds its weights in a cache."""
+"""Matrices that take turns at least, so that no repetition finds its weights in a cache."""
+MOST_COPIES = 256
 REPLAYS = 10
 Owners = NDArray[np.int16]
 
@@ -36,6 +37,8 @@ class Device:
 
     Attributes:
         decode: ``auto`` is what the engine takes there: FlashInfer, or numba on CPU.
+        cache_bytes: What takes turns is as large as this: four times a GPU's L2 cache. 0: a share's
+            pages are large beside the caches of one core.
     """
 
     name: str
@@ -43,13 +46,16 @@ class Device:
     decode: str = "auto"
     repeats: int = 5
     arena: HeadPages | None = None
-    _weights: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+    cache_bytes: int = 0
+    _weights: dict[tuple[int, int, int], list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         choices = ("flashinfer", "triton") if self.on_cuda else ("numba",)
         self.decode = choices[0] if self.decode == "auto" else self.decode
         if self.decode not in choices:
             raise ValueError(f"--decode {self.decode} does not run on {self.name}: auto, {choices}")
+        if self.on_cuda:
+            self.cache_bytes = 4 * torch.cuda.get_device_properties(self.name).L2_cache_size
 
     @property
     def on_cuda(self) -> bool:
@@ -70,13 +76,18 @@ class Device:
         """Numbers of ordinary size."""
         return torch.randn(shape, device=self.name, dtype=torch.float32).to(self.dtype)
 
+    def copies(self, nbytes: int, least: int = 1) -> int:
+        """How many of something of that size take turns, so that none is found in a cache."""
+        return max(least, min(MOST_COPIES, -(-self.cache_bytes // nbytes)))
+
     def linear(self, rows: int, columns: int, copies: int = WEIGHT_COPIES) -> Callable[..., Tensor]:
         """``f(x, i)``: product with the i-th of some matrices of a shape, made once."""
-        found = self._weights.get((rows, columns))
+        key = rows, columns, copies
+        found = self._weights.get(key)
         if found is None:
             one = self.random(rows, columns) * columns**-0.5
             found = [one, *(one.clone() for _ in range(copies - 1))]
-            self._weights[rows, columns] = found
+            self._weights[key] = found
         return lambda x, i: torch.nn.functional.linear(x, found[i % len(found)])
 
     def pages(self, lengths: NDArray[np.int64], head_dim: int) -> HeadPages:
@@ -95,13 +106,13 @@ class Device:
         """Times on this device."""
         return CudaClock(repeats, REPLAYS) if self.on_cuda else CpuClock(repeats)
 
-    def seconds(self, part: Callable[[int], object]) -> float:
-        """Median time of ``part(i)``; i counts the repetitions."""
+    def seconds(self, part: Callable[[int], object], copies: int = WEIGHT_COPIES) -> float:
+        """Median time of ``part(i)``; i counts the repetitions, of which ``copies`` differ."""
         clock, number = self.clock(self.repeats), itertools.count()
         if not self.on_cuda:
             return clock.ms(lambda: part(next(number))) * 1e-3
-        every = range(WEIGHT_COPIES)  # all in one graph
-        return clock.ms(lambda: [part(i) for i in every]) * 1e-3 / WEIGHT_COPIES
+        every = range(copies)  # all in one graph
+        return clock.ms(lambda: [part(i) for i in every]) * 1e-3 / copies
 
 
 def share_seconds(device: Device, model: Model, lengths: NDArray[np.int64]) -> tuple[float, float]:
@@ -114,32 +125,42 @@ def share_seconds(device: Device, model: Model, lengths: NDArray[np.int64]) -> t
     """
     (batch, n), group, width = lengths.shape, model.group_size, model.head_dim
     x, new = device.random(batch, model.hidden_size), device.random(batch, 2 * n, width)
-    qkv = device.linear(n * (group + 2) * width, model.hidden_size)
-    o = device.linear(model.hidden_size, n * group * width)
-    pages, rows = device.pages(lengths, width), torch.arange(1, batch + 1, device=device.name)
-    q = device.random(batch, n * group, width)
-    out, slots = torch.zeros_like(q), _last_slots(pages, rows)
+    columns = n * (2 * group + 2) * width  # of qkv and of o
+    copies = device.copies(columns * model.hidden_size * device.dtype.itemsize, WEIGHT_COPIES)
+    qkv = device.linear(n * (group + 2) * width, model.hidden_size, copies)
+    o = device.linear(model.hidden_size, n * group * width, copies)
+    sets = device.copies(max(1, 2 * int(lengths.sum()) * width * device.dtype.itemsize))
+    pages = device.pages(np.tile(lengths, sets), width)
+    rows, q = torch.arange(1, batch + 1, device=device.name), device.random(batch, n * group, width)
+    out, slots = torch.zeros_like(q), _last_slots(pages, rows)[:, :n]
 
     def weights(i: int) -> None:
         qkv(x, i)
         pages.kernels.append(pages, slots, new[:, :n], new[:, n:])
         o(out.view(batch, -1), i)
 
-    return device.seconds(weights), device.seconds(decoder(device, pages, rows, q, out, group))
+    decode = decoder(device, pages, rows, q, out, group, sets)
+    return device.seconds(weights, copies), device.seconds(decode, sets)
 
 
 def decoder(
-    device: Device, pages: HeadPages, rows: Tensor, q: Tensor, out: Tensor, group: int
+    device: Device,
+    pages: HeadPages,
+    rows: Tensor,
+    q: Tensor,
+    out: Tensor,
+    group: int,
+    sets: int = 1,
 ) -> Callable[[int], object]:
-    """Decode attention of one layer as the engine runs it."""
-    heads, scale = pages.lanes, pages.head_dim**-0.5
+    """Decode attention of one layer as the engine runs it; ``sets`` of lanes take turns."""
+    heads, scale = pages.lanes // sets, pages.head_dim**-0.5
     if device.decode == "flashinfer":
         from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
 
-        kernel = FlashInferDecoder(pages, [0, heads], group, scale)
+        kernel = FlashInferDecoder(pages, range(0, pages.lanes + 1, heads), group, scale)
         kernel.plan(rows)
-        return lambda i: kernel.decode(q, rows, 0, heads, scale, out)
-    return lambda i: pages.kernels.decode(pages, q, rows, 0, heads, scale, out)
+        return lambda i: kernel.decode(q, rows, i % sets, heads, scale, out)
+    return lambda i: pages.kernels.decode(pages, q, rows, i % sets * heads, heads, scale, out)
 
 
 def _last_slots(pages: HeadPages, rows: Tensor) -> Tensor:

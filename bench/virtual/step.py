@@ -23,10 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fairkv_sglang.bench.shares import find_profile, picked
 from fairkv_sglang.bench.stats import machine
-from fairkv_sglang.bench.virtual.rank import Device, Owners, share_seconds, upkeep_seconds
+from fairkv_sglang.bench.virtual.rank import (
+    WEIGHT_COPIES,
+    Device,
+    Owners,
+    share_seconds,
+    upkeep_seconds,
+)
 from fairkv_sglang.bench.virtual.settings import RANK_LOCAL, VirtualSettings
 from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.model import Model
@@ -172,10 +179,12 @@ def _placement(
 def _even_parts(model: Model, device: Device, tp: int, batch: int) -> dict[str, float]:
     """Seconds of what every rank does alike: a layer's MLP, and the logits."""
     x, width = device.random(batch, model.hidden_size), model.intermediate_size // tp
-    up, down = device.linear(2 * width, model.hidden_size), device.linear(model.hidden_size, width)
-    middle = device.random(batch, width)
-    logits = device.linear(-(-model.vocab_size // tp), model.hidden_size, copies=1)
-    return {
-        "mlp": device.seconds(lambda i: up(x, i)) + device.seconds(lambda i: down(middle, i)),
-        "logits": device.seconds(lambda i: logits(x, i)),
-    }
+    middle, vocab = device.random(batch, width), -(-model.vocab_size // tp)
+
+    def product(x: Tensor, rows: int, least: int = WEIGHT_COPIES) -> float:
+        copies = device.copies(rows * x.shape[1] * device.dtype.itemsize, least)
+        matrix = device.linear(rows, x.shape[1], copies)
+        return device.seconds(lambda i: matrix(x, i), copies)
+
+    mlp = product(x, 2 * width) + product(middle, model.hidden_size)
+    return {"mlp": mlp, "logits": product(x, vocab, 1)}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fairkv_sglang.bench.virtual.rank import Device, decoder
+from fairkv_sglang.bench.virtual.rank import Device, decoder, share_seconds
 from fairkv_sglang.bench.virtual.settings import PLACEMENTS, VirtualSettings
 from fairkv_sglang.bench.virtual.step import (
     cost_model,
@@ -90,6 +90,26 @@ def test_attention_of_a_share_is_that_of_the_engines_kernel() -> None:
     assert torch.equal(out, want)
     assert not out[0, TINY.group_size :].any()  # not served here
     assert out[0, : TINY.group_size].any()
+
+
+def test_what_takes_turns_is_larger_than_a_cache() -> None:
+    device = Device("cpu", FLOAT32, cache_bytes=100_000)
+    assert device.copies(100_000) == 1 and device.copies(9_000) == 12
+    assert device.copies(10**9, least=3) == 3 and device.copies(1) == 256
+    assert Device("cpu", FLOAT32).copies(1) == 1
+    lengths = np.array([[20, 0], [3, 50]])
+    pages, rows = device.pages(np.tile(lengths, 3), TINY.head_dim), torch.tensor([1, 2])
+    pages.check_integrity()
+    q = device.random(2, 2 * TINY.group_size, TINY.head_dim)
+    out, want = torch.empty_like(q), torch.empty_like(q)
+    run = decoder(device, pages, rows, q, out, TINY.group_size, sets=3)
+    for turn in range(4):
+        run(turn)
+        lane = 2 * (turn % 3)
+        pages.kernels.decode(pages, q, rows, lane, 2, TINY.head_dim**-0.5, want)
+        assert torch.equal(out, want)
+    weights, attention = share_seconds(device, TINY, lengths)
+    assert weights > 0 and attention > 0
 
 
 def test_pages_can_grow_by_one_page_in_every_lane() -> None:
