@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ran, what passed, what did not run and why."""
+"""What ran, what passed, what did not run and why; parts in processes that can be ended."""
 
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
-WIDTH = 54
+WIDTH = 58
+Figures = dict[str, Any]
 
 
 class NotRun(Exception):
@@ -37,32 +42,33 @@ class Report:
     def __init__(self, budget: float) -> None:
         self.budget, self.begin = budget, time.perf_counter()
         self.rows: list[dict[str, Any]] = []
+        self.tell: Callable[[object], object] = lambda what: None
+        """Hears the name of each check before it starts, and its row when it is done."""
 
     @property
     def left(self) -> float:
         """Seconds until the budget is used up."""
         return self.budget - (time.perf_counter() - self.begin)
 
-    def check(self, name: str, work: Callable[[], object], seconds: float = 0) -> None:
-        """Run a check and add its row.
-
-        Args:
-            name: Of the row.
-            work: Raises if the check fails; what it returns, if anything, is shown.
-            seconds: What it may take: it is left out if less is left.
-        """
+    def check(self, name: str, work: Callable[[], object]) -> None:
+        """Run a check and add its row; `work` raises if it fails, what it returns is shown."""
+        self.tell(name)
         start, status, detail = time.perf_counter(), "passed", ""
         try:
-            if self.left < seconds:
+            if self.left < 0:
                 raise NotRun("out of time")
             detail = str(work() or "")
         except NotRun as reason:
             status, detail = "not run", str(reason)
         except Exception as error:  # every failure is a row of the report
             status, detail = "FAILED", f"{type(error).__name__}: {error}"
-        took = time.perf_counter() - start
+        self.add(name, status, detail, time.perf_counter() - start)
+
+    def add(self, name: str, status: str, detail: str, took: float = 0) -> None:
+        """A row that is known."""
         row = {"name": name, "status": status, "seconds": round(took, 2), "detail": detail}
         self.rows.append(row)
+        self.tell(row)
         first, *others = detail.splitlines() or [""]
         result = f"{status}: {first}" if first else status
         print("\n    ".join([f"{name:{WIDTH}}{took:7.1f} s  {result}", *others]), flush=True)
@@ -77,11 +83,56 @@ class Report:
         return f"{counts}, in {time.perf_counter() - self.begin:.0f} s"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines of right-aligned columns, two spaces between them."""
-    lines = [list(columns), *(list(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+@dataclass(frozen=True)
+class Part:
+    """Checks that share a process: one that hangs, or breaks the device's context, costs no other.
+
+    Attributes:
+        seconds: After which the process is killed.
+        work: Adds rows to the report; what it returns are figures.
+    """
+
+    name: str
+    seconds: float
+    work: Callable[[Report], Figures | None]
+
+    def run(self, report: Report) -> Figures:
+        """In a process of its own, a fork of this one: it must not have touched the device."""
+        limit, start = min(self.seconds, report.left), time.perf_counter()
+        if limit <= 0:
+            report.add(self.name, "not run", "out of time")
+            return {}
+        sys.stdout.flush()
+        context = multiprocessing.get_context("fork")
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=self._there, args=(report, there), daemon=True)
+        process.start()
+        there.close()
+        doing, begun = self.name, start
+        while True:
+            if not here.poll(max(0.0, start + limit - time.perf_counter())):
+                ended = f"killed, as the part {self.name!r} took {limit:.0f} s"
+                break
+            try:
+                what = here.recv()
+            except EOFError:
+                process.join()
+                ended = f"the process ended with status {process.exitcode}"
+                break
+            if isinstance(what, str):
+                doing, begun = what, time.perf_counter()
+            elif isinstance(what, dict):
+                report.rows.append(what)
+            else:
+                process.join()
+                return dict(*what)
+        process.kill()
+        process.join()
+        report.add(doing, "FAILED", ended, time.perf_counter() - begun)
+        return {}
+
+    def _there(self, report: Report, parent: Connection) -> None:
+        report.tell = parent.send
+        # What stops by itself, a little earlier, brings its figures home.
+        report.budget -= max(0.0, report.left - self.seconds) + 0.1 * self.seconds
+        parent.send((self.work(report) or {},))

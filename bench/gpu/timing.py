@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode bandwidth of ragged against uniform batches of equal bytes, and the cost of planning.
+"""Decode bandwidth of ragged against uniform batches of equal bytes.
 
-A point is one number of rows B' and one kind of lengths. Its `kernels` hold for each contender
-either figures or, as text, why there are none ("not run: ...", "failed: ..."). UNTESTED ON A GPU:
-the tests run it with a clock that does not measure.
+A point is one number of rows B', one kind of lengths, one mean and one group size. Its `kernels`
+hold for each contender either figures or, as text, why there are none ("not run: ...", "failed:
+..."). UNTESTED ON A GPU: the tests run it with a clock that does not measure.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import torch
 
 from fairkv_sglang.bench.clocks import Clock
 from fairkv_sglang.bench.gpu.contenders import Maker
-from fairkv_sglang.bench.gpu.report import NotRun, table
+from fairkv_sglang.bench.gpu.report import NotRun
+from fairkv_sglang.bench.gpu.step import healthy
 from fairkv_sglang.bench.resident import KINDS, lengths, resident
 from fairkv_sglang.kernels import PAGE_TOKENS
 
 SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 """Rows B' of a layer: requests times heads of a rank."""
 MEAN, DIM, GROUP = 1024, 128, 4
+MEANS, GROUPS, OTHERS = (128, 512, 2048), (1, 4, 8, 16), 512
+"""Kept tokens and query heads of a row of the points beside those of `SIZES`, and their rows."""
 POINT_BYTES = 1 << 29
 """Bytes of all layers of a point, several times what an L2 cache holds."""
 
@@ -31,7 +34,9 @@ Makers = Mapping[str, Maker | str]
 Point = dict[str, Any]
 
 
-def problem(rows: int, kind: str, mean: int = MEAN, dim: int = DIM) -> tuple[torch.Tensor, Point]:
+def problem(
+    rows: int, kind: str, mean: int = MEAN, dim: int = DIM, group: int = GROUP
+) -> tuple[torch.Tensor, Point]:
     """Lengths [rows, layers] of a point and what can be said of them without a GPU.
 
     All kinds of a size hold the same number of tokens in every layer.
@@ -40,7 +45,7 @@ def problem(rows: int, kind: str, mean: int = MEAN, dim: int = DIM) -> tuple[tor
     lens = torch.stack([lengths(kind, rows, mean, seed) for seed in range(layers)], 1)
     held = (lens + (PAGE_TOKENS - 1)) // PAGE_TOKENS
     return lens, {
-        "rows": rows, "lengths": kind, "group": GROUP, "layers": layers, "mean": mean,
+        "rows": rows, "lengths": kind, "group": group, "layers": layers, "mean": mean,
         "longest": int(lens.max()), "bytes": int(lens.sum()) * 4 * dim,
         "page_overhead": float(held.sum() * PAGE_TOKENS / lens.sum()), "kernels": {},
     }  # fmt: skip
@@ -53,22 +58,24 @@ def bandwidth(
     clock: Clock,
     makers: Makers,
     mean: int = MEAN,
+    group: int = GROUP,
     dim: int = DIM,
 ) -> Point:
     """One point: every kernel on the same pages, all layers in one graph."""
-    lens, point = problem(rows, kind, mean, dim)
+    lens, point = problem(rows, kind, mean, dim, group)
     pages = resident(lens, dim, torch.bfloat16, clock.device, by_columns=False)
-    q = torch.randn((rows, GROUP, dim), device=clock.device).bfloat16()
+    q = torch.randn((rows, group, dim), device=clock.device).bfloat16()
     out, layers = torch.empty_like(q), int(point["layers"])
 
     def measure(maker: Maker | str) -> dict[str, Any] | str:
         if isinstance(maker, str):
             return maker
         try:
-            contender = maker(pages, GROUP, 0.1)
+            contender = maker(pages, group, 0.1)
             if contender.plan is not None:
                 contender.plan()
             ms = clock.ms(lambda: [contender.run(layer, q, out) for layer in range(layers)])
+            healthy(pages)
             speed = point["bytes"] / ms * 1e3
             figures: dict[str, Any] = {"us_per_layer": ms * 1e3 / layers, "of_copy": speed / peak}
             if contender.plan is not None:
@@ -94,89 +101,58 @@ def copy_bandwidth(clock: Clock) -> float:
     return 2 * a.numel() / clock.ms(lambda: b.copy_(a)) * 1e3
 
 
-def sweep(
-    clock: Clock, makers: Makers, has_time: Callable[[], bool], sizes: tuple[int, ...] = SIZES
-) -> dict[str, Any]:
+def problems() -> list[tuple[int, str, int, int]]:
+    """Rows, kind of lengths, mean and group of every point; sizes first."""
+    sizes = itertools.product(SIZES, KINDS, (MEAN,), (GROUP,))
+    return [*sizes, *itertools.product((OTHERS,), KINDS[:2], MEANS, GROUPS)]
+
+
+def sweep(clock: Clock, makers: Makers, has_time: Callable[[], bool]) -> dict[str, Any]:
     """Copy bandwidth in bytes/s and all points that there is time for, printed on the way."""
     peak, points = copy_bandwidth(clock), list[Point]()
     print(f"device copy: {peak / 1e12:.2f} TB/s, read and written", flush=True)
-    for rows, kind in itertools.product(sizes, KINDS):
+    for rows, kind, mean, group in problems():
         if not has_time():
             print("the rest of the points: not run: out of time")
             break
-        points.append(bandwidth(rows, kind, peak, clock, makers))
+        points.append(bandwidth(rows, kind, peak, clock, makers, mean, group))
+        over_uniform(points)
         print(f"  {point_line(points[-1])}", flush=True)
-    over_uniform(points)
     return {"copy_bytes_per_s": peak, "bandwidth": points}
-
-
-def planner(
-    clock: Clock, layers: int = 80, bs: int = 64, heads: int = 8, dim: int = DIM, **options: Any
-) -> dict[str, float]:
-    """Device time of one plan of a large model, and the host's time where it is not captured."""
-    from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
-
-    lanes = layers * heads
-    pages = resident(
-        torch.full((bs, lanes), 65), dim, torch.bfloat16, clock.device, by_columns=False
-    )
-    starts = list(range(0, lanes + 1, heads))
-    decoder = FlashInferDecoder(pages, starts, GROUP, 0.1, **options)
-    rows = torch.arange(1, bs + 1, device=clock.device)
-    slots = torch.empty((bs, lanes), dtype=torch.int64, device=clock.device)
-    result = {
-        "plan_us": clock.ms(lambda: decoder.plan(rows)) * 1e3,
-        "grow_us": clock.ms(lambda: decoder.pages.kernels.grow(pages, rows, slots)) * 1e3,
-        "plan_host_us_uncaptured": clock.host_us(lambda: decoder.plan(rows)),
-    }
-    pages.check_integrity()
-    return result
 
 
 def over_uniform(points: list[Point]) -> None:
     """Add each kernel's time over its own time for uniform lengths; the bytes are equal."""
-    base = {p["rows"]: p["kernels"] for p in points if p["lengths"] == "uniform"}
+    same = ("rows", "mean", "group")
+    uniform = [p for p in points if p["lengths"] == "uniform"]
+    base = {tuple(p[key] for key in same): p["kernels"] for p in uniform}
     for point in points:
         for name, figures in point["kernels"].items():
-            even = base.get(point["rows"], {}).get(name)
+            even = base.get(tuple(point[key] for key in same), {}).get(name)
             if isinstance(figures, dict) and isinstance(even, dict):
                 figures["over_uniform"] = figures["us_per_layer"] / even["us_per_layer"]
 
 
-def _cells(figures: dict[str, Any] | str) -> tuple[str, str]:
-    """Fraction of the copy bandwidth with, behind the stroke, time over uniform lengths; planning
-    of one layer in microseconds, and who spends them.
-    """
-    if isinstance(figures, str):
-        return figures.split(":")[0], "-"
-    ratio, us = figures.get("over_uniform"), figures.get("plan_us_per_layer")
-    bandwidth = f"{figures['of_copy']:.2f}" + (f" /{ratio:5.2f}" if ratio else "")
-    return bandwidth, "none" if us is None else f"{figures['plans_on']} {us:.0f}"
-
-
 def point_line(point: Point) -> str:
-    """One line while the benchmark runs."""
-    figures = (f"{name} {_cells(x)[0]}" for name, x in point["kernels"].items())
-    return f"B' {point['rows']:5} {point['lengths']:10}" + ", ".join(figures)
-
-
-def tables(points: list[Point]) -> str:
-    """Bandwidth and planning (the device's part is in the CUDA graph of the step), why kernels have
-    no figures, and the longest time of ours over uniform lengths.
+    """Each kernel's fraction of the copy bandwidth, its time over uniform lengths, and the
+    microseconds that planning of a layer takes where it is planned.
     """
-    names = list(points[0]["kernels"])
-    columns = ["B'", "lengths", "layers", "longest", "pages/tokens", *names]
-    columns += [f"planning, {name}" for name in names]
-    rows = []
-    for p in points:
-        bandwidth, planning = zip(*(_cells(p["kernels"][name]) for name in names), strict=True)
-        known = [str(p[key]) for key in ("rows", "lengths", "layers", "longest")]
-        rows.append([*known, f"{p['page_overhead']:.3f}", *bandwidth, *planning])
-    kernels = [(name, x) for p in points for name, x in p["kernels"].items()]
-    reasons = {f"{name}: {x}" for name, x in kernels if isinstance(x, str)}
-    ours = [x for name, x in kernels if name == "ours" and isinstance(x, dict)]
-    uneven = [x.get("over_uniform", 1.0) for x in ours]
-    lines = [table(columns, rows), *sorted(reasons)]
-    if uneven:
-        lines.append(f"ours, longest time over uniform lengths: {max(uneven):.2f}")
-    return "\n".join(lines)
+
+    def cell(figures: dict[str, Any] | str) -> str:
+        if isinstance(figures, str):
+            return figures
+        ratio = f" /{figures['over_uniform']:5.2f}" if "over_uniform" in figures else ""
+        us = figures.get("plan_us_per_layer")
+        plan = "" if us is None else f" ({figures['plans_on']} plan {us:.0f} us)"
+        return f"{figures['of_copy']:.2f}{ratio}{plan}"
+
+    shape = f"B' {point['rows']:5} mean {point['mean']:4} group {point['group']:2} "
+    kernels = (f"{name} {cell(figures)}" for name, figures in point["kernels"].items())
+    return f"{shape}{point['lengths']:10}" + ", ".join(kernels)
+
+
+def worst(points: list[Point]) -> str:
+    """Longest time of ours over uniform lengths."""
+    ours = [p["kernels"]["ours"] for p in points if isinstance(p["kernels"].get("ours"), dict)]
+    longest = max((x.get("over_uniform", 1.0) for x in ours), default=None)
+    return "" if longest is None else f"ours, longest time over uniform lengths: {longest:.2f}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`bench/gpu_check.py` without a GPU: its checks notice what is wrong, its report says what ran."""
+"""The checks of `bench/gpu_check.py` without a GPU: they notice what is wrong."""
 
 from __future__ import annotations
 
@@ -16,22 +16,15 @@ import pytest
 import torch
 
 from fairkv_sglang.attention.hand_over import HandOver
-from fairkv_sglang.bench import gpu_check, resident
-from fairkv_sglang.bench.gpu import timing
+from fairkv_sglang.bench.gpu import step
 from fairkv_sglang.bench.gpu.contenders import CONTENDERS
-from fairkv_sglang.bench.gpu.report import Report
+from fairkv_sglang.budgets.scopes import pooled
 from fairkv_sglang.kernels import HeadPages
 from fairkv_sglang.kernels.cpu import operations as numba_cpu
-from fairkv_tests import fake_flashinfer, gpu_checks, gpu_hand_over, reference
+from fairkv_tests import fake_flashinfer, gpu_checks, gpu_hand_over, gpu_prompts, reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
-def test_without_a_gpu_it_says_that_nothing_ran(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_check.main([]) == 0
-    assert "no GPU: nothing was run" in capsys.readouterr().out
 
 
 def test_the_cpu_kernels_pass_their_checks() -> None:
@@ -172,100 +165,62 @@ def test_what_waits_for_the_device_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         gpu_hand_over.no_host_synchronisation("cpu", 16)
 
 
-def test_the_hand_over_is_timed_and_a_group_of_one_is_tried() -> None:
-    def host_us(work: Callable[[], object]) -> float:
+class NoClock:
+    device = "cpu"
+
+    def ms(self, work: Callable[[], object], capture: bool = True) -> float:
+        work()
+        return 2.0
+
+    def host_us(self, work: Callable[[], object]) -> float:
         work()
         return 5.0
 
-    clock: Any = SimpleNamespace(
-        device="cpu", host_us=host_us, ms=lambda work, capture: host_us(work) * 0.4
-    )
-    made = gpu_hand_over.one_layer(clock, tokens=400, kept=100, dim=16)
+
+def test_the_hand_over_through_a_collective_is_checked_and_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = gpu_prompts.one_layer(NoClock(), tokens=400, kept=100, dim=16)
     assert set(made) == {"known", "bounded"}
     assert made["known"]["sent_per_kept"] == 1 < made["bounded"]["sent_per_kept"]
     row_bytes = 2 * 16 * 2
     assert made["known"]["gb_per_s"] == pytest.approx(2 * 400 * row_bytes / 2e-3 / 1e9)
-    assert gpu_hand_over.group_of_one("cpu") == "gloo"
+    through = gpu_prompts.Mirror.all_to_all_single
+
+    def other_bytes(
+        self: Any, out: torch.Tensor, mine: torch.Tensor, *rest: Any, **named: Any
+    ) -> Any:
+        mine[:7] ^= 1
+        return through(self, out, mine, *rest, **named)
+
+    monkeypatch.setattr(gpu_prompts.Mirror, "all_to_all_single", other_bytes)
+    with pytest.raises(RuntimeError, match="known: other rows than kept in lane 0"):
+        gpu_prompts.one_layer(NoClock(), tokens=400, kept=100, dim=16)
+
+
+def test_compression_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = gpu_prompts.compressed(NoClock(), 300, layers=2, dim=16)
+    assert made == {"us": 1000, "host_us": 2.5, "most_mib": 0}
+    short = gpu_prompts.compressed(NoClock(), 40, layers=2, dim=16)  # within its least budget
+    assert short["us"] == 1000
+    share_out = pooled.share_out
+    monkeypatch.setattr(pooled, "share_out", lambda *args: share_out(*args) - 1)
+    with pytest.raises(RuntimeError, match="tokens, not"):
+        gpu_prompts.compressed(NoClock(), 300, layers=2, dim=16)
+
+
+def test_slots_across_page_borders_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert step.borders(NoClock(), 3, lanes=17, calls=2) == {"at once": 125, "spread": 125}
+    twice = NoClock()
+    monkeypatch.setattr(twice, "ms", lambda work: [work() for _ in range(3)], raising=False)
+    with pytest.raises(RuntimeError, match="head pages: "):
+        step.borders(twice, 3, lanes=17, calls=1)
 
 
 def test_flashinfers_wrapper_gets_the_folded_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_flashinfer.install(monkeypatch)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         gpu_checks.contender_equals_torch(CONTENDERS["stock"], "cpu", dtype, tolerance, 32)
-
-
-def test_what_is_not_installed_is_not_run(capsys: pytest.CaptureFixture[str]) -> None:
-    report = Report(budget=60)
-    report.check(
-        "stock",
-        lambda: gpu_checks.contender_equals_torch(
-            CONTENDERS["stock"], "cpu", torch.float32, 1e-6, 16
-        ),
-    )
-    report.check("long", lambda: None, seconds=100)
-    assert [row["detail"] for row in report.rows] == ["FlashInfer is not installed", "out of time"]
-    assert report.summary().startswith("0 passed, 0 failed, 2 not run")
-    assert capsys.readouterr().out.count("not run: ") == 2
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
-def test_checks_for_a_gpu_get_as_far_as_the_missing_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    """No GPU has run these lines; at least nothing but CUDA and FlashInfer stops them."""
-    report = Report(budget=1000)
-    gpu_check.check(report)
-    gpu_check.measure(report)
-    assert len(report.rows) == 19 and report.count("passed") == 0
-    for row in report.rows:
-        missing = ("CUDA enabled", "NVIDIA", "FlashInfer is not installed", "0 active drivers")
-        assert any(text in row["detail"] for text in missing), row
-
-
-def test_kernels_that_failed_their_check_are_not_timed() -> None:
-    report = Report(budget=60)
-    for name, status in (("ours", "passed"), ("stock", "FAILED"), ("our Triton", "not run")):
-        row = {"name": gpu_check.CHECKED_BY[name], "status": status, "detail": "Triton is gone"}
-        report.rows.append(row)
-    assert gpu_check.makers(report) == {
-        "ours": CONTENDERS["ours"],
-        "stock": "not run: its check failed",
-        "our Triton": "not run: Triton is gone",
-    }
-
-
-def test_the_table_shows_bandwidth_cost_of_uneven_lengths_and_reasons() -> None:
-    def point(kind: str, us: float) -> dict[str, Any]:
-        ours: dict[str, Any] = {
-            "us_per_layer": us,
-            "of_copy": 80 / us,
-            "plan_us_per_layer": 3.0,
-            "plans_on": "device",
-        }
-        stock = {
-            "us_per_layer": 2 * us,
-            "of_copy": 40 / us,
-            "plan_us_per_layer": 250.0,
-            "plans_on": "host",
-        }
-        kernels = {"ours": ours, "stock": stock, "our Triton": "failed: RuntimeError: no"}
-        return timing.problem(64, kind)[1] | {"kernels": kernels}
-
-    made = [point("uniform", 100.0), point("heavy", 110.0)]
-    timing.over_uniform(made)
-    text = timing.tables(made)
-    assert "0.80 / 1.00" in text and "0.73 / 1.10" in text and "0.36 / 1.10" in text
-    assert "our Triton: failed: RuntimeError: no" in text
-    assert "ours, longest time over uniform lengths: 1.10" in text
-    assert "device 3" in text and "host 250" in text
-    assert timing.point_line(made[1]).startswith("B'    64 heavy     ours 0.73 / 1.10, stock")
-
-
-def test_all_kinds_of_a_size_hold_equal_bytes() -> None:
-    for rows in timing.SIZES:
-        made = [timing.problem(rows, kind) for kind in resident.KINDS]
-        sums = {tuple(lens.sum(0).tolist()) for lens, _ in made}
-        assert len(sums) == 1 and set(*sums) == {rows * timing.MEAN}
-        assert all(point["page_overhead"] < 1.01 for _, point in made)
-        assert all(int(lens.min()) >= 1 for lens, _ in made)
 
 
 @pytest.mark.slow

@@ -9,35 +9,30 @@ from __future__ import annotations
 
 import itertools
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from fairkv_sglang.attention import compress, exchange, hand_over
-from fairkv_sglang.attention.compress import PromptCompressor
+from fairkv_sglang.attention.compress_all import make_compressor
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
-from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver
-from fairkv_sglang.bench.gpu.report import NotRun, need
-from fairkv_sglang.budgets import BudgetSpec, Kept, Scorer, make_scope, pick
+from fairkv_sglang.attention.hand_over import HandOver
+from fairkv_sglang.bench.gpu.report import need
+from fairkv_sglang.budgets import BudgetSpec, Scorer, make_scope, pick
 from fairkv_sglang.budgets.scorers.snapkv import SnapKV
 from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages
 from fairkv_sglang.parallel import RankHeads
 from fairkv_sglang.placement import Plan
 from fairkv_tests import reference
-
-if TYPE_CHECKING:
-    from fairkv_sglang.bench.clocks import Clock
+from fairkv_tests.gpu_steps import without_waiting
 
 Group = tuple[int, int]
 LAYERS, GROUP, WINDOW, BUDGET = 3, 4, 8, 64
@@ -176,7 +171,7 @@ class Pass:
         return SimpleNamespace(
             heads=heads, pages=pages, pools=self.kv[:, :, :, list(heads.home)].to(device),
             owned=[torch.from_numpy(heads.owned(x)).to(device) for x in self.owners],
-            compressor=PromptCompressor(book, self.scorer, hand_over, exchange),
+            compressor=make_compressor(book, self.scorer, hand_over, exchange),
         )  # fmt: skip
 
     def admit(self) -> None:
@@ -243,75 +238,9 @@ def no_host_synchronisation(device: str, dim: int) -> str:
         made.admit()
         made.run()
         made.admit()
-    set_mode = torch.cuda.set_sync_debug_mode if device == "cuda" else str
-    set_mode("error")
-    try:
+    with without_waiting(device):
         for made in passes:
             made.run()
-    except RuntimeError as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        raise RuntimeError(f"{Path(at.filename).name}:{at.lineno}: {at.line}: {error}") from error
-    finally:
-        set_mode("default")
     for made in passes:
         made.intact()
     return f"{len(passes)} passes"
-
-
-def one_layer(clock: Clock, tokens: int = 8192, kept: int = 2048, dim: int = 128) -> dict[str, Any]:
-    """Packing and storing on rank 0 of 4, of a layer whose 8 heads all move to the next rank."""
-    device, heads, ranks = clock.device, 8, 4
-    scope = make_scope("layer", BudgetSpec(tokens=kept), 1, heads, SnapKV())
-    owners = (np.arange(heads) * ranks // heads + 1)[None] % ranks
-    shares = (owners == np.arange(ranks)[:, None])[None]
-    own = RankHeads(Plan.from_shares(shares.astype(float), "next rank"), 0, GROUP)
-    n, most = len(own.home), -(-kept // PAGE_TOKENS)
-    pages = HeadPages.create(n * most, 2, n, most, dim, torch.bfloat16, device)
-    pages.kernels.set_owned(pages, 1, torch.ones(n, dtype=torch.uint8, device=device))
-    pools = torch.randn((2, tokens, n, dim), device=device).bfloat16()
-    span = PromptSpan(1, 0, tokens, tokens, tokens)
-    sources = own.homes.source[np.arange(heads), owners]
-    ending = Ending(span, torch.randperm(tokens).to(device), owners, sources)
-    counts, free = torch.full((heads,), kept, device=device), pages.free_count.clone()
-    indices = torch.full((n, int(scope.per_head_bound(tokens)[0].max())), -1)
-    indices[:, :kept] = torch.rand((n, tokens)).argsort()[:, :kept].sort().values
-    indices = indices.to(device)
-    stored, result = n * kept, dict[str, Any]()
-    nothing = SimpleNamespace(all_to_all_single=lambda *_, **__: SimpleNamespace(wait=int))
-    for name, exact in (("known", np.full(heads, kept)), ("bounded", None)):
-        over = HandOver(own, scope, pages, 0)  # type: ignore[arg-type]
-        over.overlaps = True  # on the CPU, too
-        choice = Choice(Kept(counts[:n], indices), counts, exact)
-
-        def work(over: HandOver = over, choice: Choice = choice) -> None:
-            pages.lens.zero_()  # these two in place of a release
-            pages.free_count.copy_(free)
-            over.start(0, [ending], [choice], *pools)
-            over.finish()
-
-        with patched(nothing):
-            work()
-            rows = over.rows_sent
-            us, host_us = clock.ms(work, capture=False) * 1e3, clock.host_us(work)
-        need(bool((pages.lens[1] == kept).all()), f"{name}: other rows than kept")
-        pages.check_integrity()
-        speed = 2 * (rows + stored) * over.row_bytes / us / 1e3  # read and written
-        figures = {"us": us, "gb_per_s": speed, "host_us": host_us, "sent_per_kept": rows / stored}
-        result[name] = figures
-    return result
-
-
-def group_of_one(device: str) -> str:
-    """NCCL, or gloo on the CPU, takes the byte all-to-all; one rank sends to itself."""
-    sent = torch.randn(4096, device=device).view(torch.uint8)
-    if device == "cuda" and not dist.is_nccl_available():
-        raise NotRun("torch is built without NCCL")
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        got, sizes = torch.zeros_like(sent), [len(sent)]
-        dist.all_to_all_single(got, sent, sizes, sizes, async_op=True).wait()
-        need(torch.equal(got, sent), "other bytes than sent")
-    finally:
-        dist.destroy_process_group()
-    return backend

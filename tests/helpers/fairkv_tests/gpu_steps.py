@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ import torch
 from fairkv_sglang.bench import resident
 from fairkv_sglang.bench.clocks import captured
 from fairkv_sglang.bench.gpu.report import need, require
-from fairkv_sglang.kernels import HeadPages
+from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages
 from fairkv_sglang.kernels.cuda import operations as triton_ops
 from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
 from fairkv_tests import reference
@@ -149,6 +152,20 @@ def operations(device: str, dim: int, **options: Any) -> dict[str, Callable[[], 
     }
 
 
+@contextmanager
+def without_waiting(device: str) -> Iterator[None]:
+    """Raises where torch sees that the host waits for the device; on the CPU nothing is seen."""
+    set_mode = torch.cuda.set_sync_debug_mode if device == "cuda" else str
+    set_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise RuntimeError(f"{Path(at.filename).name}:{at.lineno}: {at.line}: {error}") from error
+    finally:
+        set_mode("default")
+
+
 def no_host_synchronisation(dim: int) -> str:
     """No operation waits for the device, so planning costs the host nothing but launches.
 
@@ -160,12 +177,53 @@ def no_host_synchronisation(dim: int) -> str:
     torch.cuda.synchronize()
     waiting = []
     for name, work in todo.items():
-        torch.cuda.set_sync_debug_mode("error")
         try:
-            work()
+            with without_waiting("cuda"):
+                work()
         except RuntimeError as error:
             waiting.append(f"{name}: {str(error).splitlines()[0]}")
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     need(not waiting, "waits for the device: " + "; ".join(waiting))
     return ", ".join(todo)
+
+
+def large_arena(device: str, dim: int, elements: int = 2**31, **options: Any) -> str:
+    """A prompt, a token and its attention in the last pages of an arena, past `elements`."""
+    group, heads, kept, scale = 4, 3, 600, dim**-0.5
+    count = elements // (PAGE_TOKENS * dim) + 256
+    pages = HeadPages.create(count, 2, heads, 64, dim, torch.bfloat16, device, by_columns=False)
+    pages.free_pages.copy_(pages.free_pages.flip(0))  # the last page is on top
+    triton_ops.set_owned(pages, 1, torch.ones(heads, dtype=torch.uint8, device=device))
+    make = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=make, device=device).bfloat16()
+
+    k, v = random(kept, heads, dim), random(kept, heads, dim)
+    at, rows = torch.arange(kept, device=device), torch.tensor([1], device=device)
+    counts = torch.full((heads,), kept, device=device)
+    triton_ops.store_kept(pages, 1, 0, k, v, at, at.repeat(heads, 1), counts)
+    slots = torch.empty((1, heads), dtype=torch.int64, device=device)
+    triton_ops.grow(pages, rows, slots)
+    need(int(slots.min()) * dim >= elements, "the arena's last pages are not taken first")
+    new = random(2, 1, heads, dim)
+    triton_ops.append(pages, slots, new[0], new[1])
+    k, v = torch.cat([k, new[0]]).double(), torch.cat([v, new[1]]).double()
+    q = random(1, heads * group, dim)
+    folded = q.view(heads, group, dim).double()
+    weights = (torch.einsum("hgd,nhd->hgn", folded, k) * scale).softmax(-1)
+    want = torch.einsum("hgn,nhd->hgd", weights, v).view(q.shape)
+    decoder = FlashInferDecoder(pages, [0, heads], group, scale, **options)
+    for name in ("FlashInfer", "Triton"):
+        if name == "Triton" and device == "cpu":
+            continue  # the interpreter's dot product takes bfloat16 for integers
+        out = torch.full_like(q, torch.nan)
+        if name == "FlashInfer":
+            decoder.plan(rows)
+            decoder.decode(q, rows, 0, heads, scale, out)
+        else:
+            triton_ops.decode(pages, q, rows, 0, heads, scale, out)
+        worst = difference(out, want)
+        need(worst <= 2e-2, f"{name} decode differs from torch by {worst:.3g}")
+    triton_ops.release(pages, rows)
+    pages.check_integrity()
+    return f"{count:,} pages"
