@@ -13,7 +13,7 @@ from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages
 from fairkv_sglang.kernels.cpu import operations
 from fairkv_tests import reference
 
-ROWS, LANES, MAX_PAGES, DIM, POOL = 5, 3, 4, 8, 90
+ROWS, LANES, MAX_PAGES, DIM, POOL = 5, 3, 16, 8, 90
 
 
 class Pages(RuleBasedStateMachine):
@@ -166,14 +166,17 @@ def test_full_arena_is_refused_and_unchanged() -> None:
 
 
 def test_full_row_is_refused() -> None:
-    pages = HeadPages.create(9, 2, 1, 2, DIM, torch.float32)
+    pages = HeadPages.create(40, 2, 1, 17, DIM, torch.float32)
+    assert pages.max_pages == 32  # whole runs
     operations.set_owned(pages, 1, torch.ones(1))
     slots = torch.zeros((1, 1), dtype=torch.int64)
-    for _ in range(2 * PAGE_TOKENS):
+    for token in range(32 * PAGE_TOKENS):
         operations.grow(pages, torch.tensor([1]), slots)
+        assert int(slots) == token  # page after page, across the border of the run
     with pytest.raises(RuntimeError, match="more pages than its page table"):
         operations.grow(pages, torch.tensor([1]), slots)
-    assert pages.num_used == 2
+    assert pages.num_used == 32
+    pages.check_integrity()
 
 
 def test_bad_arguments_are_refused() -> None:
