@@ -89,7 +89,7 @@ def test_sglangs_pool_gets_a_part_of_the_memory(tp_size: int, tmp_path: Path) ->
         mock.patch.object(
             context,
             "get_schedule",
-            lambda: SimpleNamespace(page_size=1, chunked_prefill_size=64),
+            lambda: SimpleNamespace(page_size=1, chunked_prefill_size=-1, max_prefill_tokens=64),
         ),
     ):
         assert pools.after_resolve_pool_config(result, configurator) is result
