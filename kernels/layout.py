@@ -192,8 +192,8 @@ class PageTensors:
             raise RuntimeError(f"head pages: a row holds more than {self.max_pages} pages")
         number = torch.arange(self.max_runs * RUN_PAGES, device=self.device, dtype=torch.int32)
         left = (held[..., None] - number[::RUN_PAGES]).clamp(0, RUN_PAGES)  # pages of each run
-        first = self._ids(self.page_table[left > 0])
-        used = self.runs[first][number[:RUN_PAGES] < left[left > 0][:, None]]
+        runs = self._ids(self.page_table[left > 0])
+        used = self.runs[runs][number[:RUN_PAGES] < left[left > 0][:, None]]
         ids = self._ids(torch.cat([self.free_pages[:free], used]))
         times = torch.bincount(ids, minlength=self.num_pages)
         for wrong, text in ((times == 0, "is lost"), (times > 1, "has more than one holder")):
