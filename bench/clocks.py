@@ -15,8 +15,8 @@ import torch
 
 Work = Callable[[], object]
 
-PAUSE = 4_000_000
-"""Cycles, about 2 ms: longer than the launches of what is timed without a graph."""
+PAUSE = 20_000_000
+"""Cycles, about 10 ms: longer than the launches of what is timed without a graph."""
 
 
 class Clock(Protocol):
