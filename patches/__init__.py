@@ -15,9 +15,10 @@ __all__ = ["Hook", "HookError", "all_hooks", "all_overrides", "cpu_overrides", "
 
 def all_hooks() -> tuple[Hook, ...]:
     """The hooks of a serving rank, in ledger order (imports SGLang's scheduler)."""
-    from fairkv_sglang.patches import models, pools, registries, scheduling, state
+    from fairkv_sglang.patches import models, passes, pools, registries, scheduling, state
 
-    return (*pools.HOOKS, *models.HOOKS, *registries.HOOKS, *scheduling.HOOKS, *state.HOOKS)
+    modules = (pools, models, registries, scheduling, passes, state)
+    return tuple(hook for module in modules for hook in module.HOOKS)
 
 
 def all_overrides() -> tuple[Override, ...]:

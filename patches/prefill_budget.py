@@ -34,7 +34,6 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
         if num_mixed_decode_tokens:
             # Running requests decode within this pass, without a capacity check of their own.
             self.promised = book.ledger.growth(book.ledger.rows)
-        self.mixed_fits = bool(np.all(self.promised <= book.ledger.free))
         self._candidate: Pages | None = None
 
     def _free_pages(self) -> Pages:
@@ -81,14 +80,8 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
         self._candidate = need + growth
         return True, chunk_limit
 
-    def available_chunk_tokens(self, chunk_limit: int) -> int | None:
-        """Tokens for the next chunk of a prompt that already has its head pages reserved.
-
-        None postpones the chunk: running requests would not get their pages in a mixed pass, so
-        the next pass must be a decode step, which retracts.
-        """
-        if not self.mixed_fits:
-            return None
+    def available_chunk_tokens(self, chunk_limit: int) -> int:
+        """Tokens for the next chunk of a prompt that already has its head pages reserved."""
         available = min(chunk_limit, int(self.remaining_current))
         return available if available > 0 else chunk_limit
 
@@ -117,7 +110,7 @@ OVERRIDES = overrides(
         "remaining_total": "what is left is the smaller of pool and fullest rank",
         "has_capacity": "no more prompts are looked at when a rank has no head page left",
         "check_prefill": "a prompt needs slots for its prefill and head pages of every rank",
-        "available_chunk_tokens": "a chunk waits when running requests would not get their pages",
+        "available_chunk_tokens": "a chunk needs slots alone, its head pages are reserved",
         "reserve": "two prompts of one pass must not be promised the same pages",
     },
     callers=("sglang.srt.managers.schedule_policy",),

@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fairkv_sglang.attention.forward_spans import forward_spans
 from fairkv_sglang.memory.page_ledger import PAGE_TOKENS
 from fairkv_sglang.patches.ledger import Hook
 from fairkv_sglang.patches.rank import Rank, this_rank
-
-ERRORS = "fairkv_errors"
-"""Attribute of a pass's result: the ticket of its device errors."""
+from fairkv_sglang.patches.versions import forgets_preempted
 
 
 def after_alloc_for_extend(result: Any, batch: Any) -> None:
@@ -72,15 +69,43 @@ def around_add_request(original: Any, adder: Any, req: Any, *args: Any, **kwargs
         parameters.ignore_eos = ignores
 
 
-def before_new_prefill(scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Ask for new prompts again after a prompt gave its slots back.
+def around_new_prefill(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """Look for new prompts with what SGLang cannot know of head pages.
 
-    SGLang stops asking when a prompt did not fit, until a running request ends. Its slots are free
-    much earlier here.
+    * SGLang stops looking when a prompt did not fit, until a running request ends. A prompt gives
+      its slots back much earlier here, and SGLang looks again.
+    * A chunk does not share its pass with running requests that would not get their pages in it.
+      A decode step instead could only retract them, down to the last one, which SGLang then aborts:
+      the pages that are missing are reserved for the prompt of the chunk.
+    * SGLang up to 0.5.21 forgets a request that it preempted for one that did not fit after all.
     """
+    ledger, running = this_rank().book.ledger, _running(scheduler, args, kwargs)
     if this_rank().book.take_made_room():
-        batch = args[0] if args else kwargs.get("running_batch", scheduler.running_batch)
-        batch.batch_is_full = False
+        running.batch_is_full = False
+    before, mixed = list(running.reqs), scheduler.is_mixed_chunk
+    if scheduler.chunked_req is not None:
+        scheduler.is_mixed_chunk = mixed and ledger.can_grow(ledger.rows)
+    try:
+        plan = original(scheduler, *args, **kwargs)
+    finally:
+        scheduler.is_mixed_chunk = mixed
+    if forgets_preempted() and plan.batch_to_run is None:
+        for req in before:
+            if not (req.finished() or req.kv.holds_kv):
+                scheduler._add_request_to_queue(req)
+    return plan
+
+
+def around_defer_prefill(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> bool:
+    """No decode steps between chunks (``--prefill-decode-interval``) that lack pages."""
+    ledger = this_rank().book.ledger
+    if scheduler.chunked_req is not None and not ledger.can_grow(ledger.rows):
+        return False
+    return bool(original(scheduler, *args, **kwargs))
+
+
+def _running(scheduler: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    return args[0] if args else named.get("running_batch", scheduler.running_batch)
 
 
 def around_check_decode_capacity(
@@ -89,9 +114,7 @@ def around_check_decode_capacity(
     """The next step fits if every rank has the head pages; else SGLang retracts."""
     if requests is None:
         raise RuntimeError("FairKV: SGLang asked for decode capacity without naming the requests")
-    ledger = this_rank().book.ledger
-    need = ledger.growth([req.kv.req_pool_idx for req in requests])
-    return bool(np.all(need <= ledger.free))
+    return bool(this_rank().book.ledger.can_grow([req.kv.req_pool_idx for req in requests]))
 
 
 def around_max_new_tokens(
@@ -156,39 +179,6 @@ def around_validate_beam(original: Any, coordinator: Any, req: Any, recv_req: An
     return "Beam search is not supported with FairKV."
 
 
-def before_forward_batch(
-    worker: Any, batch: Any, *args: Any, **kwargs: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """On the forward stream: return freed pages, then tell the backend which prompts end here."""
-    if batch is not None:
-        rank = this_rank()
-        spans = forward_spans(batch)
-        rank.book.begin_forward([span.row for span in spans.last])
-        rank.backend.spans = spans
-        if rank.replanner is not None:
-            rank.replanner.step()
-        if rank.exporter is not None:
-            rank.exporter.update()
-    return None
-
-
-def after_forward_batch(result: Any, *args: Any, **kwargs: Any) -> Any:
-    """On the forward stream: the pass is launched, its device errors follow it."""
-    setattr(result, ERRORS, this_rank().book.errors.send())
-    return result
-
-
-def before_process_result(scheduler: Any, batch: Any, result: Any) -> None:
-    """Device errors are looked at before any of the pass's tokens is given out.
-
-    Raises:
-        RuntimeError: if a kernel reported one; SGLang then stops the server.
-    """
-    ticket = getattr(result, ERRORS, None)
-    if ticket is not None:
-        this_rank().book.errors.check(ticket)
-
-
 _ALLOCATOR = "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator"
 
 _BEAM = "sglang.srt.beam_search.coordinator"
@@ -227,12 +217,22 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill",
-        kind="before",
-        function=before_new_prefill,
-        why="prompts give their slots back long before a request ends, and SGLang would not look",
+        kind="around",
+        function=around_new_prefill,
+        why="prompts give their slots back long before a request ends; chunks keep head pages that "
+        "running requests need; preempted requests must not be forgotten",
         since="0.5.17",
-        upstream="sglang/srt/managers/scheduler.py (batch_is_full)",
-        test="tests/engine/test_memory.py",
+        upstream="sglang/srt/managers/scheduler.py (batch_is_full, preempt_list)",
+        test="tests/patches/test_scheduling.py",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler._should_defer_prefill",
+        kind="around",
+        function=around_defer_prefill,
+        why="the last running request would be aborted for pages that a chunk keeps",
+        since="0.5.21",
+        upstream="sglang/srt/managers/scheduler.py (prefill_decode_interval)",
+        test="tests/patches/test_scheduling.py",
     ),
     Hook(
         target="sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
@@ -274,31 +274,6 @@ HOOKS: tuple[Hook, ...] = (
         why="leaked head pages fail SGLang's strict idle check",
         since="0.5.20",
         upstream="sglang/srt/mem_cache/allocator/base.py",
-    ),
-    Hook(
-        target="sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
-        kind="before",
-        function=before_forward_batch,
-        why="only the schedule batch knows which prompts end in a pass",
-        since="0.5.17",
-        upstream="sglang/srt/managers/tp_worker.py",
-    ),
-    Hook(
-        target="sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
-        kind="after",
-        function=after_forward_batch,
-        why="errors of device kernels come back with the result of their pass",
-        since="0.5.17",
-        upstream="sglang/srt/managers/tp_worker.py",
-    ),
-    Hook(
-        target="sglang.srt.managers.scheduler.Scheduler.process_batch_result",
-        kind="before",
-        function=before_process_result,
-        why="a rank with a device error must stop before it gives out a token",
-        since="0.5.17",
-        upstream="sglang/srt/managers/scheduler.py",
-        test="tests/patches/test_scheduling.py",
     ),
     *_BEAM_HOOKS,
 )

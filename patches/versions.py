@@ -76,6 +76,11 @@ def pool_class_method() -> str:
     return "get_kv_pool_cls" if _since("0.5.22") else "get_mha_kv_pool_cls"
 
 
+def forgets_preempted() -> bool:
+    """Whether the scheduler drops requests that it preempted for one that then was not admitted."""
+    return not _since("0.5.22")
+
+
 def let_go_of_prefix(cache: Any, req: Any) -> None:
     """Unlock what a request holds of the tree, and forget the slots of its prefix.
 

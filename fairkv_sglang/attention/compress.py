@@ -41,8 +41,6 @@ class PromptCompressor:
         self.book, self.scorer, self.hand_over = book, scorer, hand_over
         self.scope = book.scope
         self.heads = heads = book.heads
-        # row -> layer -> last queries so far [<=W, n, g, D]
-        self._tails: dict[int, dict[int, Tensor]] = {}
         self._endings: list[Ending] = []
         self._batch: StoreBatch | None = None
         self._home = torch.tensor(heads.home, device=book.pages.device)
@@ -65,10 +63,6 @@ class PromptCompressor:
             slots = req_to_token[span.row, : span.prompt_len].long()
             sources = source[np.arange(source.shape[0])[None, :], owners]
             self._endings.append(Ending(span, slots, owners, sources))
-        # A row starts anew when its span starts before any carried query could exist.
-        for span in spans.prompts:
-            if span.end == span.length:
-                self._tails.pop(span.row, None)
 
     def layer(
         self,
@@ -109,11 +103,12 @@ class PromptCompressor:
         if size == 0:
             return None
         tail = q[span.start : span.start + span.length][-size:]
-        carried = self._tails.get(span.row, {}).pop(layer, None)
+        tails = self.book.tails(span.row)
+        carried = tails.pop(layer, None)
         if carried is not None and tail.shape[0] < size:
             tail = torch.cat([carried, tail])[-size:]
         if not span.is_last:
-            self._tails.setdefault(span.row, {})[layer] = tail.clone()
+            tails[layer] = tail.clone()
         return tail
 
     def _select(
@@ -199,7 +194,6 @@ class PromptCompressor:
     def _finish(self) -> None:
         """After the last layer: kept counts of all heads to the host, equal on all ranks."""
         for ending in self._endings:
-            self._tails.pop(ending.span.row, None)
             if not self.scope.input_dependent:
                 continue
             kept = torch.stack(ending.counts)

@@ -109,6 +109,10 @@ class PageLedger:
                 need += entry.residues[-entry.decoded % PAGE_TOKENS]
         return need
 
+    def can_grow(self, rows: list[int]) -> bool:
+        """Whether every rank has the pages for one more token of each row."""
+        return bool(np.all(self.growth(rows) <= self.free))
+
     def grow(self, rows: list[int]) -> None:
         """Charge one more token of each row.
 

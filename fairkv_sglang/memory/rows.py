@@ -12,10 +12,7 @@ at once; both orders agree because no forward starts between.
 
 from __future__ import annotations
 
-import hashlib
-import logging
-from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,6 +21,7 @@ from numpy.typing import NDArray
 from fairkv_sglang.budgets import BudgetScope
 from fairkv_sglang.kernels.pages import HeadPages, describe_error
 from fairkv_sglang.kernels.prompts import to_device
+from fairkv_sglang.memory.decisions import DecisionLog
 from fairkv_sglang.memory.demand import PageDemand
 from fairkv_sglang.memory.device_errors import DeviceErrors
 from fairkv_sglang.memory.page_ledger import PageLedger
@@ -32,8 +30,6 @@ from fairkv_sglang.memory.sizing import MemoryDivision
 from fairkv_sglang.parallel import RankHeads
 from fairkv_sglang.placement import Router
 from fairkv_sglang.profiles.recorder import Recorder
-
-logger = logging.getLogger(__name__)
 
 LEAST_RECORDED = 4
 """Prompts from which on a new one's kept tokens are expected to be like those of the last ones."""
@@ -45,31 +41,7 @@ class _Life:
     owned: torch.Tensor  # uint8 [lanes], host
     stored: bool = False  # the device holds (or will hold) pages of this row
     kept: torch.Tensor | None = None  # int64 [L, H] host, filled by the prompt's last forward
-
-
-class DecisionLog:
-    """Digest of the decisions of this rank; equal on all ranks, or something is wrong."""
-
-    def __init__(self, verbose: bool) -> None:
-        self.verbose = verbose
-        self.count = 0
-        self.recent: deque[str] = deque(maxlen=4096)
-        self._hash = hashlib.blake2b(digest_size=16)
-
-    def add(self, what: str, row: int, detail: bytes = b"") -> None:
-        """Record one decision."""
-        self.count += 1
-        self._hash.update(f"{what} {row} ".encode() + detail)
-        if self.verbose:
-            short = hashlib.blake2b(detail, digest_size=4).hexdigest()
-            line = f"{self.count} {what} row {row} {short}"
-            self.recent.append(line)
-            logger.info("FairKV decision %s", line)
-
-    @property
-    def digest(self) -> str:
-        """Hex digest over all decisions so far."""
-        return self._hash.hexdigest()
+    tails: dict[int, torch.Tensor] = field(default_factory=dict)  # see RowBook.tails
 
 
 class RowBook:
@@ -173,6 +145,10 @@ class RowBook:
     def note_kept(self, row: int, kept: torch.Tensor) -> None:
         """Remember the kept counts ``int64 [L, H]`` (host memory, maybe still being copied)."""
         self._lives[row].kept = kept
+
+    def tails(self, row: int) -> dict[int, torch.Tensor]:
+        """Layer -> last queries ``[<=W, n, g, D]`` of a prompt in prefill; they go with the row."""
+        return self._lives[row].tails
 
     # -- decode ---------------------------------------------------------------------------------
 

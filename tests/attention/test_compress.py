@@ -5,6 +5,7 @@ TP and plan; and no more travels than has to.
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -273,7 +274,8 @@ def test_replicas_share_the_work_of_a_head(scope: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first", [2, 8, 11])
 def test_a_row_after_an_aborted_prompt(first: int, tmp_path: Path) -> None:
-    """The next request on the row has a cached prefix: it must not see the queries left there."""
+    """Its queries are freed with the row; the next request there has a cached prefix and no others
+    than its own."""
     model = Model()
     plan = Plan.from_shares(np.ones((LAYERS, 1, 4)), "one rank")
     config = settle(tmp_path, model, plan, scope="layer", ratio=0.4)
@@ -284,7 +286,10 @@ def test_a_row_after_an_aborted_prompt(first: int, tmp_path: Path) -> None:
     def work(rank: Rank) -> None:
         rank.admit(aborted)
         rank.forward([(aborted, 20, 40)])
+        carried = [weakref.ref(tail) for tail in rank.book.tails(aborted.row).values()]
+        assert len(carried) == LAYERS and None not in [tail() for tail in carried]
         rank.book.free(aborted.row)
+        assert [tail() for tail in carried] == [None] * LAYERS
         rank.run([prompt])
 
     ranks, _ = run_ranks(config, model, 1, work)

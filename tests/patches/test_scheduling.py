@@ -17,7 +17,7 @@ import fairkv_sglang.patches.rank
 from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.kernels.layout import ERROR_NO_FREE_PAGE
 from fairkv_sglang.memory.sizing import LEAST_PAGES
-from fairkv_sglang.patches import scheduling
+from fairkv_sglang.patches import passes, scheduling
 from fairkv_sglang.patches.prefill_budget import FairKVPrefillBudget
 from fairkv_sglang.placement import Plan
 from fairkv_tests.core_cases import QUICK, SCOPES, make_books, random_plan, random_scope, seeds
@@ -183,8 +183,82 @@ def test_a_pass_with_running_requests_needs_their_pages_too() -> None:
     mixed = FairKVPrefillBudget(pool, pool, book, num_mixed_decode_tokens=1)
     assert mixed.promised.tolist() == [8] and mixed.available_chunk_tokens(64) == 64
     book.ledger.capacity = book.ledger.held + 7
-    short = FairKVPrefillBudget(pool, pool, book, num_mixed_decode_tokens=1)
-    assert short.available_chunk_tokens(64) is None and not fits(short, 1, 0)
+    assert not fits(FairKVPrefillBudget(pool, pool, book, num_mixed_decode_tokens=1), 1, 0)
+
+
+class Scheduler(SimpleNamespace):
+    """What the hooks on SGLang's scheduler read and set."""
+
+    def __init__(self, running: list[SimpleNamespace], chunked: bool = False) -> None:
+        batch = SimpleNamespace(reqs=running, batch_is_full=True)
+        super().__init__(running_batch=batch, is_mixed_chunk=True, waiting_queue=[])
+        self.chunked_req = object() if chunked else None
+        self._add_request_to_queue = self.waiting_queue.append
+
+    def look(self, rank, original) -> object:
+        """A search for new prompts through the hook."""
+        with mock.patch.object(fairkv_sglang.patches.rank, "_rank", rank):
+            return scheduling.around_new_prefill(original, self, self.running_batch)
+
+
+def running(row: int, finished: bool = False) -> SimpleNamespace:
+    kv = SimpleNamespace(req_pool_idx=row, holds_kv=not finished)
+    return SimpleNamespace(kv=kv, finished=lambda: finished)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_chunk_does_not_share_its_pass_with_requests_that_get_no_pages(chunked: bool) -> None:
+    """Or the next step would be a decode step: it retracts down to one request, and aborts that."""
+    rank, _, _ = server(3, "uniform", 1, 30)
+    book = rank.book
+    book.admit(1, 40)
+    while not book.ledger.growth([1]).all():
+        book.grow([1])
+    scheduler, mixed = Scheduler([running(1)], chunked), []
+
+    def original(scheduler: Scheduler, batch: object) -> SimpleNamespace:
+        mixed.append(scheduler.is_mixed_chunk)
+        return SimpleNamespace(batch_to_run=None)
+
+    def deferred() -> bool:
+        with mock.patch.object(fairkv_sglang.patches.rank, "_rank", rank):
+            return scheduling.around_defer_prefill(lambda scheduler: True, scheduler)
+
+    for lacking in (0, 1):
+        book.ledger.capacity = book.ledger.held + book.ledger.growth([1]) - lacking
+        scheduler.look(rank, original)
+        assert scheduler.is_mixed_chunk
+        assert deferred() == (not (chunked and lacking))
+    assert mixed == [True, not chunked]
+
+
+@pytest.mark.parametrize(("forgets", "admitted"), [(True, False), (True, True), (False, False)])
+def test_a_request_preempted_in_vain_waits_again(
+    monkeypatch: pytest.MonkeyPatch, forgets: bool, admitted: bool
+) -> None:
+    """Where SGLang forgets it: not if it was admitted for whom it was preempted."""
+    monkeypatch.setattr(scheduling, "forgets_preempted", lambda: forgets)
+    rank, _, _ = server(3, "uniform", 1, 30)
+    low, other, ended = running(1), running(2), running(3, finished=True)
+    scheduler = Scheduler([low, ended, other])
+
+    def original(scheduler: Scheduler, batch: SimpleNamespace) -> SimpleNamespace:
+        low.kv.holds_kv = False
+        batch.reqs = [ended, other]
+        return SimpleNamespace(batch_to_run="a batch" if admitted else None)
+
+    scheduler.look(rank, original)
+    assert scheduler.waiting_queue == ([low] if forgets and not admitted else [])
+
+
+def test_slots_that_came_back_are_looked_at() -> None:
+    rank, _, _ = server(3, "uniform", 1, 30)
+    plan = SimpleNamespace(batch_to_run=None)
+    scheduler = Scheduler([])
+    assert scheduler.look(rank, lambda *_: plan) is plan and scheduler.running_batch.batch_is_full
+    rank.book.hand_over(1, 50)
+    scheduler.look(rank, lambda *_: plan)
+    assert not scheduler.running_batch.batch_is_full
 
 
 def test_a_prompt_longer_than_the_pool_is_rejected() -> None:
@@ -237,12 +311,12 @@ def test_a_device_error_stops_the_rank_before_its_pass_gives_out_a_token() -> No
     book = rank.book
     results = [SimpleNamespace(), SimpleNamespace(), SimpleNamespace()]
     with mock.patch.object(fairkv_sglang.patches.rank, "_rank", rank):
-        assert scheduling.after_forward_batch(results[0], None) is results[0]
+        assert passes.after_forward_batch(results[0], None) is results[0]
         book.pages.error.bitwise_or_(ERROR_NO_FREE_PAGE)  # as a kernel of the second pass
-        scheduling.after_forward_batch(results[1], None)
+        passes.after_forward_batch(results[1], None)
         # SGLang is a pass ahead: the first result is good, and stays so.
-        scheduling.before_process_result(None, None, results[0])
+        passes.before_process_result(None, None, results[0])
         with pytest.raises(RuntimeError, match="no free head page"):
-            scheduling.before_process_result(None, None, results[1])
-        scheduling.before_process_result(None, None, results[2])  # nothing ran
+            passes.before_process_result(None, None, results[1])
+        passes.before_process_result(None, None, results[2])  # nothing ran
     assert any("no free head page" in problem for problem in book.check_idle())

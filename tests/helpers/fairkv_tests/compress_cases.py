@@ -323,9 +323,9 @@ def check(ranks: list[Rank], config: FairKVConfig, prompts: list[Prompt]) -> lis
     for index, rank in enumerate(ranks):
         rank.book.pages.check_integrity()
         assert rank.book.pages.num_used == rank.book.ledger.held[index]
-        assert not rank.compressor._tails  # nothing is carried on from prompts that have ended
         assert rank.compressor.hand_over._arrival is None
         for prompt in prompts:
+            assert not rank.book.tails(prompt.row)  # nothing is carried on: it has ended
             rank.book.free(prompt.row)
         assert rank.book.check_idle() == []
     assert len({rank.book.log.digest for rank in ranks}) == 1

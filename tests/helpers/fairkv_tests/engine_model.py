@@ -168,12 +168,15 @@ class Engine:
     def choose_prefill(self) -> Batch | None:
         if not self.waiting and self.chunked is None:
             return None
+        mixed = self.mixed
+        if self.chunked is not None:  # as the hook around SGLang's search for prompts
+            mixed = mixed and same(b.ledger.can_grow(b.ledger.rows) for b in self.books)
         budgets = [
             FairKVPrefillBudget(
                 self.allocator,
                 self.allocator,
                 book,
-                num_mixed_decode_tokens=len(self.running) if self.mixed else 0,
+                num_mixed_decode_tokens=len(self.running) if mixed else 0,
             )
             for book in self.books
         ]
@@ -181,19 +184,15 @@ class Engine:
             budget.total_offset += sum(r.want - r.outputs for r in self.running) * 0.3
         left = self.chunk
         chosen: list[tuple[Request, int]] = []
-        postponed = False
         if self.chunked is not None:
+            request = self.chunked
             most = same(budget.available_chunk_tokens(left) for budget in budgets)
-            if most is None:
-                postponed = True
-            else:
-                request = self.chunked
-                take = min(most, request.prompt - request.done)
-                chosen.append((request, take))
-                left -= take
-                for budget in budgets:
-                    budget.reserve(take, 0, is_chunked_continuation=True)
-                self.chunked = None
+            take = min(most, request.prompt - request.done)
+            chosen.append((request, take))
+            left -= take
+            for budget in budgets:
+                budget.reserve(take, 0, is_chunked_continuation=True)
+            self.chunked = None
         for request in list(self.waiting):
             if left <= 0 or len(chosen) >= len(self.free_rows):
                 break
@@ -218,7 +217,6 @@ class Engine:
                 take = take // self.page_size * self.page_size
                 if not take:
                     break
-            assert not postponed, "a second chunked prompt beside a postponed one"
             for budget in budgets:
                 budget.reserve(take, 0)
             request.row = self.free_rows.pop()
@@ -240,7 +238,7 @@ class Engine:
             else:
                 assert self.chunked is None
                 self.chunked = request
-        if self.mixed:
+        if mixed:
             self.running = [r for r in self.running if r.row]
             batch.decoded = [(r, r.life) for r in self.running]
             for book in self.books:
@@ -255,12 +253,8 @@ class Engine:
         forced = self.rng.random() < 0.05 and len(self.running) > 1
         while forced or not self.decode_fits():
             forced = False
-            if len(self.running) == 1:
-                # Alone it always fits: the clip at its arrival saw to that.
-                assert self.chunked is not None, "the last request would be aborted"
-                self.lose_row(self.running.pop())
-                self.aborts += 1
-                return None
+            # Alone it always fits: the clip at its arrival saw to that.
+            assert len(self.running) > 1, "the last request would be aborted"
             self.retract(self.running.pop())
         for book in self.books:
             book.grow([r.row for r in self.running])
