@@ -135,11 +135,23 @@ def _resolve(original: Any, server_args: Any) -> None:
         _check_memory(start, view)
         plan = start.plan
         os.environ[PLAN_VARIABLE] = hand_out(plan)
+        _hook_draining()
         logger.info(
             "FairKV is on: %s, plan %s",
             config.model_dump_json(exclude_defaults=True),
             plan.digest[:12],
         )
+
+
+def _hook_draining() -> None:
+    """Only now is it known that this process is the parent of a server with FairKV."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from fairkv_sglang.patches import draining, ledger
+
+    ledger.register(draining.HOOKS)
+    HookRegistry.apply_hooks()
+    ledger.verify(draining.HOOKS)
 
 
 def _check_devices(server_args: Any) -> None:

@@ -22,11 +22,19 @@ the torch attention backend (`patches/cpu.py`).
 
 def row_groups() -> dict[str, tuple[Row, ...]]:
     """The rows by the moment at which a process gets them."""
-    from fairkv_sglang.patches import all_hooks, all_overrides, cpu, cpu_overrides, measure
+    from fairkv_sglang.patches import (
+        all_hooks,
+        all_overrides,
+        cpu,
+        cpu_overrides,
+        draining,
+        measure,
+    )
     from fairkv_sglang.patches.server_args import flag_hooks
 
     return {
         "Every process, FairKV on or off: flags": tuple(flag_hooks()),
+        "The process that starts a server with FairKV": draining.HOOKS,
         "Every process on the CPU platform": (*cpu.HOOKS, *cpu_overrides()),
         "Ranks on the CPU platform": tuple(cpu.RANK_HOOKS),
         "Ranks of a server with FairKV": (*all_hooks(), *all_overrides()),
