@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
+from fairkv_sglang.memory.admission import Asked
 from fairkv_sglang.memory.page_ledger import PAGE_TOKENS, Pages
 from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.patches.overrides import overrides
@@ -18,6 +19,12 @@ from fairkv_sglang.patches.overrides import overrides
 
 class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
     """Budget of one prefill pass.
+
+    Head pages are asked for twice. A prompt's *charge*, the most that any input could need with its
+    owners, must be free until its counts are known, a pass or two later. What *lasts* is what it is
+    expected to keep by the last prompts' counts, and its output; that must fit beside the outputs
+    of running requests. The first is certain, the second may be wrong, and then SGLang retracts.
+    The room that a charge takes for a short time is that of outputs to come, not idle beside it.
 
     ``current_offset`` counts pool slots promised in this pass. ``total_offset`` is written by
     SGLang's ``PrefillAdder``: the tokens that running requests are expected to decode; here they
@@ -30,16 +37,22 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
         # Rows that decode inside a mixed batch take no slot of the pool.
         super().__init__(allocator, tree_cache, num_mixed_decode_tokens=0)
         self.book = book
-        self.promised: Pages = np.zeros_like(book.ledger.capacity)
+        self.promised: Pages = np.zeros_like(book.ledger.capacity)  # charges of this pass's prompts
         if num_mixed_decode_tokens:
             # Running requests decode within this pass, without a capacity check of their own.
             self.promised = book.ledger.growth(book.ledger.rows)
-        self._candidate: Pages | None = None
+        self.lasting: Pages = np.zeros_like(self.promised)  # of this pass's prompts
+        self._candidate: tuple[Asked, Pages] | None = None
+        book.admission.begin_pass()
 
-    def _free_pages(self) -> Pages:
-        demand = self.book.demand
-        growth = np.ceil(demand.expected_lanes * (self.total_offset / PAGE_TOKENS))
-        pages: Pages = self.book.ledger.free - self.promised - growth.astype(np.int64)
+    def _unpromised(self) -> Pages:
+        pages: Pages = self.book.ledger.free - self.promised
+        return pages
+
+    def _left(self) -> Pages:
+        """Pages beside what this pass's prompts and the outputs of running requests will hold."""
+        growth = self.book.demand.growth(self.total_offset)
+        pages: Pages = self.book.ledger.free - self.lasting - growth
         return pages
 
     @property
@@ -47,11 +60,12 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
         """Tokens of full KV that still fit: the smaller of pool and fullest rank."""
         pool = self._available_and_evictable() - self.current_offset
         lanes = np.maximum(self.book.demand.lanes, 1)
-        return int(min(pool, int((self._free_pages() * PAGE_TOKENS // lanes).min())))
+        return int(min(pool, int((self._left() * PAGE_TOKENS // lanes).min())))
 
     def has_capacity(self) -> bool:
         """Whether it is worth asking about the next request."""
-        return self.remaining_current > 0 and bool(np.all(self._free_pages() > 0))
+        pages = np.minimum(self._unpromised(), self._left())
+        return self.remaining_current > 0 and bool(np.all(pages > 0))
 
     def check_prefill(
         self,
@@ -68,16 +82,15 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
         slots = self.ceil_paged_tokens(extend_input_len) + self.page_size
         if slots > self.remaining_current:
             return False, None
-        demand = self.book.demand
-        need = demand.lone_request(input_tokens)
-        growth = demand.lanes * -(-max_new_tokens // PAGE_TOKENS)
-        if not len(self.book.ledger) and not self.promised.any():
-            # Alone on the server: nothing that could leave would ever make more room. Only a
-            # retracted request can be short of it, if its bound rose faster than its prompt.
-            growth = np.zeros_like(growth)
-        if np.any(need + growth > self._free_pages()):
+        asked = self.book.admission.ask(input_tokens)
+        if np.any(asked.charge > self._unpromised()):
             return False, None
-        self._candidate = need + growth
+        lasting = asked.lasting(max_new_tokens)
+        # Alone on the server: nothing that could leave would ever make more room.
+        alone = not len(self.book.ledger) and not self.promised.any()
+        if not alone and np.any(lasting > self._left()):
+            return False, None
+        self._candidate = asked, lasting
         return True, chunk_limit
 
     def available_chunk_tokens(self, chunk_limit: int) -> int:
@@ -98,8 +111,13 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
         self.current_offset += (
             self.ceil_paged_tokens(extend_input_len) + self.page_size + extra_tokens
         )
-        if not is_chunked_continuation and self._candidate is not None:
-            self.promised = self.promised + self._candidate
+        if is_chunked_continuation:  # its bound is charged; its output comes after the last chunk
+            self.lasting = self.lasting + self.book.demand.growth(max_new_tokens)
+        elif self._candidate is not None:
+            asked, lasting = self._candidate
+            self.promised = self.promised + asked.charge
+            self.lasting = self.lasting + lasting
+            self.book.admission.promise(asked)
             self._candidate = None
 
 

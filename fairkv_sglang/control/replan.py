@@ -19,7 +19,8 @@ import numpy as np
 
 from fairkv_sglang.control.in_force import PlanInForce
 from fairkv_sglang.control.proposals import Proposals
-from fairkv_sglang.memory.rows import LEAST_RECORDED, RowBook
+from fairkv_sglang.memory.admission import LEAST_RECORDED
+from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.parallel import LaneChanges, TwinWeights
 from fairkv_sglang.placement import Plan
 from fairkv_sglang.planning import Start

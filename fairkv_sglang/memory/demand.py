@@ -38,7 +38,7 @@ class PageDemand:
         self._served = served.copy()
         self.lanes: Pages = served.sum(axis=(0, 2)).astype(np.int64)
         copies = np.maximum(served.sum(axis=1, keepdims=True), 1)
-        self.expected_lanes: NDArray[np.float64] = (served / copies).sum(axis=(0, 2))
+        self._expected_lanes: NDArray[np.float64] = (served / copies).sum(axis=(0, 2))
         self.any_owner.cache_clear()
 
     def _any_owner(self, prompt_len: int) -> Pages:
@@ -54,6 +54,12 @@ class PageDemand:
         """``[R]`` pages charged to an otherwise idle server for a prompt, spare pages included."""
         pages: Pages = self.any_owner(prompt_len) + self.lanes
         return pages
+
+    def growth(self, tokens: float) -> Pages:
+        """``[R]`` pages that so many tokens of output take, whoever writes them."""
+        pages = np.ceil(self._expected_lanes * (tokens / PAGE_TOKENS))
+        growth: Pages = pages.astype(np.int64)
+        return growth
 
     def _under_any_plan(self, prompt_len: int) -> Pages:
         """``[R]`` as :meth:`lone_request`, for whichever lanes the slots may come to hold."""

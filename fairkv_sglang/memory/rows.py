@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fairkv_sglang.budgets import BudgetScope
 from fairkv_sglang.kernels.pages import HeadPages, describe_error
 from fairkv_sglang.kernels.prompts import to_device
+from fairkv_sglang.memory.admission import Admission
 from fairkv_sglang.memory.decisions import DecisionLog
 from fairkv_sglang.memory.demand import PageDemand
 from fairkv_sglang.memory.device_errors import DeviceErrors
@@ -30,9 +31,6 @@ from fairkv_sglang.memory.sizing import MemoryDivision
 from fairkv_sglang.parallel import RankHeads
 from fairkv_sglang.placement import Router
 from fairkv_sglang.profiles.recorder import Recorder
-
-LEAST_RECORDED = 4
-"""Prompts from which on a new one's kept tokens are expected to be like those of the last ones."""
 
 
 @dataclass
@@ -83,6 +81,7 @@ class RowBook:
         plan = heads.plan
         self.residents = Residents(plan.num_layers, plan.tp_size, plan.num_kv_heads)
         self.recorder = Recorder(plan.num_layers, plan.num_kv_heads, window)
+        self.admission = Admission(scope, demand, router, self.recorder)
         self.log = DecisionLog(verbose)
         self.peak_requests = 0
         self.peak_pages = np.zeros_like(ledger.capacity)
@@ -102,23 +101,16 @@ class RowBook:
         """Fix the owners of a request and charge its pages; False for a row in a later chunk."""
         if row in self._lives:
             return False
-        owners = self.router.admit(row, self._expected(prompt_len))
+        asked = self.admission.take(row, prompt_len)
+        owners = asked.owners
         self.residents.admit(row, owners)
-        self.ledger.admit(row, owners, self.demand.with_owners(prompt_len, owners))
+        self.ledger.admit(row, owners, asked.bound)
         self._lives[row] = _Life(prompt_len, torch.from_numpy(self.heads.owned(owners)))
         self.log.add("admit", row, prompt_len.to_bytes(8, "little") + owners.tobytes())
         if not self.scope.input_dependent:
             self._settle(row, self.scope.expected(prompt_len))
         self._note_peak()
         return True
-
-    def _expected(self, prompt_len: int) -> NDArray[np.number]:
-        """``[L, H]`` tokens that a prompt is expected to keep: each layer's by the last prompts."""
-        expected = self.scope.expected(prompt_len)
-        if not self.scope.input_dependent or self.recorder.prompts < LEAST_RECORDED:
-            return expected
-        seen = self.recorder.mean()
-        return expected.sum(axis=1, keepdims=True) * (seen / seen.sum(axis=1, keepdims=True))
 
     def owners(self, row: int) -> NDArray[np.int16]:
         """``[L, H]`` owner of each head for the row."""

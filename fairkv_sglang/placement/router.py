@@ -75,18 +75,29 @@ class Router:
         self._far = np.where(np.arange(most) < count[:, :, None], 0, _FAR).astype(np.int64)
         self._base: IntArray = served.sum(axis=2) * self.lane_tokens
 
-    def admit(self, key: int, expected: ArrayLike) -> OwnerArray:
+    def choose(self, expected: ArrayLike) -> OwnerArray:
+        """Owners that a request with ``expected [L, H]`` kept tokens would get now."""
+        return self._choose(self._tokens(expected))
+
+    def admit(self, key: int, expected: ArrayLike, owners: OwnerArray | None = None) -> OwnerArray:
         """Owners ``[L, H]`` int16 of request ``key`` with ``expected [L, H]`` kept tokens.
 
-        Raises ValueError if the key is admitted already or the shape is wrong.
+        With ``owners`` those that :meth:`choose` gave. Raises ValueError if the key is admitted
+        already or the shape is wrong.
         """
-        if key in self._residents:
-            raise ValueError(f"request {key} is admitted already; release it first")
+        self._free(key)
         tokens = self._tokens(expected)
-        owners = self._choose(tokens)
+        if owners is None:
+            owners = self._choose(tokens)
         self._residents[key] = _Resident(owners, tokens)
         self._add(owners, tokens, 1)
         return owners.copy()
+
+    def rename(self, key: int, new: int) -> None:
+        """Request ``key`` is called ``new`` from now on."""
+        self._free(new)
+        self._residents[new] = self._resident(key)
+        del self._residents[key]
 
     def update(self, key: int, kept: ArrayLike) -> None:
         """Replace the expected by the exact kept tokens ``[L, H]``; owners stay."""
@@ -136,6 +147,10 @@ class Router:
 
     def _add(self, owners: OwnerArray, tokens: IntArray, sign: int) -> None:
         np.add.at(self._loads, (self._rows[:, None], owners), sign * tokens)
+
+    def _free(self, key: int) -> None:
+        if key in self._residents:
+            raise ValueError(f"request {key} is admitted already; release it first")
 
     def _resident(self, key: int) -> _Resident:
         if key not in self._residents:

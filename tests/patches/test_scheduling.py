@@ -10,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -162,12 +163,48 @@ def test_a_chunk_of_a_known_prompt_is_not_charged_again() -> None:
     assert np.array_equal(budget.promised, promised) and budget.current_offset == 102
 
 
+def test_the_room_of_a_bound_is_that_of_outputs_to_come() -> None:
+    """What a prompt may take for two passes is not set aside on top of what is written later."""
+    plan = Plan.from_shares(np.eye(8)[None], "one head each")
+    scope = make_scope("layer", BudgetSpec(ratio=0.25), 1, 8, make_scorer("snapkv"))
+    book = make_books(plan, scope, np.full(8, 35), max_pages=4)[0]
+    pool = Pool(10_000, 1)
+    book.admit(1, 400)
+    book.note_kept(1, torch.full((1, 8), 100))
+    book.hand_over(1, 400)
+    assert book.ledger.held.tolist() == [7] * 8
+    assert book.admission.ask(400).charge.tolist() == [23] * 8
+
+    def admitted(output: int) -> bool:
+        budget = FairKVPrefillBudget(pool, pool, book)
+        budget.total_offset += 160  # what the running request is expected to write: 10 pages
+        return fits(budget, 400, output)
+
+    assert admitted(160)  # 23 of the 28 free ones at first; 7 + 10 beside 10 later
+    assert not admitted(161 + 16)
+    book.ledger.capacity = book.ledger.capacity - 6
+    assert not admitted(1)  # its bound does not fit
+
+
+def test_what_lasts_is_expected_by_the_last_prompts() -> None:
+    plan = Plan.from_shares(np.eye(8)[None], "one head each")
+    scope = make_scope("layer", BudgetSpec(ratio=0.25), 1, 8, make_scorer("snapkv"))
+    book = make_books(plan, scope, np.full(8, 400), max_pages=9)[0]
+    assert book.admission.ask(400).lasting(0).tolist() == [7] * 8
+    for row in range(1, 5):
+        book.admit(row, 400)
+        book.note_kept(row, torch.tensor([[240, *[80] * 7]]))
+        book.hand_over(row, 400)
+    assert book.admission.ask(400).lasting(0).tolist() == [15, *[5] * 7]
+    assert book.admission.ask(800).lasting(17).tolist() == [32, *[12] * 7]
+
+
 def test_expected_growth_of_running_requests_is_set_aside() -> None:
     rank, pool, _ = server(1, "uniform", 2, 20)
     rank.book.admit(1, 20)
     budget = FairKVPrefillBudget(pool, pool, rank.book)
     assert fits(budget, 16, 16)
-    budget.total_offset += 16 * 18  # SGLang's PrefillAdder adds what they are to decode
+    budget.total_offset += 16 * 40  # SGLang's PrefillAdder adds what they are to decode
     assert not fits(budget, 16, 16)
 
 

@@ -164,6 +164,7 @@ class Pass:
         book: Any = SimpleNamespace(
             heads=heads, scope=self.scope, pages=pages,
             owners=lambda row: self.owners[row - 1], note_kept=lambda row, kept: None,
+            tails=lambda row: {},
         )  # fmt: skip
         group: Any = (heads.rank, heads.plan.tp_size)
         hand_over = HandOver(heads, self.scope, pages, group)

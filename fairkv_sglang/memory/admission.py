@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a prompt needs if it is admitted now: its owners, and pages on every rank.
+
+Who asks gets the owners that the prompt will have, so that a copied head counts on one rank. All
+prompts of a pass are asked about before the first of them is admitted: those that were promised
+their pages keep the owners with which they were.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fairkv_sglang.budgets import BudgetScope
+from fairkv_sglang.memory.demand import PageDemand
+from fairkv_sglang.memory.page_ledger import PAGE_TOKENS, Pages
+from fairkv_sglang.placement import Router
+from fairkv_sglang.profiles.recorder import Recorder
+
+LEAST_RECORDED = 4
+"""Prompts from which on a new one's kept tokens are expected to be like those of the last ones."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt's needs, the same on all ranks.
+
+    Attributes:
+        prompt_len: Its tokens.
+        owners: ``[L, H]`` rank that serves each head for it.
+        expected: ``[L, H]`` tokens that it is expected to keep.
+        bound: ``[R]`` pages that its kept tokens cannot exceed.
+        lanes: ``[R]`` heads that it has on each rank.
+    """
+
+    prompt_len: int
+    owners: NDArray[np.int16]
+    expected: NDArray[np.number]
+    bound: Pages
+    lanes: Pages
+
+    @property
+    def charge(self) -> Pages:
+        """``[R]`` pages that the ledger charges until its counts are known."""
+        pages: Pages = self.bound + self.lanes
+        return pages
+
+    def lasting(self, output: int) -> Pages:
+        """``[R]`` pages that it is expected to hold when it has written ``output`` tokens."""
+        kept = np.ceil(self.expected / PAGE_TOKENS).ravel()
+        pages = np.bincount(self.owners.ravel(), weights=kept, minlength=len(self.lanes))
+        lasting: Pages = pages.astype(np.int64) + self.lanes * -(-output // PAGE_TOKENS)
+        return lasting
+
+
+class Admission:
+    """Asks for prompts, and keeps what was promised until they are admitted.
+
+    Args:
+        scope: Budget scope.
+        demand: Page bounds.
+        router: Chooses owners of copied heads.
+        recorder: Kept tokens of the last prompts.
+    """
+
+    def __init__(
+        self, scope: BudgetScope, demand: PageDemand, router: Router, recorder: Recorder
+    ) -> None:
+        self._scope, self._demand = scope, demand
+        self._router, self._recorder = router, recorder
+        self._promised: deque[tuple[int, Asked]] = deque()
+        self._keys = count(-1, -1)  # of promised prompts in the router; rows are positive
+
+    def ask(self, prompt_len: int) -> Asked:
+        """What a prompt of ``prompt_len`` tokens needs; nothing is remembered."""
+        expected = self._expected(prompt_len)
+        owners = self._router.choose(expected)
+        bound = self._demand.with_owners(prompt_len, owners)
+        lanes = np.bincount(owners.ravel(), minlength=len(bound))
+        return Asked(prompt_len, owners, expected, bound, lanes)
+
+    def promise(self, asked: Asked) -> None:
+        """The prompt is in the pass that is being put together."""
+        key = next(self._keys)
+        self._router.admit(key, asked.expected, asked.owners)
+        self._promised.append((key, asked))
+
+    def begin_pass(self) -> None:
+        """Another pass is put together: promises of one that never came are void."""
+        for key, _ in self._promised:
+            self._router.release(key)
+        self._promised.clear()
+
+    def take(self, row: int, prompt_len: int) -> Asked:
+        """The next prompt has its row: what it was promised, or what it needs now.
+
+        Raises:
+            RuntimeError: if another prompt was promised, which means that going on would hand out
+                pages twice.
+        """
+        if not self._promised:
+            self.promise(self.ask(prompt_len))
+        key, asked = self._promised.popleft()
+        if asked.prompt_len != prompt_len:
+            raise RuntimeError(
+                f"FairKV: row {row} has a prompt of {prompt_len} tokens, the next one that was "
+                f"promised its pages has {asked.prompt_len}"
+            )
+        self._router.rename(key, row)
+        return asked
+
+    def _expected(self, prompt_len: int) -> NDArray[np.number]:
+        """``[L, H]`` tokens that a prompt is expected to keep: each layer's by the last prompts."""
+        expected = self._scope.expected(prompt_len)
+        if not self._scope.input_dependent or self._recorder.prompts < LEAST_RECORDED:
+            return expected
+        seen = self._recorder.mean()
+        return expected.sum(axis=1, keepdims=True) * (seen / seen.sum(axis=1, keepdims=True))
