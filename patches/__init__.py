@@ -23,9 +23,15 @@ def all_hooks() -> tuple[Hook, ...]:
 
 def all_overrides() -> tuple[Override, ...]:
     """Methods of SGLang's classes that a serving rank overrides."""
-    from fairkv_sglang.patches import attention_backend, pools, prefill_budget, prefix_cache
+    from fairkv_sglang.patches import (
+        attention_backend,
+        forced_tokens,
+        pools,
+        prefill_budget,
+        prefix_cache,
+    )
 
-    modules = (pools, prefix_cache, prefill_budget, attention_backend)
+    modules = (pools, prefix_cache, prefill_budget, attention_backend, forced_tokens)
     return tuple(row for module in modules for row in module.OVERRIDES)
 
 
