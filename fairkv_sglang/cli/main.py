@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("fairkv_sglang.cli.plan", "place heads on ranks: profile + model + TP -> plan"),
     "plot": ("fairkv_sglang.cli.plot", "draw a plan as PNG"),
     "bench": ("fairkv_sglang.cli.bench", "throughput: stock SGLang and placements side by side"),
+    "eval": ("fairkv_sglang.cli.eval", "what compression does to answers, on any server"),
     "simulate": ("fairkv_sglang.cli.simulate", "replay requests through the router"),
     "predict": ("fairkv_sglang.cli.predict", "compare predictions of the heads' loads on a trace"),
     "top": ("fairkv_sglang.cli.top", "a live view of a running server"),
