@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
+MODEL ?=
+DEMO_ARGS ?=
 WORKERS ?= 2
 # Tests that share an engine stay on one worker; engines come first, so that no worker ends long before the other.
 PYTEST = $(ON_SGLANG) $(BIN)/pytest $(PYTEST_ARGS)
@@ -50,8 +52,8 @@ install: $(VENV)/installed  ## set up .venv to run the server: .venv/bin/python 
 
 dev: $(VENV)/developing  ## set up .venv for development too
 
-demo: $(VENV)/installed  ## a server at TP 2 with a quarter of the cache, with and without FairKV
-	$(BIN)/python demo/run.py
+demo: $(VENV)/installed  ## a server with a quarter of the cache, with and without FairKV; a real model with MODEL=smollm2
+	$(BIN)/python demo/run.py $(if $(MODEL),--model $(MODEL)) $(DEMO_ARGS)
 
 ifdef SGLANG
 test: engine

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the demo model's head profile: fresh recall prompts through ``fairkv profile``."""
+"""Measure a demo model's head profile: fresh prompts through ``fairkv profile``."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -12,42 +13,53 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from demo.prompts import make_prompts  # noqa: E402
+from demo.models import MODELS  # noqa: E402
 from fairkv_sglang.cli.main import main  # noqa: E402
 
 SEED = 900_000  # a fresh seed of its own: neither evaluation, tests nor demo use it
-MIX = ((512, 4), (1024, 1), (1024, 8), (1500, 8))  # (tokens, facts)
-PER_KIND = 16
+MIX = {  # (tokens, facts)
+    "small": ((512, 4), (1024, 1), (1024, 8), (1500, 8)),
+    "smollm2": ((512, 4), (1024, 1), (1024, 4), (1500, 4)),
+}
+PICTURES = {"small": "demo-profile.png", "smollm2": "smollm2-profile.png"}
+PER_KIND = {"small": 16, "smollm2": 4}
 
 
-def measure() -> int:
-    """Write ``demo/profile.json`` and ``docs/images/demo-profile.png``; returns the exit status."""
+def measure(name: str) -> int:
+    """Write the model's profile in ``demo/`` and its picture; returns the exit status."""
+    model = MODELS[name]
+    folder = model.folder()
     prompts = [
         prompt
-        for tokens, facts in MIX
-        for prompt in make_prompts(seed=SEED, count=PER_KIND, tokens=tokens, facts=facts)
+        for tokens, facts in MIX[name]
+        for prompt in model.questions(folder, SEED, PER_KIND[name], tokens, facts)
     ]
-    picture = ROOT / "docs" / "images" / "demo-profile.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    os.chdir(ROOT)  # the profile names the model by the path that is given here
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "prompts.jsonl"
-        lines = [json.dumps({"input_ids": prompt.token_ids}) for prompt in prompts]
+    pictures = ROOT / "docs" / "images"
+    pictures.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as work:
+        file = Path(work) / "prompts.jsonl"
+        lines = [json.dumps({"input_ids": prompt.input_ids}) for prompt in prompts]
         file.write_text("\n".join(lines), encoding="utf-8")
+        # The profile names the model by the path that is given here.
+        os.chdir(ROOT if ROOT in folder.parents else folder.parent)
         return main(
             [
                 "profile",
                 "--model-path",
-                "demo/model",
+                str(folder.relative_to(Path.cwd())),
                 "--prompts",
                 str(file),
                 "--out",
-                "demo/profile.json",
+                str(model.profile),
+                "--dtype",
+                "float32",
                 "--plot",
-                str(picture),
+                str(pictures / PICTURES[name]),
             ]
         )
 
 
 if __name__ == "__main__":
-    sys.exit(measure())
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=tuple(MODELS), default="small")
+    sys.exit(measure(parser.parse_args().model))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make demo``: a real server at TP 2 with a quarter of the cache, and what FairKV does with it.
+"""``make demo``: a real server with a quarter of the cache, and what FairKV does with it.
 
 Starts ``launch.py`` twice, first as stock SGLang, then with FairKV, and asks both the same recall
 questions over HTTP. Prints prompts, answers, how many are right, what memory the caches took, and
@@ -32,12 +32,10 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # behind everything else: kernels/ and patches/ must not be found first
 
-from demo.prompts import RecallPrompt, make_prompts  # noqa: E402
+from demo.models import MODELS, Question  # noqa: E402
 from fairkv_sglang.kernels.pages import PAGE_TOKENS  # noqa: E402
 from fairkv_sglang.placement import Plan  # noqa: E402
 
-MODEL = ROOT / "demo" / "model"
-PROFILE = ROOT / "demo" / "profile.json"
 START_SECONDS = 300.0
 BAR_WIDTH = 36
 
@@ -46,17 +44,19 @@ def main() -> int:
     """Run both servers; status 0 if FairKV recalls nearly as well as the full cache."""
     args = _arguments()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    model = MODELS[args.model]
+    args.folder = model.folder()
     rounds = [
-        make_prompts(seed=seed, count=args.prompts, tokens=args.tokens, facts=args.facts)
+        model.questions(args.folder, seed, args.prompts, args.tokens, args.facts)
         for seed in range(args.seed, args.seed + args.rounds)
     ]
     prompts = [prompt for part in rounds for prompt in part]
     console.print(
         f"[bold]{args.rounds} rounds of {args.prompts} recall prompts of about {args.tokens} "
-        f"tokens[/], model {MODEL.relative_to(ROOT)}, TP {args.tp}"
+        f"tokens[/], model {args.model}, TP {args.tp}"
     )
     stock = _serve(console, "stock SGLang", args, rounds, [])
-    flags = ["--fairkv", "--fairkv-ratio", str(args.ratio), "--fairkv-profile", str(PROFILE)]
+    flags = ["--fairkv", "--fairkv-ratio", str(args.ratio), "--fairkv-profile", str(model.profile)]
     flags += ["--fairkv-expected-prompt", str(args.tokens)]
     flags += ["--fairkv-expected-batch", str(args.prompts)]
     fair = _serve(console, f"FairKV, {args.ratio:.0%} of the cache", args, rounds, flags)
@@ -72,14 +72,19 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tp", type=int, default=2, help="tensor-parallel ranks")
+    parser.add_argument("--model", choices=tuple(MODELS), default="small", help="default: small")
+    parser.add_argument("--tp", type=int, help="tensor-parallel ranks")
     parser.add_argument("--ratio", type=float, default=0.25, help="part of the cache that is kept")
-    parser.add_argument("--prompts", type=int, default=16, help="asked at once")
-    parser.add_argument("--rounds", type=int, default=5, help="each with prompts of its own")
+    parser.add_argument("--prompts", type=int, help="asked at once")
+    parser.add_argument("--rounds", type=int, help="each with prompts of its own")
     parser.add_argument("--tokens", type=int, default=1024, help="prompt length")
-    parser.add_argument("--facts", type=int, default=8, help="facts in each prompt")
+    parser.add_argument("--facts", type=int, help="facts in each prompt")
     parser.add_argument("--seed", type=int, default=7, help="seed of the prompts")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("tp", "prompts", "rounds", "facts"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(MODELS[args.model], name))
+    return args
 
 
 def _named(stock: dict[str, Any], fair: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -93,7 +98,7 @@ def _serve(
     console: Console,
     name: str,
     args: argparse.Namespace,
-    rounds: list[list[RecallPrompt]],
+    rounds: list[list[Question]],
     flags: list[str],
 ) -> dict[str, Any]:
     """Start a server, ask the questions of each round at once, read its state, stop it."""
@@ -103,7 +108,7 @@ def _serve(
         sys.executable,
         str(ROOT / "launch.py"),
         "--model-path",
-        str(MODEL),
+        str(args.folder),
         "--tp",
         str(args.tp),
         "--device",
@@ -172,15 +177,15 @@ def _get(url: str) -> Any:
     return json.loads(body) if body else None
 
 
-def _ask(url: str, prompt: RecallPrompt) -> str:
+def _ask(url: str, prompt: Question) -> str:
     request = urllib.request.Request(
         url + "/generate",
         data=json.dumps(
             {
-                "text": prompt.text,
+                "input_ids": prompt.input_ids,
                 "sampling_params": {
                     "temperature": 0,
-                    "max_new_tokens": len(prompt.answer_ids) + 4,
+                    "max_new_tokens": prompt.new_tokens,
                 },
             }
         ).encode(),
@@ -205,22 +210,21 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 # -- report ---------------------------------------------------------------------------------------
 
 
-def _right(prompts: list[RecallPrompt], answers: list[str]) -> int:
-    return sum(answer == p.answer_text for p, answer in zip(prompts, answers, strict=True))
+def _right(prompts: list[Question], answers: list[str]) -> int:
+    return sum(p.check.passes(answer) for p, answer in zip(prompts, answers, strict=True))
 
 
 def _print_answers(
-    console: Console, prompts: list[RecallPrompt], stock: list[str], fair: list[str]
+    console: Console, prompts: list[Question], stock: list[str], fair: list[str]
 ) -> None:
     table = Table(title="end of the prompt and the answers", title_justify="left")
     for column in ("question", "expected", "stock SGLang", "FairKV"):
         table.add_column(column, no_wrap=True)
     for prompt, full, kept in zip(prompts, stock, fair, strict=False):  # of the first round
-        marks = ["green" if answer == prompt.answer_text else "red" for answer in (full, kept)]
-        question = "… " + " ".join(prompt.text.split()[-5:])
+        marks = ["green" if prompt.check.passes(x) else "red" for x in (full, kept)]
         table.add_row(
-            question,
-            prompt.answer_text,
+            prompt.short,
+            prompt.expected,
             f"[{marks[0]}]{full}[/]",
             f"[{marks[1]}]{kept}[/]",
         )
