@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     client, server = _client(args)
     samples = _samples(args, client.prompts)
     with progress("questions", len(samples) * len(modes)) as advance:
-        settings = _settings(args, server)
+        settings = _settings(args, client.model, server)
         records = ask_all(client, samples, modes, args.out, settings, args.parallel, advance)
     cells = summarise(records, baseline)
     if args.plot is not None:
@@ -74,10 +75,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace, server: str) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, model: str, server: str) -> dict[str, Any]:
     """What decides a run's answers: a file holds those of one run."""
-    own = {"own": args.own.name} if args.own else {}
-    return {"seed": args.seed, "server": server, "top": args.top, **own}
+    settings = {"seed": args.seed, "top": args.top, "model": model, "server": server}
+    if args.own is not None:
+        settings["own"] = hashlib.sha256(args.own.read_bytes()).hexdigest()
+    return settings
 
 
 def _client(args: argparse.Namespace) -> tuple[Client, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -88,7 +88,7 @@ class Draw:
     """A context as a task makes it: questions, their checks, the length of their answers."""
 
     context: str
-    questions: list[tuple[str, tuple[Check, ...]]]
+    questions: Sequence[tuple[str, tuple[Check, ...]]]
     system: str = ""
     new_tokens: int = 32
 
