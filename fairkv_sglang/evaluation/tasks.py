@@ -43,6 +43,7 @@ class Check:
             return text.isupper()
         if self.kind == "exact":
             return text == self.value
+        text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,234,567
         words, value = text.lower().strip(" .!\"'*`"), self.value.lower()
         if self.kind == "begins":
             return re.match(rf"{re.escape(value)}(?!\w)", words) is not None

@@ -96,6 +96,7 @@ def test_what_does_not_fit_is_said() -> None:
     ("kind", "value", "good", "bad"),
     [
         ("contains", "12", "It is **12**.", "It is 123."),
+        ("contains", "1234567", "1,234,567!", "7654321,234567"),
         ("contains", "the old\triver".replace("\t", " "), "The  old\nriver", "the older river"),
         ("absent", "lamp", "LAMPS", "the lamp."),
         ("begins", "warm", '"Warm", it is', "it is warm"),
