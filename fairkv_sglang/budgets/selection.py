@@ -95,13 +95,15 @@ def picked(scores: Tensor, counts: Tensor, prompt_len: int, width: int) -> Tenso
     return indices[:, :width].contiguous()
 
 
-def pooled_counts(scores: Tensor, total: int, order: Sequence[int]) -> Tensor:
-    """How many of the ``total`` best entries of the whole table lie in each row.
+def pooled_counts(scores: Tensor, total: int, order: Sequence[int], floor: int = 0) -> Tensor:
+    """Entries of each row, where every row keeps its best and the rest of the table competes.
 
     Args:
         scores: [n, M].
         total: Entries to take over all rows.
         order: Rows in the order in which they take entries equal to the threshold (by head index).
+        floor: Best entries that each row keeps in any case, at most M; n times that is at most
+            ``total``.
 
     Returns:
         int64 [n], sums to min(total, n * M).
@@ -109,20 +111,23 @@ def pooled_counts(scores: Tensor, total: int, order: Sequence[int]) -> Tensor:
     n, m = scores.shape
     if total >= n * m:
         return torch.full((n,), m, dtype=torch.int64, device=scores.device)
-    if total <= 0:
-        return torch.zeros(n, dtype=torch.int64, device=scores.device)
+    if total <= n * floor:
+        return torch.full((n,), floor, dtype=torch.int64, device=scores.device)
     if scores.device.type == "cpu" and scores.dtype == torch.float32:
         from fairkv_sglang.budgets import selection_cpu
 
         rank = np.array(order, dtype=np.int64)
-        return torch.from_numpy(selection_cpu.pooled_counts(scores.numpy(), total, rank))
-    return pooled(scores, total, order)
+        return torch.from_numpy(selection_cpu.pooled_counts(scores.numpy(), total, rank, floor))
+    return pooled(scores, total, order, floor)
 
 
-def pooled(scores: Tensor, total: int, order: Sequence[int]) -> Tensor:
+def pooled(scores: Tensor, total: int, order: Sequence[int], floor: int = 0) -> Tensor:
     """:func:`pooled_counts` of a part of the table in torch, on any device."""
-    n, m = scores.shape
     scores = without_nan(scores)
+    if floor:
+        rest = scores.sort(dim=1, descending=True).values[:, floor:]
+        return floor + pooled(rest, total - len(scores) * floor, order)
+    n, m = scores.shape
     threshold = torch.kthvalue(scores.reshape(-1), n * m - total + 1).values
     above = (scores > threshold).sum(dim=1)
     rows = torch.tensor(order, dtype=torch.int64).to(scores.device, non_blocking=True)

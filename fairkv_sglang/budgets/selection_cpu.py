@@ -57,26 +57,35 @@ def pick(scores, counts, prompt_len, width):  # type: ignore[no-untyped-def]
     return indices
 
 
-@nb.njit(types.Array(types.int64, 1, "C")(_SCORES, types.int64, _COUNTS), cache=True, nogil=True)
-def pooled_counts(scores, total, order):  # type: ignore[no-untyped-def]
-    """Entries of each row among the `total` best, 0 < total < n * M; see `selection`."""
+@nb.njit(
+    types.Array(types.int64, 1, "C")(_SCORES, types.int64, _COUNTS, types.int64),
+    cache=True,
+    nogil=True,
+)
+def pooled_counts(scores, total, order, floor):  # type: ignore[no-untyped-def]
+    """Entries of each row, n * floor < total < n * M; see `selection`."""
     n, m = scores.shape
-    flat = np.empty(n * m, dtype=np.float32)
+    rest = m - floor  # entries of a row that compete: all but its best
+    flat = np.empty(n * rest, dtype=np.float32)
+    row = np.empty(m, dtype=np.float32)
     for i in range(n):
         for t in range(m):
-            flat[i * m + t] = _sane(scores[i, t])
-    threshold = np.partition(flat, n * m - total)[n * m - total]
-    counts = np.zeros(n, dtype=np.int64)
+            row[t] = _sane(scores[i, t])
+        flat[i * rest : (i + 1) * rest] = np.partition(row, rest)[:rest] if floor else row
+    left = total - n * floor
+    threshold = np.partition(flat, n * rest - left)[n * rest - left]
+    counts = np.full(n, floor, dtype=np.int64)
     ties = np.zeros(n, dtype=np.int64)
-    left = total
     for i in range(n):
-        for t in range(m):
-            value = flat[i * m + t]
+        above = 0
+        for t in range(rest):
+            value = flat[i * rest + t]
             if value > threshold:
-                counts[i] += 1
+                above += 1
             elif value == threshold:
                 ties[i] += 1
-        left -= counts[i]
+        counts[i] += above
+        left -= above
     for i in order:
         taken = min(left, ties[i])
         counts[i] += taken

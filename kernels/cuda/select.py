@@ -31,19 +31,18 @@ def _ordered(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _threshold(scores, stride, rows, m, need, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The need-th largest entry of [rows, m], and how many entries equal to it are to be taken."""
+def _threshold(scores, m, need, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The need-th largest of m scores, and how many of those equal to it are to be taken."""
     digits = tl.arange(0, 256)
     prefix = (need * 0).to(tl.int64)
     for step in tl.static_range(4):
         shift = 24 - 8 * step
         found = tl.zeros((256,), tl.int32)
-        for r in range(rows):
-            for start in range(0, m, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                key = _ordered(tl.load(scores + r * stride + at, mask=at < m, other=0.0))
-                match = (at < m) & ((key >> (shift + 8)) == (prefix >> (shift + 8)))
-                found += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=match)
+        for start in range(0, m, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            key = _ordered(tl.load(scores + at, mask=at < m, other=0.0))
+            match = (at < m) & ((key >> (shift + 8)) == (prefix >> (shift + 8)))
+            found += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=match)
         above = tl.sum(found, 0) - tl.cumsum(found, 0)
         hit = (above < need) & (above + found >= need)
         prefix += tl.sum(tl.where(hit, digits, 0), 0).to(tl.int64) << shift
@@ -56,37 +55,45 @@ def _share(  # type: ignore[no-untyped-def]
     scores, stride, table, width, counts, counts_stride, heads,
     HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (group, prompt): Ada-KV's budgets of neighbouring heads; see `scopes/pooled.py`."""
+    """Program (group, prompt): Ada-KV's budgets of neighbouring heads; see `scopes/pooled.py`.
+
+    A head keeps the scores above a threshold, or its floor if those are fewer. The threshold is the
+    lowest at which the heads together keep what they have, found digit by digit.
+    """
     first, p = tl.program_id(0) * heads, tl.program_id(1)
     length = tl.load(table + _LENGTH * width + p)
     m = tl.load(table + _SCORED * width + p).to(tl.int32)
-    beyond, floor = tl.load(table + _BEYOND * width + p), tl.load(table + _FLOOR * width + p)
-    h = tl.arange(0, HEADS)
+    total = (heads * tl.load(table + _BEYOND * width + p)).to(tl.int32)
+    floor = tl.load(table + _FLOOR * width + p).to(tl.int32)
     of_group = scores + first.to(tl.int64) * stride + tl.load(table + _COLUMN * width + p)
-    total = heads * beyond
-    threshold, left = _threshold(of_group, stride, heads, m, total.to(tl.int32), BLOCK)
-    pooled = tl.zeros((HEADS,), tl.int64)
-    for r in range(heads):
-        above, tied = 0, 0
-        for start in range(0, m, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            key = _ordered(tl.load(of_group + r * stride + at, mask=at < m, other=0.0))
-            above += tl.sum(((at < m) & (key > threshold)).to(tl.int32), 0)
-            tied += tl.sum(((at < m) & (key == threshold)).to(tl.int32), 0)
-        taken = tl.minimum(left, tied)  # lower heads first
-        left -= taken
-        pooled = tl.where(h == r, (above + taken).to(tl.int64), pooled)
-    # Rounded down; the missing tokens go to the largest remainders, lower heads first.
-    beyond_or_1 = tl.maximum(beyond, 1)
-    quota = tl.where(h < heads, pooled * (beyond - floor), 0)
-    caps = tl.where(h < heads, floor + quota // beyond_or_1, 0)
-    rest = tl.where(h < heads, quota % beyond_or_1, -1)
-    before = (rest[None, :] > rest[:, None]) | (
-        (rest[None, :] == rest[:, None]) & (h[None, :] < h[:, None])
-    )
-    caps += (tl.sum(before.to(tl.int64), 1) < total - tl.sum(caps, 0)).to(tl.int64)
-    kept = tl.where(m > 0, length - m + caps, length)
-    tl.store(counts + p * counts_stride + first + h, kept, mask=h < heads)
+    h, digits = tl.arange(0, HEADS), tl.arange(0, 256)
+    real = h < heads
+    prefix = (total * 0).to(tl.int64)
+    above, tied = tl.zeros((HEADS,), tl.int32), tl.zeros((HEADS,), tl.int32)
+    for step in tl.static_range(4):
+        shift = 24 - 8 * step
+        found = tl.zeros((HEADS, 256), tl.int32)
+        for r in range(heads):
+            of_head = tl.zeros((256,), tl.int32)
+            for start in range(0, m, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                key = _ordered(tl.load(of_group + r * stride + at, mask=at < m, other=0.0))
+                match = (at < m) & ((key >> (shift + 8)) == (prefix >> (shift + 8)))
+                of_head += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=match)
+            found = tl.where(h[:, None] == r, of_head[None, :], found)
+        higher = above[:, None] + tl.sum(found, 1)[:, None] - tl.cumsum(found, 1)
+        kept = tl.where(real[:, None], tl.maximum(higher + found, floor), 0)
+        # Fewer are kept at a higher digit; the highest at which they are enough.
+        digit = tl.sum((tl.sum(kept, 0) >= total).to(tl.int32), 0) - 1
+        prefix += digit.to(tl.int64) << shift
+        above = tl.sum(tl.where(digits[None, :] == digit, higher, 0), 1)
+        tied = tl.sum(tl.where(digits[None, :] == digit, found, 0), 1)
+    sure = tl.where(real, tl.maximum(above, floor), 0)
+    more = tl.where(real, tl.maximum(above + tied - sure, 0), 0)
+    left = total - tl.sum(sure, 0) - (tl.cumsum(more, 0) - more)  # lower heads first
+    caps = sure + tl.maximum(tl.minimum(left, more), 0)
+    kept_of_head = tl.where(m > 0, length - m + caps, length)
+    tl.store(counts + p * counts_stride + first + h, kept_of_head, mask=real)
 
 
 @triton.jit(
@@ -103,7 +110,7 @@ def _pick(  # type: ignore[no-untyped-def]
     count = tl.load(counts + p * counts_stride + head).to(tl.int32)
     keep = count - (length - m)
     row = scores + head.to(tl.int64) * stride + tl.load(table + _COLUMN * width + p)
-    threshold, left = _threshold(row, 0, 1, m, keep, BLOCK)
+    threshold, left = _threshold(row, m, keep, BLOCK)
     threshold = tl.where(keep > 0, threshold, 1 << 33)
     out += p.to(tl.int64) * out_prompt + head * out_head
     written, ties = 0, 0

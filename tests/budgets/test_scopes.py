@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ from hypothesis import strategies as st
 
 from fairkv_sglang.budgets import SCOPES, BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.profiles import HeadProfile, uniform_profile
-from fairkv_tests.budgets_reference import ada_kv_kept, static_kept
+from fairkv_tests.budgets_reference import ada_kv_kept, static_kept, threshold_kept
 from fairkv_tests.kept_tokens import select
 
 LAYERS = 2
@@ -34,7 +32,9 @@ def cases(draw, names=tuple(SCOPES)):
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     profile = HeadProfile(None, rng.random((LAYERS, heads)) ** 4 + 1e-6)
     name = draw(st.sampled_from(names))
-    options = {"floor_alpha": alpha} if "floor_alpha" in SCOPES.options(name) else {}
+    values = {"floor_alpha": alpha, "threshold": draw(st.sampled_from([-1.0, 0.02, 0.5, 2.0]))}
+    values["beta"] = draw(st.sampled_from([1, 3, 20]))
+    options = {key: value for key, value in values.items() if key in SCOPES.options(name)}
     scope = SCOPES.make(name, spec, LAYERS, heads, window, profile, **options)
     scope.home_size = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
     m = max(total - window, 0)
@@ -53,6 +53,9 @@ def _rows(kept):
 
 def _reference(scope, layer, heads, scores, total):
     budget = scope.budget(total)
+    if scope.name == "threshold":
+        options = (scope.threshold, scope.floor_alpha, scope.sink)
+        return threshold_kept(scores.tolist(), budget, scope.window, total, *options)
     if scope.input_dependent:
         alpha = scope.floor_alpha
         return ada_kv_kept(scores.tolist(), heads, budget, scope.window, alpha, total)
@@ -94,8 +97,10 @@ def test_totals_are_kept(case):
     heads, budget = scope.num_heads, scope.budget(total)
     layers = [select(scope, i, range(heads), scores, total).counts.sum() for i in range(LAYERS)]
     whole, expected = LAYERS * heads * budget, scope.expected(total)
-    if scope.name == "head":
-        assert sum(layers) == whole
+    if scope.name in ("head", "pyramid"):
+        assert sum(layers) == whole == expected.sum()
+    elif scope.name == "threshold":
+        assert max(layers) <= heads * budget and (expected == budget).all()
     else:
         assert [int(count) for count in layers] == [heads * budget] * LAYERS
         assert expected.sum(axis=1).tolist() == [heads * budget] * LAYERS
@@ -132,6 +137,7 @@ def test_bounds_hold_whatever_the_scores(case, data):
     whole = {head // scope.home_size for head in group}
     known = scope.name == "rank" and len(group) == len(whole) * scope.home_size
     exact = not scope.input_dependent or known or len(group) == scope.num_heads
+    exact = exact and scope.name != "threshold"
     assert actual == bound[0] or not exact
 
 
@@ -166,7 +172,7 @@ def test_homes_bound_each_for_itself(case, data):
 @settings(max_examples=150, deadline=None)
 @given(case=cases(names=("rank",)), data=st.data())
 def test_rank_bound_is_reached(case, data):
-    """Scores that give heads of a home everything come to within a token each of the bound."""
+    """Scores that give heads of a home everything."""
     scope, total, scores = case
     size = scope.home_size
     first = data.draw(st.integers(0, scope.num_heads // size - 1)) * size
@@ -174,24 +180,20 @@ def test_rank_bound_is_reached(case, data):
     scores = torch.zeros_like(scores)
     scores[group] = 1.0
     counts = np.array(layer_counts(scope, 0, scores, total))[group]
-    bound = scope.most(0, total, group)
-    assert bound - len(group) <= counts.sum() <= bound
+    assert counts.sum() == scope.most(0, total, group)
 
 
 @settings(max_examples=100, deadline=None)
 @given(case=cases(names=("layer",)), data=st.data())
 def test_layer_bound_is_reached(case, data):
-    """Scores that give the group everything come to within a token per head of the bound."""
+    """Scores that give the group everything."""
     scope, total, scores = case
     everyone = range(scope.num_heads)
     group = sorted(data.draw(st.sets(st.sampled_from(everyone), min_size=1)))
     scores = torch.zeros_like(scores)
     scores[group] = 1.0
     counts = select(scope, 0, everyone, scores, total).counts[group]
-    bound = int(scope.bound(total, [group] * LAYERS)[0])
-    assert bound - len(group) <= int(counts.sum()) <= bound
-    if len(group) * scores.shape[1] >= scope.num_heads * (scope.budget(total) - scope.window):
-        assert int(counts.sum()) == bound  # the group wins the whole pool: no rounding is left
+    assert int(counts.sum()) == scope.bound(total, [group] * LAYERS)[0]
 
 
 @settings(max_examples=150, deadline=None)
@@ -207,8 +209,8 @@ def test_order_of_rows_does_not_matter(case, data):
 
 
 @settings(max_examples=100, deadline=None)
-@given(case=cases(names=("uniform", "head")), data=st.data())
-def test_static_scopes_do_not_care_which_heads_are_together(case, data):
+@given(case=cases(names=("uniform", "head", "pyramid", "threshold")), data=st.data())
+def test_scopes_of_single_heads_do_not_care_which_heads_are_together(case, data):
     scope, total, scores = case
     heads = list(range(scope.num_heads))
     part = data.draw(st.lists(st.sampled_from(heads), unique=True))
@@ -247,21 +249,26 @@ def test_dispersed_head_gains(name):
     scores[1, :60] = 1 / 60  # dispersed
     scope = SCOPES[name](BudgetSpec(tokens=24), 1, 2, 4, None)
     counts = select(scope, 0, [0, 1], scores, 104).counts.tolist()
-    # 20 * 2 = 40 tokens in the pool: 3 + 37, then 0.8 of it plus a floor of 4.
-    assert counts == [4 + 4 + 2, 4 + 4 + 30]
+    assert counts == [4 + 3, 4 + 37]  # of 20 * 2 tokens
+    floored = SCOPES.make(name, BudgetSpec(tokens=24), 1, 2, 4, floor_alpha=0.5)
+    counts = select(floored, 0, [0, 1], scores, 104).counts.tolist()
+    assert counts == [12, 2 * 24 - 12]  # half of the mean, the window included
 
 
-def test_ada_kv_rounding_is_the_papers_to_within_a_token():
-    """round(count (1 - alpha) + int((B - w) alpha)), where (B - w) alpha is a whole number."""
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.45, 1.0])
+def test_ada_kv_floor_is_kvpress(alpha):
+    """The best int(B * alpha) tokens of each head, its window among them, are safe; then the best
+    of all heads.
+    """
     rng = np.random.default_rng(0)
-    for _ in range(50):
-        scores = torch.from_numpy(rng.random((4, 200)) ** rng.integers(1, 9, (4, 1)))
-        scope = SCOPES.make("layer", BudgetSpec(tokens=32 + 50), 1, 4, 32, floor_alpha=0.2)
-        counts = select(scope, 0, range(4), scores, 232).counts.numpy() - 32
-        top = torch.topk(scores.flatten(), 200).indices // 200
-        pooled = torch.bincount(top, minlength=4).numpy()
-        assert counts.sum() == 4 * 50
-        assert np.abs(counts - np.round(pooled * 0.8 + 10)).max() <= 1
+    for _ in range(30):
+        scores = torch.from_numpy(rng.random((4, 200)) ** rng.integers(1, 9, (4, 1))).float()
+        scope = SCOPES.make("layer", BudgetSpec(tokens=82), 1, 4, 32, floor_alpha=alpha)
+        safe = torch.cat([scores, torch.full((4, 32), 2.0)], dim=1)
+        safe.scatter_(1, safe.topk(int(82 * alpha), dim=1).indices, 3.0)
+        kept = torch.topk(safe.flatten(), 4 * 82).indices
+        rows = [sorted((kept[kept // 232 == head] % 232).tolist()) for head in range(4)]
+        assert _rows(select(scope, 0, range(4), scores, 232)) == rows
 
 
 @pytest.mark.parametrize("scorer", ["snapkv", "streaming"])
@@ -304,8 +311,8 @@ def test_prompt_within_the_budget_keeps_everything(name, total):
 
 def test_floor_is_free_of_rounding_noise():
     """0.29 * 100 is 28.999999999999996 in floating point."""
-    scope = SCOPES.make("layer", BudgetSpec(tokens=132), 1, 2, 32, floor_alpha=0.29)
-    assert scope.floor(1000) == 29
+    scope = SCOPES.make("layer", BudgetSpec(tokens=100), 1, 2, 8, floor_alpha=0.29)
+    assert scope.floor(1000) == 29 - 8
 
 
 @pytest.mark.parametrize(
@@ -319,14 +326,51 @@ def test_budget_by_ratio(ratio, total, budget):
     assert scope.budget(20) == 20
 
 
+def test_budget_by_ratio_within_bounds():
+    spec = BudgetSpec(ratio=0.25, least=100, most=300)
+    scope = make_scope("uniform", spec, 1, 1, make_scorer("snapkv"))
+    found = {total: scope.budget(total) for total in (60, 100, 200, 500, 1000, 1200, 9000)}
+    assert found == {60: 60, 100: 100, 200: 100, 500: 125, 1000: 250, 1200: 300, 9000: 300}
+    few = make_scope("uniform", BudgetSpec(ratio=0.25, least=8), 1, 1, make_scorer("snapkv"))
+    assert few.budget(40) == 33  # a window and one token in any case
+    with pytest.raises(ValueError, match="a budget of 20 tokens is below window 32"):
+        make_scope("uniform", BudgetSpec(ratio=0.5, most=20), 1, 1, make_scorer("snapkv"))
+
+
 def test_head_caps_follow_the_profile():
     profile = HeadProfile("tiny", np.array([[1.0, 3.0], [4.0, 0.0]]))
     scope = SCOPES["head"](BudgetSpec(tokens=132), 2, 2, 32, profile)
-    # floor 32 + 20; the rest, 528 - 52, in proportion 1 : 3 : 4.
-    assert scope.expected(10_000).tolist() == [[60, 178], [238, 52]]
+    # floor 32 + 1, more than a fifth of 132; the rest, 528 - 33, in proportion 1 : 3 : 4.
+    assert scope.expected(10_000).tolist() == [[62, 186], [247, 33]]
     # Heads that are full pass on what they can't use.
     assert scope.expected(150).tolist() == [[150, 150], [150, 78]]
     assert scope.expected(132).tolist() == [[132, 132], [132, 132]]
+
+
+def test_pyramid_goes_down_in_equal_steps():
+    scope = SCOPES.make("pyramid", BudgetSpec(tokens=132), 5, 2, 32, beta=20)
+    # Beyond the window the mean is 100: 5 in the last layer, 195 in the first, steps of 47.5.
+    assert scope.expected(10_000)[:, 0].tolist() == [227, 180, 132, 84, 37]
+    # No layer keeps more than there is; the last one gets what the first can't take.
+    assert scope.expected(180)[:, 0].tolist() == [180, 156, 132, 108, 84]
+    assert (scope.expected(132) == 132).all()
+    assert SCOPES.make("pyramid", BudgetSpec(tokens=132), 1, 2, 32).expected(999).tolist() == [
+        [132, 132]
+    ]
+    sinks = SCOPES.make("pyramid", BudgetSpec(tokens=44), 3, 1, 32, None, 4, beta=20)
+    assert sinks.expected(999).ravel().tolist() == [32 + 20, 32 + 12, 32 + 4]
+
+
+def test_threshold_keeps_what_is_above_it():
+    scope = SCOPES.make("threshold", BudgetSpec(tokens=24), 1, 4, 4, threshold=0.5, floor_alpha=0.5)
+    scores = torch.full((4, 100), 0.5)
+    scores[1, :9] = 0.6
+    scores[2, :50] = 0.6
+    scores[3] = torch.nan
+    # At least half of 24, at most 24; what equals the threshold is not above it.
+    assert scope.counts(0, range(4), scores, 104).tolist() == [12, 13, 24, 12]
+    kept = select(scope, 0, range(4), scores, 104)
+    assert kept.indices[1, :13].tolist() == [*range(9), *range(100, 104)]
 
 
 def test_layer_expectation_follows_the_profile_inside_each_layer():
@@ -338,9 +382,9 @@ def test_layer_expectation_follows_the_profile_inside_each_layer():
 
 
 def test_a_single_head_may_take_what_the_others_floors_leave():
-    scope = SCOPES["layer"](BudgetSpec(tokens=132), 1, 4, 32, None)
-    assert (scope.per_head_bound(10_000) == 32 + 400 - 3 * 20).all()
-    assert (scope.per_head_bound(200) == math.ceil(32 + 20 + 168 * 0.8)).all()
+    scope = SCOPES.make("layer", BudgetSpec(tokens=132), 1, 4, 32, floor_alpha=0.5)
+    assert (scope.per_head_bound(10_000) == 4 * 132 - 3 * 66).all()
+    assert (scope.per_head_bound(200) == 200).all()
 
 
 def test_rank_with_no_heads_of_a_request():
@@ -369,6 +413,8 @@ def test_cached_tables_can_not_be_written_to():
         ({"ratio": 0.0}, "above 0 and at most 1"),
         ({"ratio": float("nan")}, "above 0 and at most 1"),
         ({"ratio": 25}, "above 0 and at most 1"),
+        ({"tokens": 50, "most": 90}, "bounds of a budget that is a ratio"),
+        ({"ratio": 0.5, "least": 9, "most": 8}, "at least 9 and at most 8"),
     ],
 )
 def test_bad_budget_is_one_clear_line(options, message):
@@ -380,8 +426,13 @@ def test_bad_scope_is_one_clear_line():
     scorer, spec = make_scorer("streaming"), BudgetSpec(tokens=36)
     make_scope("uniform", spec, 2, 4, scorer)
     for name, budget, profile, message in [
-        ("heads", spec, None, "unknown budget scope 'heads'; known: head, layer, rank, uniform"),
-        ("head", spec, None, "choose scope layer, rank or uniform"),
+        (
+            "heads",
+            spec,
+            None,
+            "unknown budget scope 'heads'; known: head, layer, pyramid, rank, threshold, uniform",
+        ),
+        ("head", spec, None, "choose scope layer, pyramid, rank, threshold or uniform"),
         ("layer", spec, uniform_profile(2, 8), "2 layers x 8 KV heads, but the model has 2 x 4"),
         ("uniform", BudgetSpec(tokens=35), None, "below window 32 + sink 4: use at least 36"),
     ]:

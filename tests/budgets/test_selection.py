@@ -42,21 +42,23 @@ def test_pick_keeps_the_best_and_the_window(scores, window, data):
 
 
 @settings(max_examples=200, deadline=None)
-@given(scores=tied_scores(), total=st.integers(0, 200), data=st.data())
-def test_pooled_counts_of_the_best_entries(scores, total, data):
+@given(scores=tied_scores(), floor=st.integers(0, 9), extra=st.integers(0, 200), data=st.data())
+def test_pooled_counts_of_the_best_entries(scores, floor, extra, data):
     n, m = scores.shape
+    floor = min(floor, m)
+    total = n * floor + extra
     order = data.draw(st.permutations(range(n)))
-    entries = sorted(
-        (-value, order.index(row), token)
+    rest = sorted(
+        (-value, order.index(row))
         for row, values in enumerate(scores.tolist())
-        for token, value in enumerate(values)
-    )[:total]
-    wanted = [0] * n
-    for _, place, _ in entries:
+        for value in sorted(values, reverse=True)[floor:]
+    )[:extra]
+    wanted = [floor] * n
+    for _, place in rest:
         wanted[order[place]] += 1
-    assert pooled_counts(scores, total, order).tolist() == wanted
-    if 0 < total < n * m:
-        assert pooled(scores, total, order).tolist() == wanted
+    assert pooled_counts(scores, total, order, floor).tolist() == wanted
+    if n * floor < total < n * m:
+        assert pooled(scores, total, order, floor).tolist() == wanted
     assert sum(wanted) == min(total, n * m)
 
 

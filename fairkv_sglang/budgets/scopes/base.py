@@ -29,10 +29,13 @@ class BudgetSpec:
     Attributes:
         tokens: Mean kept tokens per head, window included; or
         ratio: the same as a share of the prompt, in (0, 1]. Exactly one of the two.
+        least, most: Tokens that a share is never below and above.
     """
 
     tokens: int | None = None
     ratio: float | None = None
+    least: int | None = None
+    most: int | None = None
 
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.ratio is None):
@@ -41,6 +44,23 @@ class BudgetSpec:
             raise ValueError(f"the budget must be at least 1 token, not {self.tokens}")
         if self.ratio is not None and not 0.0 < self.ratio <= 1.0:
             raise ValueError(f"the budget ratio must be above 0 and at most 1, not {self.ratio}")
+        if self.ratio is None and (self.least or self.most):
+            raise ValueError("least and most are bounds of a budget that is a ratio of the prompt")
+        if self.least and self.most and self.least > self.most:
+            raise ValueError(f"a budget of at least {self.least} and at most {self.most} is none")
+
+    def of(self, prompt_len: int) -> int:
+        """Tokens of a prompt, before it is known what must be kept and how many there are."""
+        if self.ratio is None:
+            return self.tokens or 0
+        # Less a hair, so that 0.07 * 100 = 7.000000000000001 does not become 8.
+        tokens = max(math.ceil(self.ratio * prompt_len - 1e-9), self.least or 0)
+        return tokens if self.most is None else min(tokens, self.most)
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The most that a prompt of any length can get, if there is such a number."""
+        return self.most if self.tokens is None else self.tokens
 
 
 def _read_only(function: Callable[P, IntArray]) -> Callable[P, IntArray]:
@@ -61,10 +81,10 @@ class BudgetScope:
     A scope is a dataclass (``eq=False, kw_only=True``); fields made by
     :func:`fairkv_sglang.registry.option` are its options, the others say what it is built for.
 
-    A prompt of N tokens has a mean budget B(N) = ``spec.tokens`` or ceil(ratio * N), at least
-    window + max(sink, 1) and at most N. Every head keeps the window, the last min(window, N)
-    tokens; B(N) = N keeps everything. All results depend on their arguments alone, so every rank
-    gets the same.
+    A prompt of N tokens has a mean budget B(N) = ``spec.tokens`` or ceil(ratio * N) within
+    ``spec.least`` and ``spec.most``, at least window + max(sink, 1) and at most N. Every head keeps
+    the window, the last min(window, N) tokens; B(N) = N keeps everything. All results depend on
+    their arguments alone, so every rank gets the same.
 
     Args:
         spec: The budget.
@@ -100,9 +120,10 @@ class BudgetScope:
             raise ValueError(profile_needed(self.name))
         if self.profile is not None:
             self.profile.require_shape(self.num_layers, self.num_heads)
-        if self.spec.tokens is not None and self.spec.tokens < self.least:
+        tokens = self.spec.most_tokens
+        if tokens is not None and tokens < self.least:
             raise ValueError(
-                f"a budget of {self.spec.tokens} tokens is below window {self.window} + sink "
+                f"a budget of {tokens} tokens is below window {self.window} + sink "
                 f"{max(self.sink, 1)}: use at least {self.least}, or a smaller window"
             )
         # Per instance, so that a scope that is dropped takes its caches along.
@@ -112,12 +133,7 @@ class BudgetScope:
 
     def budget(self, prompt_len: int) -> int:
         """B(N): mean kept tokens per head, window included."""
-        if self.spec.ratio is None:
-            wanted = self.spec.tokens or self.least
-        else:
-            # Less a hair, so that 0.07 * 100 = 7.000000000000001 does not become 8.
-            wanted = max(math.ceil(self.spec.ratio * prompt_len - 1e-9), self.least)
-        return min(wanted, prompt_len)
+        return min(max(self.spec.of(prompt_len), self.least), prompt_len)
 
     def expected(self, prompt_len: int) -> IntArray:
         """[L, H] kept tokens: exact for static scopes, else what the profile lets expect.
@@ -200,9 +216,8 @@ class Floored(BudgetScope):
     )
 
     def floor(self, prompt_len: int) -> int:
-        """Tokens beyond the window that each head keeps for itself: int((B - window) * alpha)."""
-        beyond = max(self.budget(prompt_len) - self.window, 0)
-        return math.floor(beyond * self.floor_alpha + 1e-9)
+        """Tokens beyond the window that each head keeps for itself: int(B * alpha) - window."""
+        return max(math.floor(self.budget(prompt_len) * self.floor_alpha + 1e-9) - self.window, 0)
 
 
 SCOPES: Registry[BudgetScope] = Registry("budget scope", "fairkv_sglang.scopes")

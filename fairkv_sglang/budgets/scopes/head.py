@@ -15,7 +15,7 @@ from fairkv_sglang.budgets.waterfill import IntArray, water_fill
 class Head(Floored):
     """cap[l, h] = clip(level * share[l, h], floor, N), sum over all heads = L * H * B(N).
 
-    floor = window + max(sink, 1, int((B - window) * floor_alpha)). Without clipping level is
+    floor = max(window + max(sink, 1), int(B * floor_alpha)). Without clipping level is
     L * H * B: share relative to the mean times the mean budget. What floors add and short prompts
     cut off is spread over the other heads of all layers in proportion to their shares
     (water-filling).

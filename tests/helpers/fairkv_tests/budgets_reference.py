@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kept sets written straight from the papers' formulae: slow loops, no code of the package.
 
-SnapKV: arXiv 2404.14469, listing 1. Ada-KV: arXiv 2407.11550, algorithm 1 and the safeguard of
-section 3.4 (with the mean over the window, and the layer total kept exactly).
+SnapKV: arXiv 2404.14469, listing 1 (with the mean over the window). Ada-KV: arXiv 2407.11550,
+algorithm 1, with the safeguard as kvpress has it.
 """
 
 from __future__ import annotations
@@ -62,26 +62,34 @@ def static_kept(scores, counts, total):
 
 
 def ada_kv_kept(scores, heads, budget, window, alpha, total):
-    """Kept positions per row; rows compete for len(heads) * (budget - window) tokens."""
+    """Kept positions per row; rows compete for len(heads) * (budget - window) tokens, but for the
+    best that each keeps to have its share alpha of the budget.
+    """
     if budget >= total:
         return [list(range(total)) for _ in heads]
-    beyond = budget - window
+    floor = max(int(Fraction(str(alpha)) * budget) - window, 0)
+    own = [best(row, floor) for row in scores]
     pool = sorted(
         (-value, head, token)
-        for head, row in zip(heads, scores, strict=True)
+        for head, row, mine in zip(heads, scores, own, strict=True)
         for token, value in enumerate(row)
-    )[: len(heads) * beyond]
-    count = {head: 0 for head in heads}
+        if token not in mine
+    )[: len(heads) * (budget - window - floor)]
+    counts = {head: window + floor for head in heads}
     for _, head, _ in pool:
-        count[head] += 1
-    floor = int(Fraction(str(alpha)) * beyond)
-    share = Fraction(floor, beyond)
-    exact = {head: count[head] * (1 - share) + floor for head in heads}
-    cap = {head: math.floor(value) for head, value in exact.items()}
-    missing = len(heads) * beyond - sum(cap.values())
-    for head in sorted(heads, key=lambda h: (cap[h] - exact[h], h))[:missing]:
-        cap[head] += 1
-    return static_kept(scores, [cap[head] + window for head in heads], total)
+        counts[head] += 1
+    return static_kept(scores, [counts[head] for head in heads], total)
+
+
+def threshold_kept(scores, budget, window, total, threshold, alpha, sink):
+    """Kept positions per head: what scores above the threshold, with a floor and a cap."""
+    if budget >= total:
+        return [list(range(total)) for _ in scores]
+    beyond = budget - window
+    floor = min(max(int(Fraction(str(alpha)) * budget) - window, sink, 1), beyond)
+    above = [sum(value > threshold for value in row) for row in scores]
+    counts = [window + min(max(number, floor), beyond) for number in above]
+    return static_kept(scores, counts, total)
 
 
 def water_level(shares, total, low, high):

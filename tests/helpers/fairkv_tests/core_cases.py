@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from fairkv_sglang.budgets import SCOPES as BUDGET_SCOPES
 from fairkv_sglang.budgets import BudgetScope, BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.memory import PAGE_TOKENS, PageDemand, PageLedger
 from fairkv_sglang.parallel import LaneTable, RankHeads
@@ -17,7 +18,7 @@ from fairkv_sglang.placement.plan import HeadShare
 from fairkv_sglang.profiles import HeadProfile
 
 QUICK = settings(deadline=None, derandomize=True, database=None)
-SCOPES = ("uniform", "head", "layer", "rank")
+SCOPES = ("uniform", "head", "layer", "rank", "threshold", "pyramid")
 seeds = st.integers(0, 2**32 - 1)
 # (KV heads, ranks) that SGLang can split, fewer heads than ranks included.
 splits = st.sampled_from([(1, 1), (4, 1), (5, 1), (4, 2), (6, 2), (6, 3), (4, 4), (2, 4), (1, 2)])
@@ -84,7 +85,9 @@ def random_scope(
         shares = rng.random((layers, heads)) ** 3 + 1e-3
         profile = HeadProfile(model=None, shares=shares / shares.sum(), meta={})
     scorer = make_scorer("streaming", sink=0, window=window)
-    options = {"floor_alpha": alpha} if name != "uniform" else {}
+    options = {"floor_alpha": alpha} if "floor_alpha" in BUDGET_SCOPES.options(name) else {}
+    if name == "threshold":
+        options["threshold"] = 0.5
     scope = make_scope(name, spec, layers, heads, scorer, profile, **options)
     scope.home_size = Homes(heads, ranks).per_rank
     return scope
