@@ -118,9 +118,16 @@ def make_start(
 
     Raises:
         ValueError: in one line, for a profile or plan of another model or number of ranks, for
-            budgets that cannot be met and heads that do not fit into the lane slots.
+            budgets that cannot be met, heads that do not fit into the lane slots and scorers that
+            cannot share a head among ranks.
     """
     scorer, scope, profile = make_budgets(config, model.num_layers, model.num_kv_heads)
+    if tp_size > model.num_kv_heads and not scorer.averages_group:
+        raise ValueError(
+            f"scorer {scorer.name} with these options needs all query heads of a KV head on one "
+            f"rank, but {tp_size} ranks share {model.num_kv_heads} KV heads: use at most "
+            f"{model.num_kv_heads} ranks or another scorer"
+        )
     planner = Planner(
         policy=config.placement,
         options=config.options("placement"),
@@ -151,7 +158,9 @@ def make_budgets(
     """
     scorer = config.make_scorer()
     profile = read_profile(config.profile) if config.profile is not None else None
-    spec = BudgetSpec(tokens=config.budget, ratio=config.effective_ratio)
+    spec = BudgetSpec(
+        config.budget, config.effective_ratio, config.budget_least, config.budget_most
+    )
     options = config.options("scope")
     scope = make_scope(config.scope, spec, num_layers, num_kv_heads, scorer, profile, **options)
     return scorer, scope, profile
@@ -161,7 +170,12 @@ def budget_text(config: FairKVConfig) -> str:
     """The budget as a person would say it."""
     if config.budget is not None:
         return f"{config.budget} tokens per head"
-    return f"{config.effective_ratio:.0%} of the prompt"
+    bounds = [
+        f"{word} {tokens} tokens"
+        for word, tokens in (("least", config.budget_least), ("most", config.budget_most))
+        if tokens is not None
+    ]
+    return ", ".join([f"{config.effective_ratio:.0%} of the prompt", *(f"at {b}" for b in bounds)])
 
 
 def _expected(config: FairKVConfig, scope: BudgetScope) -> FloatArray:

@@ -79,6 +79,12 @@ class FairKVConfig(Options):
         description="The budget as a share of the prompt, instead of --fairkv-budget "
         f"(default: {DEFAULT_RATIO} when neither is given).",
     )
+    budget_least: int | None = Field(
+        None, gt=0, description="Tokens that a budget given as a share is never below."
+    )
+    budget_most: int | None = Field(
+        None, gt=0, description="Tokens that a budget given as a share is never above."
+    )
     scorer: str = Field("snapkv", description="What a token is worth")
     scope: str = Field("layer", description="Over what a budget is shared")
     profile: Path | None = Field(
@@ -168,18 +174,33 @@ class FairKVConfig(Options):
                 "exclusive",
                 "budget and ratio exclude each other: give the tokens or the share, not both",
             )
+        least, most = self.budget_least, self.budget_most
+        if self.budget is not None and (least or most):
+            raise PydanticCustomError(
+                "exclusive",
+                "budget_least and budget_most go with a ratio; a budget in tokens is the same for "
+                "every prompt, so leave them out",
+            )
+        if least and most and least > most:
+            raise PydanticCustomError(
+                "bounds",
+                "budget_least: {least} is above budget_most {most}; exchange them",
+                {"least": least, "most": most},
+            )
         try:
             scorer = self.make_scorer()
         except ValueError as error:
             raise PydanticCustomError("scorer", "{text}", {"text": str(error)}) from None
-        if self.budget is not None and self.budget < scorer.least_budget:
+        tokens = self.budget if self.budget is not None else most
+        if tokens is not None and tokens < scorer.least_budget:
             sink = f" + sink {scorer.sink}" if scorer.sink else ""
             raise PydanticCustomError(
                 "budget",
-                "budget: {budget} tokens are too few for scorer {scorer} (window {window}{sink}); "
+                "{key}: {budget} tokens are too few for scorer {scorer} (window {window}{sink}); "
                 "give at least {least}",
                 {
-                    "budget": self.budget,
+                    "key": "budget_most" if self.budget is None else "budget",
+                    "budget": tokens,
                     "scorer": self.scorer,
                     "window": scorer.window,
                     "sink": sink,

@@ -42,6 +42,7 @@ RESOLVED_VARIABLE = "FAIRKV_RESOLVED"
 FLAG = "--fairkv"
 """The switch; every other flag is this, a dash and the field's name with dashes."""
 _EXCLUSIVE = ("budget", "ratio")
+_OF_RATIO = ("budget_least", "budget_most")
 
 
 class ConfigError(ValueError):
@@ -164,14 +165,15 @@ def from_flags(
 def merge(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Join layers of fields; later ones win.
 
-    A budget replaces an earlier ratio and the other way round; another method than the earlier
-    one's takes the place of its options, too.
+    A budget replaces an earlier ratio with its bounds, and the other way round; another method than
+    the earlier one's takes the place of its options, too.
     """
     merged: dict[str, Any] = {}
     for layer in map(settled, layers):
         given = {key: value for key, value in layer.items() if value is not None}
         if any(key in given for key in _EXCLUSIVE):
-            for key in _EXCLUSIVE:
+            bounds = _OF_RATIO if "budget" in given else ()
+            for key in (*_EXCLUSIVE, *bounds):
                 merged.pop(key, None)
         for key in registries():
             if given.get(key, merged.get(key)) != merged.get(key):

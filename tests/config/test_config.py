@@ -26,6 +26,7 @@ from fairkv_sglang.config import (
     read_file,
 )
 from fairkv_sglang.placement import POLICIES
+from fairkv_sglang.planning import budget_text, make_budgets
 
 
 def _parse(*argv: str, **environment: str) -> FairKVConfig:
@@ -85,6 +86,12 @@ def test_budget_of_a_flag_replaces_ratio_of_a_file(tmp_path: Path) -> None:
     config = _parse("--fairkv", "--fairkv-config", file, "--fairkv-budget", "100")
     assert (config.budget, config.ratio, config.effective_ratio) == (100, None, None)
     assert merge([{"budget": 4}, {"ratio": 0.1}]) == {"ratio": 0.1}
+    bounded = {"ratio": 0.2, "budget_least": 100, "budget_most": 900}
+    assert merge([bounded, {"budget": 64}]) == {"budget": 64}
+    assert merge([bounded, {"ratio": 0.1}]) == {**bounded, "ratio": 0.1}
+    config = _parse("--fairkv", "--fairkv-budget-least", "100", "--fairkv-budget-most", "900")
+    assert budget_text(config) == "25% of the prompt, at least 100 tokens, at most 900 tokens"
+    assert make_budgets(config, 2, 2)[1].budget(2000) == 500
 
 
 def test_a_quarter_is_kept_unless_told_otherwise() -> None:
@@ -151,7 +158,7 @@ def test_flags_and_mapping_agree(values: dict[str, object]) -> None:
     ("argv", "words"),
     [
         (["--fairkv", "--fairkv-scope", "layr"], ["--fairkv-scope", "'layr'", "layer", "uniform"]),
-        (["--fairkv", "--fairkv-scorer", "h2o"], ["--fairkv-scorer", "snapkv", "streaming"]),
+        (["--fairkv", "--fairkv-scorer", "h3o"], ["--fairkv-scorer", "snapkv", "streaming"]),
         (["--fairkv", "--fairkv-placement", "best"], ["fair_copying", "best_effort", "contiguous"]),
         (["--fairkv", "--fairkv-budget", "many"], ["--fairkv-budget", "'many'", "whole number"]),
         (["--fairkv", "--fairkv-budget", "0"], ["--fairkv-budget", "greater than 0"]),
@@ -160,6 +167,12 @@ def test_flags_and_mapping_agree(values: dict[str, object]) -> None:
         (["--fairkv", "--fairkv-ratio", "1.5"], ["--fairkv-ratio", "at most 1"]),
         (["--fairkv", "--fairkv-ratio", "nan"], ["--fairkv-ratio", "not a number"]),
         (["--fairkv", "--fairkv-ratio", ".5", "--fairkv-budget", "64"], ["exclude each other"]),
+        (["--fairkv", "--fairkv-budget", "64", "--fairkv-budget-most", "90"], ["go with a ratio"]),
+        (["--fairkv", "--fairkv-budget-most", "12"], ["budget_most", "12", "at least 33"]),
+        (
+            ["--fairkv", "--fairkv-budget-least", "99", "--fairkv-budget-most", "98"],
+            ["99 is above", "98"],
+        ),
         (["--fairkv", "--fairkv-kernel-size", "4"], ["4 is even", "5"]),
         (["--fairkv", "--fairkv-scope", "head"], ["scope head", "profile", "layer"]),
         (["--fairkv", "--fairkv-profile", "/no/such/file"], ["/no/such/file", "no file"]),
@@ -174,7 +187,7 @@ def test_flags_and_mapping_agree(values: dict[str, object]) -> None:
         ),
         (
             ["--fairkv", "--fairkv-scope", "uniform", "--fairkv-floor-alpha", "1"],
-            ["--fairkv-floor-alpha: scope uniform", "head, layer, rank have it"],
+            ["--fairkv-floor-alpha: scope uniform", "head, layer, rank, threshold have it"],
         ),
         (["--fairkv", "--fairkv-pooling", "mix"], ["--fairkv-pooling", "'mix'", "max, avg"]),
         (["--fairkv", "--fairkv-sink", "4"], ["--fairkv-sink: scorer snapkv", "streaming"]),
@@ -254,7 +267,12 @@ def test_another_method_takes_the_options_that_both_have() -> None:
     assert config.with_method("placement", "fair_copying").options("placement") == {"max_copies": 2}
     assert config.with_method("placement", "contiguous").options("placement") == {}
     other = config.with_method("scorer", "snapkv")
-    assert other.options("scorer") == {"window": 16, "kernel_size": 7, "pooling": "max"}
+    assert other.options("scorer") == {
+        "window": 16,
+        "kernel_size": 7,
+        "pooling": "max",
+        "group": "mean",
+    }
     assert other.make_scorer() == SCORERS["snapkv"](window=16)
 
 

@@ -142,3 +142,13 @@ def test_a_decode_backend_of_another_device_is_refused_before_weights() -> None:
     with pytest.raises(ConfigError, match="flashinfer does not run on cpu: use auto or one of num"):
         check_start(config, LLAMA, 2, "cpu")
     assert check_start(FairKVConfig(enabled=True), LLAMA, 2, "cpu").plan.tp_size == 2
+
+
+@pytest.mark.parametrize("options", [{"scorer": "compactor"}, {"group": "max"}])
+def test_a_scorer_that_needs_a_whole_group_is_refused_on_parts(options: dict[str, str]) -> None:
+    """Eight ranks have one query head each, two for every KV head."""
+    config = FairKVConfig(enabled=True, **options)
+    with pytest.raises(ConfigError, match="8 ranks share 4 KV heads: use at most 4 ranks"):
+        check_start(config, LLAMA, 8, "cpu")
+    check_start(config, LLAMA, 4, "cpu")
+    check_start(FairKVConfig(enabled=True), LLAMA, 8, "cpu")
