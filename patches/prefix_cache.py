@@ -27,6 +27,7 @@ BACKEND_NAME = "fairkv"
 # Fields that FairKV keeps on a request (``ReqKvInfo`` has slots, ``Req`` has not).
 SLOTS = "fairkv_pool_slots"  # real slots of the prefill pool behind the row, [0, n)
 HANDED_OVER = "fairkv_handed_over"  # the slots went back, only head pages remain
+EVERYTHING = 1 << 40  # tokens, more than any prompt has
 
 
 def ceil_page(length: int, page_size: int) -> int:
@@ -48,7 +49,7 @@ class FairKVRadixCache(UnifiedRadixCache):  # type: ignore[misc]
     Args:
         params: SGLang's.
         book: Rows of this rank.
-        window: Last tokens of a prompt whose queries the scorer needs.
+        window: Last tokens of a prompt whose queries the scorer needs; EVERYTHING: of all.
     """
 
     def __init__(self, params: Any, *, book: RowBook, window: int) -> None:
@@ -107,7 +108,7 @@ class FairKVRadixCache(UnifiedRadixCache):  # type: ignore[misc]
         """Caps a prefix hit so that the observation window is always recomputed.
 
         SGLang has this for sliding windows; window scorers need the same: the queries of the last
-        tokens of the prompt must exist.
+        tokens of the prompt must exist. For scorers that observe all queries nothing is reused.
         """
         return max(int(super().swa_reprefill_tail_tokens(*request)), self.window)
 
@@ -122,7 +123,8 @@ def build_prefix_cache(context: Any) -> Any:
 
     verify()
     rank = this_rank()
-    ours = partial(FairKVRadixCache, book=rank.book, window=rank.scorer.window)
+    window = EVERYTHING if rank.scorer.observes else rank.scorer.window
+    ours = partial(FairKVRadixCache, book=rank.book, window=window)
     return create_unified_radix_cache(context, cache_class=ours)
 
 

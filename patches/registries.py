@@ -12,6 +12,7 @@ from fairkv_sglang.attention.decoders import make_decoder
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.hand_over import HandOver
 from fairkv_sglang.attention.warm_up import warm_up
+from fairkv_sglang.budgets import Rope
 from fairkv_sglang.patches import measure
 from fairkv_sglang.patches.ledger import Hook, verify
 from fairkv_sglang.patches.rank import this_rank
@@ -51,15 +52,26 @@ def after_build_backend(result: Any, *, model_runner: Any, **kwargs: Any) -> Any
         if book.pages.device.type == "cuda":
             transfer = torch.distributed.new_group(get_tp_group().ranks)
     hand_over = HandOver(heads, rank.scope, book.pages, transfer)
-    compressor = make_compressor(book, rank.scorer, hand_over, exchange)
+    rope = _rope(model_runner.model) if rank.scorer.needs_rope else None
+    compressor = make_compressor(book, rank.scorer, hand_over, exchange, rope)
     if measure.is_asked_for():
         measure.time_compression(compressor)
     # SGLang composes two backends where it chose another one for decode, which is not used here.
     prefill = getattr(result, "prefill_backend", result)
     decoder = make_decoder(rank.config.decode_backend, book.pages, heads)
-    warm_up(book.pages, decoder, rank.scorer, heads.lane_start, heads.group_size)
+    warm_up(book.pages, decoder, rank.scorer, heads.lane_start, heads.group_size, rope)
     rank.backend = FairKVAttnBackend(model_runner, prefill, decoder, compressor, book)
     return rank.backend
+
+
+def _rope(model: torch.nn.Module) -> Rope:
+    """The rotary embedding of a model, the same in all layers of those that FairKV serves."""
+    found = (getattr(module, "rotary_emb", None) for module in model.modules())
+    embedding: Any = next((each for each in found if each is not None), None)
+    if embedding is None:
+        raise RuntimeError("FairKV: the scorer needs rotary embeddings, and the model has none")
+    # Asked each time: SGLang replaces the table when it needs more positions or another dtype.
+    return Rope(lambda: embedding.cos_sin_cache, embedding.is_neox_style)
 
 
 HOOKS: tuple[Hook, ...] = (

@@ -9,6 +9,7 @@ uncompressed model's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, IntArray, StoreBatch
-from fairkv_sglang.budgets import Kept, Scorer, pick
+from fairkv_sglang.budgets import Kept, PromptTensors, Rope, Scorer, pick
 from fairkv_sglang.memory.rows import RowBook
 
 
@@ -29,6 +30,7 @@ class PromptCompressor:
         scorer: Importance of tokens.
         hand_over: Brings kept rows to their owners.
         exchange: What the ranks tell each other of their home heads; None at TP 1.
+        rope: The model's rotary embedding; None will do for scorers that do not need it.
     """
 
     def __init__(
@@ -37,16 +39,18 @@ class PromptCompressor:
         scorer: Scorer,
         hand_over: HandOver,
         exchange: HomeExchange | None = None,
+        rope: Rope | None = None,
     ) -> None:
-        self.book, self.scorer, self.hand_over = book, scorer, hand_over
+        self.book, self.scorer, self.hand_over, self.rope = book, scorer, hand_over, rope
         self.scope = book.scope
         self.heads = heads = book.heads
+        self._computed: list[Tensor] = []  # slots of each prompt so far, if the scorer observes
         self._endings: list[Ending] = []
         self._batch: StoreBatch | None = None
         self._home = torch.tensor(heads.home, device=book.pages.device)
         self._exchange = exchange
         # Replicas of a head have a part of its query heads each, so no rank can score it alone.
-        self._together = self.scope.spans_ranks or heads.homes.replicas > 1
+        self._together = self.scope.spans_ranks or heads.homes.replicas > 1 or scorer.spans_heads
 
     def begin(self, spans: ForwardSpans, req_to_token: Tensor) -> None:
         """Look up the slots and owners of the prompts that end in this pass.
@@ -63,6 +67,8 @@ class PromptCompressor:
             slots = req_to_token[span.row, : span.prompt_len].long()
             sources = source[np.arange(source.shape[0])[None, :], owners]
             self._endings.append(Ending(span, slots, owners, sources))
+        if self.scorer.observes:
+            self._computed = [req_to_token[s.row, : s.end].long() for s in spans.prompts]
 
     def layer(
         self,
@@ -85,13 +91,15 @@ class PromptCompressor:
             scale: Softmax scale of the layer.
         """
         windows = [self._window(layer, q, span) for span in spans.prompts]
+        if self.scorer.observes:
+            self._observe(layer, q, k_pool, spans, scale)
         self.hand_over.finish()  # of the layer before, which travelled while this one was computed
         if not self._endings:
             return
         ending = [
             window for window, span in zip(windows, spans.prompts, strict=True) if span.is_last
         ]
-        choices = self._select(layer, ending, k_pool, scale)
+        choices = self._select(layer, ending, k_pool, v_pool, scale)
         self.hand_over.start(layer, self._endings, choices, k_pool, v_pool, self._batch)
         if layer == self.scope.num_layers - 1:
             self.hand_over.finish()
@@ -111,11 +119,28 @@ class PromptCompressor:
             tails[layer] = tail.clone()
         return tail
 
+    def _observe(
+        self, layer: int, q: Tensor, k_pool: Tensor, spans: ForwardSpans, scale: float
+    ) -> None:
+        """Shows the scorer the queries of this pass."""
+        for span, slots in zip(spans.prompts, self._computed, strict=True):
+            if self.scope.budget(span.prompt_len) >= span.prompt_len:
+                continue  # keeps everything
+            seen = self.book.seen(span.row)
+            k = k_pool.index_select(0, slots)
+            part = PromptTensors(q[span.start : span.start + span.length], k, scale, rope=self.rope)
+            seen[layer] = self.scorer.observe(seen.get(layer), part)
+
     def _select(
-        self, layer: int, windows: list[Tensor | None], k_pool: Tensor, scale: float
+        self,
+        layer: int,
+        windows: list[Tensor | None],
+        k_pool: Tensor,
+        v_pool: Tensor,
+        scale: float,
     ) -> list[Choice]:
         """What each ending prompt keeps in the layer, known to whom it has to be."""
-        choices = self._choices(layer, windows, k_pool, scale)
+        choices = self._choices(layer, windows, k_pool, v_pool, scale)
         for ending, choice in zip(self._endings, choices, strict=True):
             known = choice.kept.counts if choice.counts is None else choice.counts
             ending.counts.append(known)
@@ -127,7 +152,12 @@ class PromptCompressor:
         return choices
 
     def _choices(
-        self, layer: int, windows: list[Tensor | None], k_pool: Tensor, scale: float
+        self,
+        layer: int,
+        windows: list[Tensor | None],
+        k_pool: Tensor,
+        v_pool: Tensor,
+        scale: float,
     ) -> list[Choice]:
         """What each ending prompt keeps in the layer."""
         chosen: dict[int, Choice] = {}
@@ -139,11 +169,13 @@ class PromptCompressor:
             else:
                 scored.append(number)
         scores = [
-            self._score(windows[number], k_pool.index_select(0, self._endings[number].slots), scale)
+            self._score(layer, self._endings[number], windows[number], k_pool, v_pool, scale)
             for number in scored
         ]
         if scores and self._exchange is not None and self._together:
             scores = self._exchange.scores(scores)
+        if self.scorer.spans_heads:
+            scores = [self.scorer.combine(table) for table in scores]
         for number, table in zip(scored, scores, strict=True):
             chosen[number] = self._choose(layer, table, self._endings[number])
         return [chosen[number] for number in range(len(self._endings))]
@@ -186,10 +218,30 @@ class PromptCompressor:
         most = self.scope.per_head_bound(length)[layer] if exact is None else exact
         return pick(scores, counts, length, min(int(most[home].max()), length))
 
-    def _score(self, window: Tensor | None, keys: Tensor, scale: float) -> Tensor:
-        if window is None:
-            window = keys.new_empty((0, keys.shape[1], self.heads.group_size, keys.shape[2]))
-        return self.scorer.score(window, keys, scale=scale)
+    def _score(
+        self,
+        layer: int,
+        ending: Ending,
+        window: Tensor | None,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """``float32 [home heads, N - window]`` of a prompt."""
+        scorer, row = self.scorer, ending.span.row
+        values = v_pool.index_select(0, ending.slots) if scorer.needs_values else None
+        return scorer.score_prompt(
+            PromptTensors(
+                q=window,
+                k=k_pool.index_select(0, ending.slots),
+                scale=scale,
+                v=values,
+                layer=layer,
+                heads=self.heads.home,
+                rope=self.rope,
+                seen=self.book.seen(row).pop(layer) if scorer.observes else None,
+            )
+        )
 
     def _finish(self) -> None:
         """After the last layer: kept counts of all heads to the host, equal on all ranks."""

@@ -16,7 +16,7 @@ from fairkv_sglang.attention.compress import PromptCompressor
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans
 from fairkv_sglang.attention.hand_over import Choice, HandOver, StoreBatch
-from fairkv_sglang.budgets import Kept, Scorer
+from fairkv_sglang.budgets import Kept, Rope, Scorer
 from fairkv_sglang.budgets.scopes.pooled import Pooled
 from fairkv_sglang.kernels.interface import PromptKernels
 from fairkv_sglang.kernels.prompts import PromptBatch, to_device
@@ -32,9 +32,10 @@ class AllPromptsCompressor(PromptCompressor):
         scorer: Scorer,
         hand_over: HandOver,
         exchange: HomeExchange | None,
+        rope: Rope | None,
         kernels: PromptKernels,
     ) -> None:
-        super().__init__(book, scorer, hand_over, exchange)
+        super().__init__(book, scorer, hand_over, exchange, rope)
         self.kernels = kernels
         # Homes are neighbours, so the home heads of a table of all heads are a view.
         self._mine = slice(self.heads.home[0], self.heads.home[-1] + 1)
@@ -78,13 +79,21 @@ class AllPromptsCompressor(PromptCompressor):
         self._columns = to_device(torch.from_numpy(columns), device)
 
     def _choices(
-        self, layer: int, windows: list[Tensor | None], k_pool: Tensor, scale: float
+        self,
+        layer: int,
+        windows: list[Tensor | None],
+        k_pool: Tensor,
+        v_pool: Tensor,
+        scale: float,
     ) -> list[Choice]:
         """See the base class."""
         prompts = self._prompts
-        scores = self._scores([windows[number] for number in self._order], k_pool, scale)
+        windows = [windows[number] for number in self._order]
+        scores = self._scores(layer, windows, k_pool, v_pool, scale)
         if prompts.total and self._exchange is not None and self._together:
             scores = self._exchange.table(scores)
+        if prompts.total and self.scorer.spans_heads:
+            scores = self.scorer.combine(scores)
         counts = self._counts(layer, scores)
         complete = counts.shape[1] == self.scope.num_heads
         mine = counts[:, self._mine] if complete else counts
@@ -104,11 +113,27 @@ class AllPromptsCompressor(PromptCompressor):
             choices.append(Choice(Kept(mine[p], indices[p]), known, exact))
         return choices
 
-    def _scores(self, windows: list[Tensor | None], k_pool: Tensor, scale: float) -> Tensor:
+    def _scores(
+        self,
+        layer: int,
+        windows: list[Tensor | None],
+        k_pool: Tensor,
+        v_pool: Tensor,
+        scale: float,
+    ) -> Tensor:
         """``float32 [home heads, scored tokens of all prompts]``."""
         prompts, scorer = self._prompts, self.scorer
         if not prompts.total:
             return k_pool.new_empty((k_pool.shape[1], 0), dtype=torch.float32)
+        if not scorer.batched:
+            parts = [
+                self._score(layer, ending, window, k_pool, v_pool, scale)
+                for ending, window, scored in zip(
+                    self._endings, windows, prompts.scored, strict=True
+                )
+                if scored
+            ]
+            return torch.cat(parts, dim=1)
         last = [w for w, scored in zip(windows, prompts.scored, strict=True) if scored]
         q = None
         if last[0] is not None:
@@ -139,10 +164,14 @@ class AllPromptsCompressor(PromptCompressor):
 
 
 def make_compressor(
-    book: RowBook, scorer: Scorer, hand_over: HandOver, exchange: HomeExchange | None = None
+    book: RowBook,
+    scorer: Scorer,
+    hand_over: HandOver,
+    exchange: HomeExchange | None = None,
+    rope: Rope | None = None,
 ) -> PromptCompressor:
     """The compressor for this rank's device; arguments as :class:`PromptCompressor` has them."""
     kernels = book.pages.kernels.prompts
     if kernels is None:
-        return PromptCompressor(book, scorer, hand_over, exchange)
-    return AllPromptsCompressor(book, scorer, hand_over, exchange, kernels)
+        return PromptCompressor(book, scorer, hand_over, exchange, rope)
+    return AllPromptsCompressor(book, scorer, hand_over, exchange, rope, kernels)

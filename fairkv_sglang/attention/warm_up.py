@@ -11,11 +11,12 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from fairkv_sglang.attention.decoders import Decoder
-from fairkv_sglang.budgets import Scorer, pick
+from fairkv_sglang.budgets import PromptTensors, Rope, Scorer, pick
 from fairkv_sglang.budgets.selection import pooled_counts
 from fairkv_sglang.kernels import PADDING_ROW, HeadPages
 from fairkv_sglang.kernels.prompts import PromptBatch
@@ -26,7 +27,12 @@ SCORED = 8
 
 
 def warm_up(
-    pages: HeadPages, decoder: Decoder, scorer: Scorer, lane_start: Sequence[int], group: int
+    pages: HeadPages,
+    decoder: Decoder,
+    scorer: Scorer,
+    lane_start: Sequence[int],
+    group: int,
+    rope: Rope | None = None,
 ) -> float:
     """Run every operation of serving once; returns and logs the seconds it took.
 
@@ -36,6 +42,7 @@ def warm_up(
         scorer: What scores prompts.
         lane_start: [L + 1] first lane of each layer.
         group: Query heads per KV head.
+        rope: The model's rotary embedding, if the scorer needs it.
     """
     start = time.perf_counter()
     kernels, device, dim = pages.kernels, pages.device, pages.head_dim
@@ -52,7 +59,7 @@ def warm_up(
     decoder.decode(
         q, rows, -layer, lanes, dim**-0.5, torch.empty(q.shape, dtype=q.dtype, device=device)
     )
-    _prompt(pages, scorer, lanes, group)
+    _prompt(pages, scorer, lanes, group, rope)
     pages.check_integrity()
     seconds = time.perf_counter() - start
     logger.info(
@@ -62,21 +69,26 @@ def warm_up(
     return seconds
 
 
-def _prompt(pages: HeadPages, scorer: Scorer, lanes: int, group: int) -> None:
+def _prompt(pages: HeadPages, scorer: Scorer, lanes: int, group: int, rope: Rope | None) -> None:
     """A prompt of a few tokens more than the window, in the padding row."""
     device, window = pages.device, scorer.window
-    total = window + SCORED
+    total = window + scorer.sink + SCORED
+    scored = total - window
     k = torch.zeros((total, lanes, pages.head_dim), dtype=pages.dtype, device=device)
-    q = k[:window, :, None].expand(-1, -1, group, -1).contiguous() if scorer.needs_queries else None
+    q = k[:, :, None].expand(-1, -1, group, -1).contiguous()
     of_prompts, scale = pages.kernels.prompts, pages.head_dim**-0.5
-    if of_prompts is None:
-        scores = scorer.score(q, k, scale=scale)
-        counts = window + pooled_counts(scores, SCORED, range(lanes))
-        pick(scores, counts, total)
-        return
     slots = torch.arange(total, dtype=torch.int32, device=device).expand(pages.rows, -1)
-    batch = PromptBatch.create([PADDING_ROW], [total], [SCORED], slots, [2], [1])
-    scores = scorer.score_all(None if q is None else q[None], k, batch, scale=scale)
+    batch = PromptBatch.create([PADDING_ROW], [total], [scored], slots, [2], [1])
+    if of_prompts is not None and scorer.batched:
+        last = q[None, -window:] if scorer.needs_queries else None
+        scores = scorer.score_all(last, k, batch, scale=scale)
+    else:
+        part = PromptTensors(q, k, scale, v=k, heads=range(lanes), rope=rope)
+        seen = scorer.observe(None, part) if scorer.observes else None
+        scores = scorer.score_prompt(replace(part, q=q[-window:], seen=seen))
+    if of_prompts is None:
+        pick(scores, window + pooled_counts(scores, SCORED, range(lanes)), total)
+        return
     counts = of_prompts.shared_counts(scores, batch, lanes)
     indices = of_prompts.pick(scores, counts, batch, total)
     columns = torch.arange(lanes, device=device)[None]

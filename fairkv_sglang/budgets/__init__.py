@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from fairkv_sglang.budgets.prompt_tensors import PromptTensors
+from fairkv_sglang.budgets.rope import Rope
 from fairkv_sglang.budgets.scopes import SCOPES, BudgetScope, BudgetSpec, make_scope
 from fairkv_sglang.budgets.scorers import SCORERS, Scorer, make_scorer
 from fairkv_sglang.budgets.selection import Kept, pick
@@ -13,6 +15,8 @@ __all__ = [
     "BudgetScope",
     "BudgetSpec",
     "Kept",
+    "PromptTensors",
+    "Rope",
     "Scorer",
     "make_scope",
     "make_scorer",

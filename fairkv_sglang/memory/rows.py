@@ -13,6 +13,7 @@ at once; both orders agree because no forward starts between.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ class _Life:
     stored: bool = False  # the device holds (or will hold) pages of this row
     kept: torch.Tensor | None = None  # int64 [L, H] host, filled by the prompt's last forward
     tails: dict[int, torch.Tensor] = field(default_factory=dict)  # see RowBook.tails
+    seen: dict[int, Any] = field(default_factory=dict)  # see RowBook.seen
 
 
 class RowBook:
@@ -141,6 +143,10 @@ class RowBook:
     def tails(self, row: int) -> dict[int, torch.Tensor]:
         """Layer -> last queries ``[<=W, n, g, D]`` of a prompt in prefill; they go with the row."""
         return self._lives[row].tails
+
+    def seen(self, row: int) -> dict[int, Any]:
+        """Layer -> what the scorer has observed of a prompt in prefill; it goes with the row."""
+        return self._lives[row].seen
 
     # -- decode ---------------------------------------------------------------------------------
 

@@ -16,8 +16,7 @@ import torch
 
 import fairkv_sglang.patches.rank
 from fairkv_sglang.attention.compress_all import AllPromptsCompressor
-from fairkv_sglang.budgets.scopes.pooled import share_out
-from fairkv_sglang.budgets.selection import picked, pooled
+from fairkv_sglang.budgets.selection import picked, pooled_counts
 from fairkv_sglang.kernels import HeadPages
 from fairkv_sglang.kernels.cuda import operations, select
 from fairkv_sglang.kernels.prompts import PromptBatch
@@ -75,13 +74,26 @@ def counted() -> Iterator[list[Launches]]:
 
 @pytest.mark.parametrize(
     ("scope", "scorer"),
-    [("uniform", "snapkv"), ("head", "snapkv"), ("layer", "snapkv"), ("layer", "streaming")],
+    [
+        ("uniform", "snapkv"),
+        ("head", "snapkv"),
+        ("layer", "snapkv"),
+        ("layer", "streaming"),
+        ("layer", "keydiff"),
+        ("threshold", "compactor"),
+        ("pyramid", "tova"),
+        ("layer", "lagkv"),
+    ],
 )
 def test_one_rank_keeps_what_the_papers_say_in_few_launches(
     tmp_path: Path, counted: list[Launches], scope: str, scorer: str
 ) -> None:
     rng, model = np.random.default_rng(1), Model()
-    options = {"kernel_size": 5} if scorer == "snapkv" else {}
+    options = {
+        "snapkv": {"kernel_size": 5},
+        "compactor": {"sink": 3, "sketch": 5, "attention_block": 9},
+        "lagkv": {"sink": 2, "lag": 11},
+    }.get(scorer, {})
     plan = random_plan(rng, LAYERS, 1, model.heads)
     config = settle(tmp_path, model, plan, scope=scope, ratio=0.4, scorer=scorer, **options)
     prompts = random_prompts(rng, CHUNKS)
@@ -139,7 +151,7 @@ def test_selection_is_that_of_the_budgets(monkeypatch: pytest.MonkeyPatch, block
             beyond, floor = (int(x) for x in prompts.table[5:, p])
             for first in range(0, heads, group):
                 order, rows = list(range(group)), slice(first, first + group)
-                wanted = share_out(pooled(part[rows], group * beyond, order), beyond, floor, order)
+                wanted = pooled_counts(part[rows], group * beyond, order, floor)
                 assert counts[p, rows].tolist() == (window + wanted).tolist()
             most = min(width, length)
             assert torch.equal(indices[p, :, :most], picked(part, counts[p], length, most))

@@ -12,17 +12,17 @@ import torch
 
 from fairkv_sglang.budgets import SCORERS, BudgetSpec, make_scope, pick
 
-SOURCE = Path(__file__).resolve().parents[2] / "examples" / "scorer" / "fairkv_knorm.py"
+SOURCE = Path(__file__).resolve().parents[2] / "examples" / "scorer" / "fairkv_pnorm.py"
 
 
 def test_kept_tokens_are_those_of_the_smallest_keys() -> None:
-    spec = importlib.util.spec_from_file_location("fairkv_knorm", SOURCE)
+    spec = importlib.util.spec_from_file_location("fairkv_pnorm", SOURCE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["fairkv_knorm"] = module  # where dataclass looks its annotations up
+    sys.modules["fairkv_pnorm"] = module  # where dataclass looks its annotations up
     spec.loader.exec_module(module)
-    assert "knorm" not in SCORERS  # read here, not installed
-    scorer = module.Knorm(window=5, norm_power=3.0)
+    assert "pnorm" not in SCORERS  # read here, not installed
+    scorer = module.PNorm(window=5, norm_power=3.0)
     k = torch.randn(60, 4, 8, generator=torch.Generator().manual_seed(0))
     scores = scorer.score(None, k, scale=1.0)
     wanted = -((k[:55].double().abs() ** 3).sum(dim=2) ** (1 / 3))

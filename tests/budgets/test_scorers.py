@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairkv_sglang.budgets import SCORERS, make_scorer
+from fairkv_sglang.budgets import SCORERS, PromptTensors, Rope, make_scorer, pick
+from fairkv_tests import scorer_references as references
 from fairkv_tests.budgets_reference import snapkv_scores
+from fairkv_tests.scorer_references import rope
 
 
 def _random_qk(seed, rows, total, heads, group, width, dtype=torch.float32):
@@ -119,8 +123,8 @@ def test_streaming_is_exact_for_long_prompts():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("snap", {}, "unknown scorer 'snap'; known: snapkv, streaming"),
-        ("snapkv", {"kernal": 5}, "no option kernal; it has: window, kernel_size, pooling"),
+        ("snap", {}, "unknown scorer 'snap'; known: compactor, expected_attention, h2o, keydiff"),
+        ("snapkv", {"kernal": 5}, "no option kernal; it has: window, kernel_size, pooling, group"),
         ("snapkv", {"kernel_size": 4}, "4 is even"),
         ("snapkv", {"window": 0}, "window: 0 must be greater than 0"),
         ("snapkv", {"pooling": "median"}, "pooling: 'median' is not one of max, avg"),
@@ -145,13 +149,131 @@ def test_snapkv_refuses_queries_that_do_not_fit():
         scorer.score(q, k, scale=1.0)
 
 
-def test_every_scorer_fills_its_contract():
-    for name in SCORERS:
-        scorer = make_scorer(name)
-        assert scorer.name == name
-        q, k = _random_qk(5, scorer.window, 90, 3, 2, 8)
-        scores = scorer.score(q if scorer.needs_queries else None, k, scale=0.3)
-        assert scores.shape == (3, 90 - scorer.window)
-        assert scores.dtype == torch.float32 and bool(scores.isfinite().all())
-        first = sorted(scores[0].topk(max(scorer.sink, 1)).indices.tolist())
-        assert scorer.sink == 0 or first == list(range(scorer.sink))
+class Asked:
+    """Random tensors of a prompt, and what the package and the formula make of them."""
+
+    def __init__(self, number, name, total, *, heads=3, dtype=torch.float32, **options):
+        source, dim = torch.Generator().manual_seed(number), 8
+        self.q = torch.randn(total, heads, 2, dim, generator=source).to(dtype) * 2
+        self.k, self.v = torch.randn(2, total, heads, dim, generator=source).to(dtype)
+        self.scorer, self.options = make_scorer(name, **options), options
+        self.rope = rope(total + 9, dim)
+
+    def scores(self, heads=slice(None), layer=1):
+        """Of some heads, told in one call; queries come in two pieces."""
+        number = range(self.k.shape[1])[heads]
+        q, k, v = self.q[:, heads], self.k[:, heads], self.v[:, heads]
+        prompt = PromptTensors(q[-self.scorer.window :], k, 0.3, v, layer, number, self.rope)
+        if self.scorer.observes:
+            seen, half = None, len(k) // 2
+            for part in (slice(0, half), slice(half, None)):
+                seen = self.scorer.observe(
+                    seen, replace(prompt, q=q[part], k=k[: part.stop], v=None)
+                )
+            prompt = replace(prompt, seen=seen)
+        found = self.scorer.score_prompt(prompt)
+        assert found.shape == (len(number), max(len(k) - self.scorer.window, 0))
+        assert found.dtype == torch.float32
+        return found
+
+    def wanted(self):
+        """By the formula, of all heads."""
+        scorer = self.scorer
+        return references.scores(
+            scorer.name, self.q.float(), self.k.float(), self.v.float(), scale=0.3, layer=1,
+            last=len(self.k) + 9, **{"window": scorer.window, **self.options},
+        )  # fmt: skip
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    name=st.sampled_from(sorted(SCORERS)),
+    total=st.integers(1, 60),
+    window=st.integers(1, 9),
+    sink=st.integers(0, 5),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    group=st.sampled_from(["mean", "max"]),
+    accumulation=st.sampled_from(["sum", "mean"]),
+)
+def test_every_scorer_equals_its_formula(
+    seed, name, total, window, sink, dtype, group, accumulation
+):
+    values = {
+        "sink": sink, "lag": 5, "sketch": 4, "attention_block": 7, "future": 12, "group": group,
+        "accumulation": accumulation, "seed": seed,
+    }  # fmt: skip
+    options = {key: value for key, value in values.items() if key in SCORERS.options(name)}
+    asked = Asked(seed, name, total, dtype=dtype, window=window, **options)
+    scores, wanted = asked.scores(), asked.wanted()
+    if asked.scorer.spans_heads:
+        scores = asked.scorer.combine(scores)
+    np.testing.assert_allclose(scores.numpy(), wanted.reshape(scores.shape), rtol=3e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", list(SCORERS))
+def test_every_scorer_fills_its_contract(name):
+    asked = Asked(5, name, 700, heads=4)
+    scorer = asked.scorer
+    scores = asked.scores()
+    assert scorer.name == name and bool(scores.isfinite().all())
+    for row in scores if scorer.sink else ():
+        assert sorted(row.topk(scorer.sink).indices.tolist()) == list(range(scorer.sink))
+    # A head's bits do not depend on the others in the call.
+    for heads in (slice(0, 2), slice(2, 4), slice(3, None), slice(None, None, 3)):
+        assert torch.equal(asked.scores(heads), scores[heads])
+
+
+@pytest.mark.parametrize("name", [name for name in SCORERS if name != "streaming"])
+def test_equal_keys_and_short_prompts_have_scores(name):
+    """All-equal keys, values and queries; a prompt as long as the window, and one token more."""
+    for total in (1, 32, 33, 90):
+        asked = Asked(0, name, total)
+        for x in (asked.q, asked.k, asked.v):
+            x[:] = x[0]
+        scores = asked.scores()
+        assert pick(scores, torch.full((3,), min(total, 33)), total).counts.sum() > 0
+        asked.k[:] = asked.v[:] = 0
+        asked.scores()
+
+
+def test_window_scorers_say_what_they_need():
+    k = torch.zeros(40, 2, 8)
+    for name, needed in {
+        "tova": "the queries of the last tokens",
+        "lagkv": "the values of the prompt",
+        "leverage": "the model's rotary embedding",
+        "h2o": "the queries of all tokens",
+    }.items():
+        with pytest.raises(ValueError, match=f"scorer '{name}' needs {needed}"):
+            make_scorer(name).score(None, k, scale=1.0)
+
+
+def test_random_is_random():
+    """No token is kept more often than chance has it, nor any pair of heads the same."""
+    kept = []
+    for seed in range(4):
+        asked = Asked(0, "random", 1032, seed=seed)
+        for layer in range(4):
+            kept += [set(row) for row in asked.scores(layer=layer).topk(250).indices.tolist()]
+    times = np.bincount([token for tokens in kept for token in tokens], minlength=1000)
+    assert abs(times.mean() - 12) < 1e-9 and 2.5 < times.std() < 3.5  # binomial: 3
+    shared = [len(a & b) for i, a in enumerate(kept) for b in kept[:i]]
+    assert abs(np.mean(shared) - 62.5) < 1 and max(shared) < 110
+
+
+@pytest.mark.parametrize("halves", [True, False])
+def test_rotation_is_undone(halves):
+    angle = torch.rand(30, 3) * 6
+    table = torch.cat([angle.cos(), angle.sin()], dim=1)
+    embedding = Rope(lambda: table * 1.3, halves)  # some models scale it
+    x = torch.randn(20, 2, 8)
+    turned = embedding.turn(x, *(part[5:25, None] * 1.3 for part in table.chunk(2, dim=1)))
+    assert not torch.allclose(turned, x)
+    torch.testing.assert_close(embedding.undo(turned, 5), x)
+    torch.testing.assert_close(turned[..., 6:], x[..., 6:])  # the rest of a head is not rotated
+    first = (0, 3) if halves else (0, 1)
+    plain = torch.complex(x[0, 0, first[0]], x[0, 0, first[1]]) * torch.polar(
+        torch.tensor(1.3), angle[5, 0]
+    )
+    torch.testing.assert_close(turned[0, 0, list(first)], torch.view_as_real(plain))

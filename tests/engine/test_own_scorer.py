@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 POWER, WINDOW, RATIO, FLOOR = 3.0, 16, 0.3, 0.1
 PROMPTS = random_prompts([40, 300, 700], vocab=500, seed=6)
 OPTIONS = [
-    *("--fairkv", "--fairkv-scorer", "knorm", "--fairkv-norm-power", str(POWER)),
+    *("--fairkv", "--fairkv-scorer", "pnorm", "--fairkv-norm-power", str(POWER)),
     *("--fairkv-window", str(WINDOW), "--fairkv-ratio", str(RATIO)),
     *("--fairkv-floor-alpha", str(FLOOR)),
 ]
@@ -53,10 +53,8 @@ def _launch(package: dict[str, str], *arguments: str) -> subprocess.CompletedPro
 
 def test_its_options_stand_in_the_help(package: dict[str, str]) -> None:
     text = " ".join(_launch(package, "--help").stdout.split())
-    assert (
-        "--fairkv-scorer {knorm,snapkv,streaming}" in text and "knorm = keys of small norm" in text
-    )
-    assert "--fairkv-norm-power X knorm: The p of the norm of a key. (default: 2.0)" in text
+    assert ",pnorm,random,snapkv,streaming,tova}" in text and "pnorm = keys of small p-norm" in text
+    assert "--fairkv-norm-power X pnorm: The p of the norm of a key. (default: 2.0)" in text
 
 
 def test_its_bounds_hold_before_a_model_is_looked_for(package: dict[str, str]) -> None:
@@ -100,7 +98,7 @@ def test_it_serves_at_tp_2(
     flags += ["--max-total-tokens", "8192", "--chunked-prefill-size", "256"]
     server = start_server([*flags, *OPTIONS], environment={**package, "FAIRKV_CONFIG": ""})
     before = json.loads(server.get("/server_info"))["internal_states"][0]["fairkv"]
-    assert before["scorer"] == "knorm"
+    assert before["scorer"] == "pnorm"
     assert before["options"] == {"window": WINDOW, "norm_power": POWER, "floor_alpha": FLOOR}
     sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
     server.post("/generate", {"input_ids": PROMPTS, "sampling_params": sampling})

@@ -140,7 +140,7 @@ def test_wrong_command_lines(tiny_model: Callable[..., Path], tmp_path: Path) ->
     plan = tmp_path / "plan.json"
     make_plan("contiguous", np.ones((3, 8)), 2).to_file(plan)
     wrong = {
-        "--fairkv --fairkv-scorer h2o": "--fairkv-scorer: 'h2o' is not one of snapkv",
+        "--fairkv --fairkv-scorer h3o": "--fairkv-scorer: 'h3o' is not one of compactor",
         "--fairkv-budget 64": "--fairkv-budget is given but FairKV is off",
         "--fairkv --pp-size 2": "pipeline parallelism (--pp-size above 1)",
         "--fairkv --kv-cache-dtype fp8_e5m2": "a quantised KV cache (--kv-cache-dtype)",

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from fairkv_sglang.budgets.prompt_tensors import PromptTensors
 from fairkv_sglang.registry import Registry, option
 
 if TYPE_CHECKING:
@@ -26,17 +26,33 @@ class Scorer(ABC):
 
     The score of a head must not depend on which other heads are scored in the same call: under
     tensor parallelism each rank scores its own heads, and all must agree with a single rank.
+    ``fairkv_sglang.budgets.scorers.per_head`` has bases for methods in plain torch, one head at a
+    time.
 
     Attributes:
         name: Key in ``SCORERS`` and value of ``--fairkv-scorer``.
         summary: What a token is worth, in a few words, for ``--help``.
-        needs_queries: Whether ``score`` reads ``q``: the last ``window`` query rows of the prompt.
+        needs_queries: Whether it reads the last ``window`` query rows of the prompt.
+        needs_values: Whether it reads the values.
+        needs_rope: Whether it reads the model's rotary embedding.
+        observes: Whether it has to see the queries of all tokens (``observe``). Cached prefixes
+            have none, so they are computed again.
+        spans_heads: Whether ``combine`` makes the scores out of those of all heads of the layer.
+        averages_group: Whether the score of a head is the mean of what it would be with each of its
+            query heads alone. Where a KV head has several homes, each scores with the query heads
+            that it has, and the mean is taken, so that others cannot be used there.
+        batched: Whether ``score_all`` scores all prompts of a pass at once.
         window: Last tokens of the prompt that every head keeps and that are not scored.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     needs_queries: ClassVar[bool] = False
+    needs_values: ClassVar[bool] = False
+    needs_rope: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
+    spans_heads: ClassVar[bool] = False
+    batched: ClassVar[bool] = False
 
     window: int = option(
         32,
@@ -44,6 +60,11 @@ class Scorer(ABC):
         "their queries.",
         gt=0,
     )
+
+    @property
+    def averages_group(self) -> bool:
+        """See the class."""
+        return True
 
     @property
     def sink(self) -> int:
@@ -70,10 +91,14 @@ class Scorer(ABC):
             float32 [n, max(N - window, 0)].
         """
 
+    def score_prompt(self, prompt: PromptTensors) -> Tensor:
+        """The same from everything that a scorer can ask for; what compression calls."""
+        return self.score(prompt.q, prompt.k, scale=prompt.scale)
+
     def score_all(
         self, q: Tensor | None, k_pool: Tensor, prompts: PromptBatch, *, scale: float
     ) -> Tensor:
-        """Scores of all prompts of a pass on a device; here prompt after prompt.
+        """Scores of all prompts of a pass on a device, if ``batched``.
 
         Args:
             q: [P, W, n, g, D] last queries of the prompts that are scored, which come first; None
@@ -85,15 +110,31 @@ class Scorer(ABC):
         Returns:
             float32 [n, prompts.total], prompt after prompt.
         """
-        scores = k_pool.new_empty((k_pool.shape[1], prompts.total), dtype=torch.float32)
-        for p, scored in enumerate(prompts.scored):
-            if scored:
-                slots = prompts.slots[prompts.request_rows[p], : prompts.lengths[p]]
-                at = prompts.starts[p]
-                scores[:, at : at + scored] = self.score(
-                    None if q is None else q[p], k_pool[slots.long()], scale=scale
-                )
-        return scores
+        raise NotImplementedError
+
+    def observe(self, seen: Any, part: PromptTensors) -> Any:
+        """Takes in the queries of the next tokens of a prompt, if ``observes``.
+
+        Args:
+            seen: What the last call gave for this prompt and layer; None at the prompt's start.
+            part: ``q`` of the tokens computed in this pass, ``k`` of all tokens up to there.
+
+        Returns:
+            ``seen`` for the next call, and for :meth:`score_prompt` after the last one. It must not
+            depend on how the prompt was cut.
+        """
+        raise NotImplementedError
+
+    def combine(self, scores: Tensor) -> Tensor:
+        """Scores of all heads of a layer from those that each has by itself, if ``spans_heads``.
+
+        Args:
+            scores: float32 [H, M], the same on every rank.
+
+        Returns:
+            float32 [H, M].
+        """
+        raise NotImplementedError
 
 
 SCORERS: Registry[Scorer] = Registry("scorer", "fairkv_sglang.scorers")

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from fairkv_sglang.budgets.scorers.base import SCORERS, Scorer
@@ -25,7 +27,7 @@ class SnapKV(Scorer):
         a[j, i, t] = softmax over t of (q[j, i] . k[t]) * scale, causal      (float32)
         m[j, t]    = mean over i of a[j, i, t]
         s[j, t]    = pool of m[j, t'] over t' = t - kernel_size // 2 .. t + kernel_size // 2
-        score[t]   = mean over j of s[j, t]
+        score[t]   = mean over j of s[j, t]      (or the largest)
 
     Pooling runs over the tokens before the window only. Outside of them max pooling sees nothing
     and average pooling sees zeros (its divisor is always ``kernel_size``), as in the authors' code.
@@ -39,11 +41,15 @@ class SnapKV(Scorer):
     name: ClassVar[str] = "snapkv"
     summary: ClassVar[str] = "attention from the last tokens of the prompt"
     needs_queries: ClassVar[bool] = True
+    batched: ClassVar[bool] = True
 
     kernel_size: int = option(
         7, "Width of the pooling over neighbouring tokens, odd; 1 = none.", gt=0
     )
     pooling: Literal["max", "avg"] = option("max", "Kind of the pooling.")
+    group: Literal["mean", "max"] = option(
+        "mean", "What becomes of the scores of the query heads that share a KV head."
+    )
 
     def __post_init__(self) -> None:
         if self.kernel_size % 2 == 0:
@@ -51,6 +57,11 @@ class SnapKV(Scorer):
                 f"kernel_size: {self.kernel_size} is even; pooling is centred on a token, so give "
                 f"an odd number, e.g. {self.kernel_size + 1}"
             )
+
+    @property
+    def averages_group(self) -> bool:
+        """See the base class."""
+        return self.group == "mean"
 
     def score(self, q: Tensor | None, k: Tensor, *, scale: float) -> Tensor:
         if q is None or q.shape[0] == 0:
@@ -65,7 +76,9 @@ class SnapKV(Scorer):
         from fairkv_sglang.kernels import kernels_for
 
         kernels = kernels_for(q.device.type)
-        return kernels.snapkv_score(q, k, scale, self.kernel_size, self.pooling)
+        return self._over_group(
+            q, lambda some: kernels.snapkv_score(some, k, scale, self.kernel_size, self.pooling)
+        )
 
     def score_all(
         self, q: Tensor | None, k_pool: Tensor, prompts: PromptBatch, *, scale: float
@@ -76,4 +89,16 @@ class SnapKV(Scorer):
         of_prompts = kernels_for("cuda").prompts
         if q is None or of_prompts is None:
             raise ValueError("scorer 'snapkv' needs the queries of the last tokens of the prompt")
-        return of_prompts.snapkv_scores(q, k_pool, prompts, scale, self.kernel_size, self.pooling)
+        return self._over_group(
+            q,
+            lambda some: of_prompts.snapkv_scores(
+                some, k_pool, prompts, scale, self.kernel_size, self.pooling
+            ),
+        )
+
+    def _over_group(self, q: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+        """Kernels average over the query heads (dimension -2) that they are given."""
+        if self.group == "mean":
+            return score(q)
+        found = [score(q[..., j : j + 1, :].contiguous()) for j in range(q.shape[-2])]
+        return torch.stack(found).amax(dim=0)

@@ -28,6 +28,7 @@ class Streaming(Scorer):
 
     name: ClassVar[str] = "streaming"
     summary: ClassVar[str] = "the first and the most recent tokens"
+    batched: ClassVar[bool] = True
 
     sink: int = option(4, "First tokens of the prompt, always kept.", ge=0)
 

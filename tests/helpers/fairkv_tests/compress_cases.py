@@ -19,6 +19,7 @@ from fairkv_sglang.attention.compress_all import make_compressor
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import HandOver
+from fairkv_sglang.budgets import Scorer
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.kernels import torch_decode
 from fairkv_sglang.memory import MemoryDivision
@@ -30,7 +31,8 @@ from fairkv_sglang.placement import Plan
 from fairkv_sglang.placement.homes import Homes
 from fairkv_sglang.planning import make_start
 from fairkv_sglang.profiles import HeadProfile
-from fairkv_tests.budgets_reference import ada_kv_kept, snapkv_scores, static_kept
+from fairkv_tests import scorer_references
+from fairkv_tests.budgets_reference import ada_kv_kept, static_kept, threshold_kept
 from fairkv_tests.fake_collectives import Collectives, Group, ranks_as_threads
 
 LAYERS, DIM, SLOTS, CONTEXT, ROWS = 2, 8, 600, 200, 6
@@ -90,15 +92,10 @@ def random_prompts(
     return prompts
 
 
-class FirstNumber:
+class FirstNumber(Scorer):
     """A scorer for tests: a token's score is the first number of its key."""
 
-    needs_queries = False
-
-    def __init__(self, window: int) -> None:
-        self.window = window
-
-    def score(self, q: torch.Tensor, k: torch.Tensor, *, scale: float) -> torch.Tensor:
+    def score(self, q: torch.Tensor | None, k: torch.Tensor, *, scale: float) -> torch.Tensor:
         return k[: max(len(k) - self.window, 0), :, 0].T.contiguous()
 
 
@@ -146,7 +143,8 @@ class Rank:
         )
         exchange = None if group is None else HomeExchange(state.heads.homes, group)  # type: ignore[arg-type]
         hand_over = HandOver(state.heads, state.scope, self.book.pages, group)  # type: ignore[arg-type]
-        self.compressor = make_compressor(self.book, state.scorer, hand_over, exchange)
+        rope = scorer_references.rope(CONTEXT, DIM)
+        self.compressor = make_compressor(self.book, state.scorer, hand_over, exchange, rope)
         self.heads = [list(row) for row in state.heads.heads]
         homes = Homes(model.heads, tp_size)
         self.home = list(homes.heads(rank))
@@ -221,7 +219,7 @@ def run_ranks(
     ranks = [Rank(config, model, tp_size, rank, group) for rank, group in enumerate(groups)]
     if first_number:
         for rank in ranks:
-            rank.compressor.scorer = FirstNumber(config.window)  # type: ignore[assignment]
+            rank.compressor.scorer = FirstNumber(config.window)
     for rank in ranks:
         rank.compressor.hand_over.overlaps = bounded
     with ExitStack() as stack:
@@ -239,6 +237,8 @@ def settle(folder: Path, model: Model, plan: Plan, **options: object) -> FairKVC
         shares = np.random.default_rng(5).random((LAYERS, model.heads)) ** 2
         HeadProfile(model=None, shares=shares / shares.sum(), meta={}).save(folder / "p.json")
         options["profile"] = folder / "p.json"
+    if options["scope"] == "threshold":
+        options.setdefault("threshold", 0.02)
     plan.to_file(folder / "plan.json")
     values = {"enabled": True, "window": 8, "plan": folder / "plan.json", **options}
     return FairKVConfig(**values)
@@ -256,18 +256,17 @@ def scores_of(config: FairKVConfig, first_number: bool, prompt: Prompt, layer: i
     window, total = config.window, prompt.length
     if first_number:
         return prompt.k[layer, : max(total - window, 0), :, 0].T.tolist()
-    if config.scorer == "snapkv":
-        return snapkv_scores(
-            prompt.q[layer, -window:].numpy(),
-            prompt.k[layer].numpy(),
-            window=window,
-            kernel=config.kernel_size,
-            pooling=config.pooling,
-            scale=SCALE,
-        ).tolist()
-    # The first `sink` tokens in order, then the later the better.
-    row = [-t if t < config.sink else t - 10**6 for t in range(max(total - window, 0))]
-    return [row] * prompt.k.shape[2]
+    found: list = scorer_references.scores(
+        config.scorer,
+        prompt.q[layer],
+        prompt.k[layer],
+        prompt.v[layer],
+        scale=SCALE,
+        last=CONTEXT,
+        layer=layer,
+        **config.options("scorer"),
+    ).tolist()
+    return found
 
 
 def expected_kept(rank: Rank, config: FairKVConfig, prompt: Prompt) -> list:
@@ -279,9 +278,13 @@ def expected_kept(rank: Rank, config: FairKVConfig, prompt: Prompt) -> list:
     result = []
     for layer in range(LAYERS):
         scores = scores_of(config, isinstance(rank.compressor.scorer, FirstNumber), prompt, layer)
-        if config.scope in ("uniform", "head"):
+        if not state.scope.input_dependent:
             counts = state.scope.expected(total)[layer].tolist()
             result.append(static_kept(scores, counts, total))
+            continue
+        if config.scope == "threshold":
+            options = (config.threshold, config.floor_alpha, state.scorer.sink)
+            result.append(threshold_kept(scores, budget, window, total, *options))
             continue
         kept: list[list[int]] = []
         for first in range(0, heads, size):
@@ -314,7 +317,7 @@ def check(ranks: list[Rank], config: FairKVConfig, prompts: list[Prompt]) -> lis
                     assert torch.equal(k, prompt.k[layer, positions, head]), (layer, head)
                     assert torch.equal(v, prompt.v[layer, positions, head])
                     stored[layer, head] += 1
-            if config.scope in ("layer", "rank"):
+            if rank.state.scope.input_dependent:
                 noted = rank.book._lives[prompt.row].kept
                 assert noted is not None and torch.equal(noted, counts)
                 assert noted.dtype == torch.int64
@@ -325,7 +328,8 @@ def check(ranks: list[Rank], config: FairKVConfig, prompts: list[Prompt]) -> lis
         assert rank.book.pages.num_used == rank.book.ledger.held[index]
         assert rank.compressor.hand_over._arrival is None
         for prompt in prompts:
-            assert not rank.book.tails(prompt.row)  # nothing is carried on: it has ended
+            # nothing is carried on: it has ended
+            assert not rank.book.tails(prompt.row) and not rank.book.seen(prompt.row)
             rank.book.free(prompt.row)
         assert rank.book.check_idle() == []
     assert len({rank.book.log.digest for rank in ranks}) == 1
@@ -349,7 +353,7 @@ def check_traffic(
     """Collectives and rows are those that the owners call for, counted one head at a time."""
     state = ranks[0].state
     homes, scope = state.heads.homes, state.scope
-    together = config.scope == "layer" or homes.replicas > 1
+    together = config.scope == "layer" or homes.replicas > 1 or config.scorer == "tova"
     exchanges, gathers = 0, 0
     rows = [0] * homes.tp_size
     for ending in ranks[0].passes:
@@ -364,7 +368,7 @@ def check_traffic(
             exchanges += bool(moved)
             if homes.tp_size > 1:
                 gathers += bool(compressed) and together
-                if config.scope == "rank" and not together and moved:
+                if config.scope in ("rank", "threshold") and not together and moved:
                     gathers += len(compressed)
             for (number, source, _), heads in moved.items():
                 prompt = ending[number]
@@ -373,7 +377,7 @@ def check_traffic(
                 assert exact <= most
                 loose = bounded and scope.input_dependent and prompt in compressed
                 rows[source] += most if loose else exact
-        if config.scope == "rank" and homes.tp_size > 1 and not together:
+        if config.scope in ("rank", "threshold") and homes.tp_size > 1 and not together:
             gathers += len(compressed)
     assert collectives.count("all_to_all") == exchanges
     assert collectives.count("all_gather") == gathers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Knorm (arXiv 2406.11430): tokens whose keys have a small norm are those that get attention."""
+"""Knorm (arXiv 2406.11430) with any p: keys of small norm are those that get attention."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fairkv_sglang.registry import option
 
 
 @dataclass(frozen=True)
-class Knorm(Scorer):
+class PNorm(Scorer):
     """score[t] = -(sum over d of |k[t, d]| ** p) ** (1 / p), for each KV head by itself.
 
     Asks for no queries. The paper takes p = 2.
     """
 
-    name: ClassVar[str] = "knorm"
-    summary: ClassVar[str] = "keys of small norm"
+    name: ClassVar[str] = "pnorm"
+    summary: ClassVar[str] = "keys of small p-norm"
 
     norm_power: float = option(2.0, "The p of the norm of a key.", gt=0)
 
