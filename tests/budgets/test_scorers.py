@@ -11,7 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairkv_sglang.budgets import SCORERS, PromptTensors, Rope, make_scorer, pick
+from fairkv_sglang.budgets import (
+    SCORERS,
+    BudgetSpec,
+    PromptTensors,
+    Rope,
+    make_scope,
+    make_scorer,
+    pick,
+)
 from fairkv_tests import scorer_references as references
 from fairkv_tests.budgets_reference import snapkv_scores
 from fairkv_tests.scorer_references import rope
@@ -222,6 +230,18 @@ def test_every_scorer_fills_its_contract(name):
     # A head's bits do not depend on the others in the call.
     for heads in (slice(0, 2), slice(2, 4), slice(3, None), slice(None, None, 3)):
         assert torch.equal(asked.scores(heads), scores[heads])
+
+
+@pytest.mark.parametrize("name", [name for name in SCORERS if "sink" in SCORERS.options(name)])
+def test_sinks_are_kept_where_heads_compete(name):
+    """Also by a head that has much lower scores than another, with no room for anything else."""
+    asked = Asked(6, name, 300)
+    asked.v[:, 0] *= 1e4
+    scorer, scores = asked.scorer, asked.scores()
+    spec = BudgetSpec(tokens=scorer.least_budget)
+    scope = make_scope("layer", spec, 1, 3, scorer, floor_alpha=0.0)
+    kept = pick(scores, scope.counts(0, range(3), scores, 300), 300)
+    assert kept.indices.tolist() == [[*range(scorer.sink), *range(268, 300)]] * 3
 
 
 @pytest.mark.parametrize("name", [name for name in SCORERS if name != "streaming"])

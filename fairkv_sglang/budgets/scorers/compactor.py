@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool1d
 from fairkv_sglang.budgets.prompt_tensors import PromptTensors
 from fairkv_sglang.budgets.scorers.base import SCORERS
 from fairkv_sglang.budgets.scorers.leverage import leverage, unrotated
-from fairkv_sglang.budgets.scorers.per_head import Observer
+from fairkv_sglang.budgets.scorers.per_head import ALWAYS, Observer
 from fairkv_sglang.registry import option
 
 
@@ -70,13 +70,14 @@ class Compactor(Observer):
         """See the base class."""
         assert head.v is not None
         scored = len(head.k) - self.window
+        sinks = torch.full((min(self.sink, scored),), ALWAYS, device=head.k.device)
         if scored <= self.sink:
-            return torch.zeros(scored, device=head.k.device)
+            return sinks
         some: Any = slice(self.sink, scored)
         attention = torch.cat(head.seen) * head.v[some].float().norm(dim=1)
         attention = avg_pool1d(attention[None], kernel_size=3, padding=1, stride=1)[0]
         scores = self.blending * _z(leverage(unrotated(head)[some], self.sketch)) + _z(attention)
-        return torch.cat([scores.max().add(1).expand(self.sink), scores])
+        return torch.cat([sinks, scores])
 
 
 def _z(x: Tensor) -> Tensor:

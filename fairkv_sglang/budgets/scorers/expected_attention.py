@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fairkv_sglang.budgets.prompt_tensors import PromptTensors
 from fairkv_sglang.budgets.scorers.base import SCORERS
-from fairkv_sglang.budgets.scorers.per_head import Observer
+from fairkv_sglang.budgets.scorers.per_head import ALWAYS, Observer
 from fairkv_sglang.registry import option
 
 
@@ -61,8 +61,9 @@ class ExpectedAttention(Observer):
         """See the base class."""
         assert head.v is not None and head.rope is not None
         total, scored = len(head.k), len(head.k) - self.window
+        sinks = torch.full((min(self.sink, scored),), ALWAYS, device=head.k.device)
         if scored <= self.sink:
-            return torch.zeros(scored, device=head.k.device)
+            return sinks
         number, added, outer = head.seen
         mean = added / number
         spread = outer / number - mean[:, :, None] * mean[:, None, :]
@@ -76,5 +77,4 @@ class ExpectedAttention(Observer):
         weight = (logits.softmax(dim=1).mean(dim=0) + self.epsilon) * head.v[self.sink :].norm(
             dim=1, dtype=torch.float32
         )
-        scores = weight[: -self.window]
-        return torch.cat([scores.max().add(1).expand(self.sink), scores])
+        return torch.cat([sinks, weight[: -self.window]])

@@ -15,6 +15,9 @@ from torch import Tensor
 from fairkv_sglang.budgets.prompt_tensors import PromptTensors
 from fairkv_sglang.budgets.scorers.base import Scorer
 
+ALWAYS = 1e30
+"""Score of a token that is always kept: above any other of any head, and finite."""
+
 
 class PerHead(Scorer):
     """A scorer that is told one head at a time."""

@@ -86,7 +86,7 @@ def _leverage(k, *, sketch=48, **_):
 def _compactor(q, k, v, window, *, sink=8, sketch=48, attention_block=256, blending=0.35, **_):
     end = len(k) - window
     if end <= sink:
-        return np.zeros(len(k))
+        return np.full(len(k), 1e30)
     keys = turned(k, -angles(len(k), k.shape[1]))[sink:end]
     got = np.zeros(len(k))
     for first in range(sink, end, attention_block):
@@ -102,13 +102,13 @@ def _compactor(q, k, v, window, *, sink=8, sketch=48, attention_block=256, blend
         spread = x.std(ddof=1) if len(x) > 1 else 0
         both.append((x - x.mean()) / max(spread, 1e-6))
     scores = blending * both[0] + both[1]
-    return np.concatenate([np.full(sink, scores.max() + 1), scores, np.zeros(window)])
+    return np.concatenate([np.full(sink, 1e30), scores, np.zeros(window)])
 
 
 def _expected_attention(q, k, v, window, scale, *, sink=4, future=512, epsilon=0.0, last, **_):
     total, group, dim = q.shape
     if total - window <= sink:
-        return np.zeros(total)
+        return np.full(total, 1e30)
     later = angles(last, dim)[total : total + future]
     if not len(later):
         later = angles(last, dim)[-1:]
@@ -123,7 +123,7 @@ def _expected_attention(q, k, v, window, scale, *, sink=4, future=512, epsilon=0
     scores = np.array(
         [(w + epsilon) * np.linalg.norm(x) for w, x in zip(weight, v[sink:], strict=True)]
     )
-    return np.concatenate([np.full(sink, scores[: total - window - sink].max() + 1), scores])
+    return np.concatenate([np.full(sink, 1e30), scores])
 
 
 def _h2o(q, k, scale, *, accumulation="sum", **_):
