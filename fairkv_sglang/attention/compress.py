@@ -9,7 +9,6 @@ uncompressed model's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
