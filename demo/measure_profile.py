@@ -22,6 +22,7 @@ MIX = {  # (tokens, facts)
     "smollm2": ((512, 4), (1024, 1), (1024, 4), (1500, 4)),
 }
 PICTURES = {"small": "demo-profile.png", "smollm2": "smollm2-profile.png"}
+FLAGS: dict[str, list[str]] = {"small": [], "smollm2": ["--dtype", "float32"]}
 PER_KIND = {"small": 16, "smollm2": 4}
 
 
@@ -51,10 +52,9 @@ def measure(name: str) -> int:
                 str(file),
                 "--out",
                 str(model.profile),
-                "--dtype",
-                "float32",
                 "--plot",
                 str(pictures / PICTURES[name]),
+                *FLAGS[name],
             ]
         )
 

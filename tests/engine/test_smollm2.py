@@ -54,9 +54,11 @@ def test_checkpoint_is_the_gguf(folder: Path) -> None:
     other.tie_weights()
     tokenizer = load_tokenizer(folder)
     rng = random.Random(0)
-    for text in ("Paris, which lies on the Seine, isn't small:\n  2,102,650!", "  <|im_end|>\n"):
+    for text in ("Paris, which lies on the Seine, isn't small:\n  oh!", "  <|im_end|>\n"):
         ids = tokenizer(text).input_ids
         assert ids == theirs(text).input_ids and tokenizer.decode(ids) == text
+    # Their reader of GGUF does not know that this kind cuts digits off before anything else.
+    assert tokenizer.tokenize("in 2026") == ["in", "Ġ", "2", "0", "2", "6"]
     with torch.inference_mode():
         ids = torch.tensor([[rng.randrange(49152) for _ in range(60)]])
         assert torch.equal(model(ids).logits, other(ids).logits)
