@@ -82,7 +82,10 @@ class Override:
                 base = pkgutil.resolve_name(self.base)
             except (ImportError, AttributeError) as error:
                 return f"has no class in this SGLang ({error})"
-            theirs = inspect.getattr_static(base, self.method, None)
+            # not getattr_static, which goes on to the class of the class
+            theirs = next(
+                (vars(c)[self.method] for c in base.__mro__ if self.method in vars(c)), None
+            )
             if theirs is None:
                 return "has no method of that name in this SGLang"
             if not issubclass(self.cls, base):

@@ -11,20 +11,18 @@ from fairkv_sglang.bench import replan_model
 from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.placement import make_plan
 
-FLOOR = 0.2  # what every head has of a layer's budget, FairKV's default
-
 
 def test_heads_keep_their_share_on_each_task() -> None:
     target, shape = replan_model.targets(None), replan_model.SHAPE
     weights = replan_model.random_weights()
     scales = replan_model.calibrate(weights, target)
     beyond = replan_model.RATIO * replan_model.PROMPT - replan_model.WINDOW
-    expected = replan_model.WINDOW + beyond * (FLOOR + (1 - FLOOR) * target)
+    # The window is more than the floor, so that heads get what they win and nothing else.
+    expected = replan_model.WINDOW + beyond * target
     scorer = make_scorer("snapkv", window=replan_model.WINDOW)
     spec = BudgetSpec(ratio=replan_model.RATIO)
-    scope = make_scope(
-        "layer", spec, shape.num_layers, shape.num_kv_heads, scorer, floor_alpha=FLOOR
-    )
+    scope = make_scope("layer", spec, shape.num_layers, shape.num_kv_heads, scorer)
+    assert scope.floor(replan_model.PROMPT) == 0
     for task in range(len(replan_model.TASKS)):
         kept = np.zeros((shape.num_layers, shape.num_kv_heads))
         for noise in replan_model.read_noise(weights, task, samples=8):

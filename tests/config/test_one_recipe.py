@@ -11,7 +11,12 @@ MAKERS = {
     # the benchmark of placements varies what a server does not
     "make_plan": {"placement/make.py", "placement/planner.py", "bench/placement.py"},
     # virtual ranks have a budget and no configuration
-    "make_scope": {"budgets/scopes/__init__.py", "planning.py", "bench/virtual/step.py"},
+    "make_scope": {
+        "budgets/scopes/__init__.py",
+        "planning.py",
+        "bench/admission.py",
+        "bench/virtual/step.py",
+    },
     "make_budgets": {"planning.py"},
 }
 

@@ -46,7 +46,7 @@ def overridden(cls: type) -> set[str]:
         for base in mro
         if base not in theirs
         for name, value in vars(base).items()
-        if not name.startswith("__")
+        if not name.startswith("__") or name == "__call__"
         if inspect.isfunction(value) or isinstance(value, property | classmethod | staticmethod)
         if any(name in vars(other) for other in theirs)
     }
