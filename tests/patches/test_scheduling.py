@@ -173,14 +173,14 @@ def test_the_room_of_a_bound_is_that_of_outputs_to_come() -> None:
     book.note_kept(1, torch.full((1, 8), 100))
     book.hand_over(1, 400)
     assert book.ledger.held.tolist() == [7] * 8
-    assert book.admission.ask(400).charge.tolist() == [23] * 8
+    assert book.admission.ask(400).charge.tolist() == [26] * 8
 
     def admitted(output: int) -> bool:
         budget = FairKVPrefillBudget(pool, pool, book)
         budget.total_offset += 160  # what the running request is expected to write: 10 pages
         return fits(budget, 400, output)
 
-    assert admitted(160)  # 23 of the 28 free ones at first; 7 + 10 beside 10 later
+    assert admitted(160)  # 26 of the 28 free ones at first; 7 + 10 beside 10 later
     assert not admitted(161 + 16)
     book.ledger.capacity = book.ledger.capacity - 6
     assert not admitted(1)  # its bound does not fit

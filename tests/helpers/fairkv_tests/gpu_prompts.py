@@ -56,7 +56,7 @@ def compressed(
     noted: list[Any] = []
     book: Any = SimpleNamespace(
         heads=own, scope=scope, pages=pages, note_kept=lambda row, counts: noted.append(counts),
-        owners=lambda row: np.zeros((layers, HEADS), dtype=np.int16),
+        owners=lambda row: np.zeros((layers, HEADS), dtype=np.int16), tails=lambda row: {},
     )  # fmt: skip
     compressor = make_compressor(book, scorer, HandOver(own, scope, pages, None))
     make = torch.Generator(device).manual_seed(0)
