@@ -2,7 +2,9 @@
 """Planned decode time on real profiles is no worse than that of earlier code.
 
 ``planned_steps.json`` holds sum over layers of the fullest rank's modelled cost, by scope, kind of
-device and TP size, for plans that a server made with default settings at the commit it names.
+device and TP size, for plans that a server made with default settings at the commit it names. Up
+to 726a5cf these were figures of 7b7ac06, from before prefill had a split of its own; then Ada-KV's
+floor became a guarantee, which changed the loads, and they were made anew by the same planner.
 """
 
 from __future__ import annotations
