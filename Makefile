@@ -44,8 +44,9 @@ $(VENV)/installed: requirements/cpu.txt requirements/sglang.txt pyproject.toml s
 	$(PIP) install -q --no-warn-conflicts --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/developing: requirements/dev.txt $(VENV)/installed
+$(VENV)/developing: requirements/dev.txt requirements/kvpress.txt $(VENV)/installed
 	$(PIP) install -q --no-warn-conflicts -r requirements/dev.txt
+	$(PIP) install -q --no-warn-conflicts --no-deps -r requirements/kvpress.txt
 	@touch $@
 
 install: $(VENV)/installed  ## set up .venv to run the server: .venv/bin/python launch.py --help
