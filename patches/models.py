@@ -10,7 +10,7 @@ import torch
 
 from fairkv_sglang.architectures import attention_classes
 from fairkv_sglang.attention.mixed import prompts_only, running_only
-from fairkv_sglang.parallel.twins import ARGUMENTS, TWIN, TwinWeights
+from fairkv_sglang.parallel.twins import TWIN, TwinWeights
 from fairkv_sglang.patches.ledger import Hook
 from fairkv_sglang.patches.rank import this_rank
 
@@ -24,11 +24,6 @@ _UPDATES = (
     "update_weights_from_ipc",
     "end_weight_update",
 )
-
-
-def after_attention_init(_: None, module: Any, **kwargs: Any) -> None:
-    """Remember how SGLang built the module; its twin is built the same way."""
-    object.__setattr__(module, ARGUMENTS, kwargs)
 
 
 def around_attention_forward(
@@ -50,12 +45,27 @@ def around_attention_forward(
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     cut = spans.prompt_tokens
-    prompts = original(
-        module, positions[:cut], hidden_states[:cut], prompts_only(forward_batch, spans)
-    )
+    first, second = _cut(hidden_states, cut)
+    prompts = original(module, positions[:cut], first, prompts_only(forward_batch, spans))
     running = running_only(forward_batch, spans, ForwardMode.DECODE)
-    decoded = original(twin, positions[cut:], hidden_states[cut:], running)
+    decoded = original(twin, positions[cut:], second, running)
     return torch.cat([prompts, decoded])
+
+
+def _cut(hidden: Any, cut: int) -> tuple[Any, Any]:
+    """Hidden states before and from row ``cut`` on.
+
+    With fp8 weights the norm before may have quantised them already and give a tuple: the rows, one
+    scale for all or one for each row, and maybe a type.
+    """
+    if isinstance(hidden, torch.Tensor):
+        return hidden[:cut], hidden[cut:]
+    rows = len(hidden[0])
+    parts = [
+        _cut(x, cut) if isinstance(x, torch.Tensor) and x.dim() and len(x) == rows else (x, x)
+        for x in hidden
+    ]
+    return tuple(a for a, _ in parts), tuple(b for _, b in parts)
 
 
 def after_load_model(_: None, runner: Any) -> None:
@@ -66,8 +76,12 @@ def after_load_model(_: None, runner: Any) -> None:
     layers = rank.model.num_layers
     modules: dict[int, Any] = {}
     for module in runner.model.modules():
-        if hasattr(module, ARGUMENTS):
-            modules[getattr(module, ARGUMENTS)["layer_id"]] = module
+        if f"{type(module).__module__}.{type(module).__qualname__}" in attention_classes():
+            modules[module.attn.layer_id] = module
+            # Qwen3-MoE may write K and V to SGLang's pool beside its rotary embedding, where decode
+            # has no slots.
+            if hasattr(module, "compatible_with_fused_kv_buffer"):
+                module.compatible_with_fused_kv_buffer = False
     if sorted(modules) != list(range(layers)):
         raise RuntimeError(
             f"FairKV: found attention of layers {sorted(modules)}, the plan has {layers} layers"
@@ -93,17 +107,6 @@ def after_weight_update(result: Any, updater: Any, *args: Any, **kwargs: Any) ->
 
 
 HOOKS: tuple[Hook, ...] = (
-    *(
-        Hook(
-            target=f"{name}.__init__",
-            kind="after",
-            function=after_attention_init,
-            why="the decode twin is built with the arguments of SGLang's module",
-            since="0.5.17",
-            upstream="sglang/srt/models (constructor of the attention class)",
-        )
-        for name in attention_classes()
-    ),
     *(
         Hook(
             target=f"{name}.forward",

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fairkv_sglang.parallel.twins import ARGUMENTS
 from fairkv_sglang.placement.homes import Homes
 
 DIM, HIDDEN = 4, 12
@@ -31,7 +30,6 @@ class Attention(nn.Module):
     """SGLang's rule of counts: those of the model, divided by the number of ranks."""
 
     tp_size = 1  # of the process; one class for each number of ranks
-    wrong = 0  # KV heads too many, as a model would have that counts differently
 
     def __init__(
         self,
@@ -48,7 +46,7 @@ class Attention(nn.Module):
         assert not max(num_kv_heads, self.tp_size) % min(num_kv_heads, self.tp_size)
         self.head_dim = DIM
         self.num_heads = num_heads // self.tp_size
-        self.num_kv_heads = max(1, num_kv_heads // self.tp_size) + self.wrong
+        self.num_kv_heads = max(1, num_kv_heads // self.tp_size)
         self.q_size, self.kv_size = self.num_heads * DIM, self.num_kv_heads * DIM
         self.qkv_proj = Projection(self.q_size + 2 * self.kv_size, HIDDEN, bias)
         self.o_proj = Projection(HIDDEN, self.q_size, out_bias)
@@ -58,22 +56,10 @@ class Attention(nn.Module):
         if q_norm:
             self.q_norm, self.k_norm = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
         self.rotary_emb = nn.Module()
-        object.__setattr__(
-            self,
-            ARGUMENTS,
-            {
-                "layer_id": layer_id,
-                "num_heads": num_heads,
-                "num_kv_heads": num_kv_heads,
-                "bias": bias,
-                "out_bias": out_bias,
-                "q_norm": q_norm,
-            },
-        )
 
 
-def class_of(tp_size: int, **attributes: Any) -> type[Attention]:
-    return type("Attention", (Attention,), {"tp_size": tp_size, **attributes})
+def class_of(tp_size: int) -> type[Attention]:
+    return type("Attention", (Attention,), {"tp_size": tp_size})
 
 
 class Reference:
