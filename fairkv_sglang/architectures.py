@@ -45,6 +45,18 @@ ARCHITECTURES: dict[str, Architecture] = {
             f"{_MODELS}.llama.LlamaAttention",
         ),
         Architecture(
+            "MixtralForCausalLM",
+            "Mixtral",
+            f"{_MODELS}.mixtral.MixtralForCausalLM",
+            f"{_MODELS}.mixtral.MixtralAttention",
+        ),
+        Architecture(
+            "Phi3ForCausalLM",
+            "Phi-3/4",
+            f"{_MODELS}.llama.Phi3ForCausalLM",
+            f"{_MODELS}.llama.LlamaAttention",
+        ),
+        Architecture(
             "Qwen2ForCausalLM",
             "Qwen2",
             f"{_MODELS}.qwen2.Qwen2ForCausalLM",
@@ -55,6 +67,12 @@ ARCHITECTURES: dict[str, Architecture] = {
             "Qwen3",
             f"{_MODELS}.qwen3.Qwen3ForCausalLM",
             f"{_MODELS}.qwen3.Qwen3Attention",
+        ),
+        Architecture(
+            "Qwen3MoeForCausalLM",
+            "Qwen3-MoE",
+            f"{_MODELS}.qwen3_moe.Qwen3MoeForCausalLM",
+            f"{_MODELS}.qwen3_moe.Qwen3MoeAttention",
         ),
     )
 }

@@ -70,6 +70,11 @@ def _rope(model: torch.nn.Module) -> Rope:
     embedding: Any = next((each for each in found if each is not None), None)
     if embedding is None:
         raise RuntimeError("FairKV: the scorer needs rotary embeddings, and the model has none")
+    if not hasattr(embedding, "cos_sin_cache"):  # LongRoPE chooses one of two by the batch
+        raise RuntimeError(
+            "FairKV: the scorer needs one table of rotations, and this model (Phi-3 and 4 with "
+            "LongRoPE) has two; use --fairkv-scorer snapkv"
+        )
     # Asked each time: SGLang replaces the table when it needs more positions or another dtype.
     return Rope(lambda: embedding.cos_sin_cache, embedding.is_neox_style)
 

@@ -21,6 +21,7 @@ from fairkv_tests.workloads import (
     BATCH,
     CHECKS,
     ENGINE,
+    FAMILIES,
     FEW,
     FEW_HEADS,
     LENGTHS,
@@ -105,13 +106,19 @@ def test_fewer_heads_than_ranks_equal_the_model_itself(
     assert outputs == hugging_face_outputs(model, BATCH, NEW_TOKENS)
 
 
-@pytest.mark.sweep  # Qwen3 is in test_prefill, Qwen2 in test_weights
-@pytest.mark.parametrize("architecture", ["qwen2", "mistral"])
-def test_other_architectures_equal_the_model_itself(
-    tiny_model: Callable[..., Path], tmp_path: Path, architecture: str
+@pytest.mark.parametrize(
+    "family",
+    # Qwen3 is in test_prefill, Qwen2 in test_weights
+    [
+        name if name == "qwen3_moe" else pytest.param(name, marks=pytest.mark.sweep)
+        for name in FAMILIES
+    ],
+)
+def test_other_families_equal_the_model_itself(
+    tiny_model: Callable[..., Path], tmp_path: Path, family: str
 ) -> None:
     """At TP 2 with a random placement, against transformers."""
-    model = tiny_model(architecture=architecture, **MODEL)
+    model = tiny_model(**MODEL, **FAMILIES[family])
     outputs = _run(model, tmp_path, 2, write_plan(tmp_path, 2, 3), "random")
     assert outputs == hugging_face_outputs(model, BATCH, NEW_TOKENS)
 

@@ -19,6 +19,7 @@ from fairkv_tests.workloads import (
     BATCH,
     CHECKS,
     ENGINE,
+    FAMILIES,
     FEW,
     FEW_HEADS,
     KV_HEADS,
@@ -63,6 +64,7 @@ class Case:
         heads: KV heads of the model.
         away: No head of the random placement stays at home.
         mixed: With :data:`MIXED`.
+        family: A key of ``FAMILIES`` instead of Llama.
     """
 
     scope: str
@@ -71,6 +73,7 @@ class Case:
     heads: int = KV_HEADS
     away: bool = False
     mixed: bool = False
+    family: str | None = None
 
     @property
     def kind(self) -> str:
@@ -84,6 +87,8 @@ class Case:
         words = [self.scope, f"tp{self.tp_size}", f"{self.heads}heads", str(self.placement)]
         if not isinstance(self.placement, str):
             words.append(self.kind.replace(", ", "-").replace(" ", "-"))
+        if self.family:
+            words.append(self.family.replace(", ", "-"))
         return "-".join(words)
 
 
@@ -126,8 +131,9 @@ def _answers(engine: EngineProcess) -> Run:
     return Run(outputs + longer, kept.tolist(), after["prompt_tokens"] - before["prompt_tokens"])
 
 
-def _model(tiny_model: Callable[..., Path], heads: int) -> Path:
-    return tiny_model(**(MODEL if heads == KV_HEADS else FEW))
+def _model(tiny_model: Callable[..., Path], heads: int, family: str | None = None) -> Path:
+    shape = FAMILIES[family] if family else {}
+    return tiny_model(**(MODEL if heads == KV_HEADS else FEW), **shape)
 
 
 @pytest.fixture(scope="session")
@@ -142,10 +148,10 @@ def reference(
 
     def run(case: Case) -> Run:
         tp_size = case.tp_size if case.scope == "rank" else 1
-        plain = Case(case.scope, tp_size, "contiguous", case.heads)
+        plain = Case(case.scope, tp_size, "contiguous", case.heads, family=case.family)
         if plain not in done:
             folder = tmp_path_factory.mktemp("reference")
-            done[plain] = _run(_model(tiny_model, case.heads), folder, plain)
+            done[plain] = _run(_model(tiny_model, case.heads, case.family), folder, plain)
         return done[plain]
 
     return run
@@ -171,6 +177,10 @@ def _check_compressed(run: Run, heads: int) -> None:
         Case("layer", 2, 11, mixed=True),
         pytest.param(Case("head", 4, 12), marks=pytest.mark.sweep),
         pytest.param(Case("layer", 4, 32, heads=FEW_HEADS), marks=pytest.mark.sweep),
+        *(
+            pytest.param(Case("layer", 2, 11, mixed=True, family=family), marks=pytest.mark.sweep)
+            for family in FAMILIES
+        ),
     ],
     ids=str,
 )
@@ -184,7 +194,7 @@ def test_answer_is_that_of_one_rank(
     assert isinstance(case.placement, int)
     if case.heads == KV_HEADS:
         assert far_from_home(random_plan(case.tp_size, case.placement))
-    run = _run(_model(tiny_model, case.heads), tmp_path, case)
+    run = _run(_model(tiny_model, case.heads, case.family), tmp_path, case)
     assert _same(run, reference(case))
     _check_compressed(run, case.heads)
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -15,8 +15,12 @@ from fairkv_sglang.cpu_environment import make_torchvision_importable
 
 make_torchvision_importable()  # transformers imports it for its image processors
 
-Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
+Architecture = Literal["llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe"]
 
+EXPERTS = 4
+"""Experts of a mixture; each token goes to two."""
+IMPLIED = ("mixtral", "phi3", "qwen2")
+"""Families whose configurations have no head size: it is the hidden size over the query heads."""
 BOS, EOS, PAD = 0, 1, 2
 """Ids of the special tokens."""
 FIRST_BYTE = 3
@@ -33,11 +37,12 @@ class TinyModel:
         q_heads: Query heads, a multiple of ``kv_heads``.
         kv_heads: KV heads.
         head_dim: Width of a head.
-        hidden: Width of the residual stream.
+        hidden: Width of the residual stream; not of the families in :data:`IMPLIED`.
         intermediate: Width of the MLP.
         vocab: Vocabulary, at least 259.
         context: Longest sequence.
         tied: Whether the output layer is the embedding.
+        bias: Whether attention has biases where the family leaves that open (Llama).
         seed: Seed of the weights.
     """
 
@@ -51,6 +56,7 @@ class TinyModel:
     vocab: int = 512
     context: int = 4096
     tied: bool = False
+    bias: bool = False
     seed: int = 0
 
     @property
@@ -85,7 +91,7 @@ def build(model: TinyModel, folder: Path) -> Path:
 def _network(model: TinyModel) -> Any:
     import transformers
 
-    shared = dict(
+    shared: dict[str, Any] = dict(
         hidden_size=model.hidden,
         intermediate_size=model.intermediate,
         num_hidden_layers=model.layers,
@@ -99,19 +105,36 @@ def _network(model: TinyModel) -> Any:
         eos_token_id=EOS,
         pad_token_id=PAD,
     )
+    if model.architecture in IMPLIED:
+        shared["hidden_size"] = model.q_heads * shared.pop("head_dim")
+    experts = dict(num_experts_per_tok=2)
     config: Any
     if model.architecture == "llama":
-        config = transformers.LlamaConfig(**shared)
+        config = transformers.LlamaConfig(attention_bias=model.bias, **shared)
     elif model.architecture == "mistral":
         config = transformers.MistralConfig(sliding_window=None, **shared)
+    elif model.architecture == "mixtral":
+        config = transformers.MixtralConfig(
+            sliding_window=None, num_local_experts=EXPERTS, **experts, **shared
+        )
+    elif model.architecture == "phi3":
+        config = transformers.Phi3Config(sliding_window=None, **shared)
     elif model.architecture == "qwen2":
         config = transformers.Qwen2Config(use_sliding_window=False, **shared)
     elif model.architecture == "qwen3":
         config = transformers.Qwen3Config(use_sliding_window=False, **shared)
-    else:
-        raise ValueError(
-            f"architecture {model.architecture!r}: one of llama, mistral, qwen2, qwen3"
+    elif model.architecture == "qwen3_moe":
+        config = transformers.Qwen3MoeConfig(
+            use_sliding_window=False,
+            num_experts=EXPERTS,
+            moe_intermediate_size=model.intermediate // 2,
+            norm_topk_prob=True,
+            **experts,
+            **shared,
         )
+    else:
+        names = ", ".join(get_args(Architecture))
+        raise ValueError(f"architecture {model.architecture!r}: one of {names}")
     network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return network.eval()
 

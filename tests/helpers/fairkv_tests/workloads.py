@@ -19,6 +19,16 @@ MODEL: dict[str, Any] = {"layers": LAYERS, "q_heads": 16, "kv_heads": KV_HEADS}
 FEW_HEADS = 2
 FEW: dict[str, Any] = {**MODEL, "q_heads": 8, "kv_heads": FEW_HEADS}
 """A model with fewer KV heads than TP 4 has ranks: each head's query heads are on two of them."""
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama, tied, biases": {"architecture": "llama", "tied": True, "bias": True},
+    "mistral": {"architecture": "mistral"},
+    "mixtral": {"architecture": "mixtral"},
+    "phi3": {"architecture": "phi3"},
+    "qwen2": {"architecture": "qwen2"},
+    "qwen2, tied": {"architecture": "qwen2", "tied": True},
+    "qwen3_moe": {"architecture": "qwen3_moe"},
+}
+"""Families beside those of most tests (Llama, Qwen3), to be added to :data:`MODEL`."""
 
 LENGTHS = [1, 2, 5, 17, 33, 64, 100, 200, 300, 400, 511, 512, 513, 700, 1200, 2000]
 """Prompt lengths of the batch: around the window (32), a head page (16) and a chunk (512)."""
