@@ -8,7 +8,8 @@ weight is touched. The device that serves it is no part of it.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,17 @@ class Model:
         num_kv_heads: KV heads of the whole model.
         head_dim: Width of a head.
         hidden_size: Width of the residual stream.
-        intermediate_size: Width of the MLP; 0 if the model does not say.
+        intermediate_size: Width of the MLP, or of an expert; 0 if the model does not say.
         vocab_size: Size of the vocabulary; 0 if the model does not say.
         dtype_bytes: Bytes of a weight and of a number in the KV cache.
         context: Longest sequence in tokens.
         architecture: Name of the model class (``architectures.py`` lists those that are served).
         attention: SGLang's kind of attention (``MHA``, ``MLA``, ``SSM``).
         sliding_window: Attention window in tokens; None for full attention.
-        quantization: Method of quantised weights, None if they are not.
+        hybrid: Whether some layers have linear attention, a state space or a convolution in place
+            of a KV cache.
+        quantization: SGLang's name of the method of quantised weights, None if they are not.
+        quantization_config: What the checkpoint says of its quantisation, empty if it says nothing.
         multimodal: Whether the model takes images, audio or video.
         encoder_decoder: Whether the model has an encoder.
         generates: False for embedding and reward models.
@@ -53,7 +57,9 @@ class Model:
     architecture: str = "LlamaForCausalLM"
     attention: str = "MHA"
     sliding_window: int | None = None
+    hybrid: bool = False
     quantization: str | None = None
+    quantization_config: Mapping[str, Any] = field(default_factory=dict)
     multimodal: bool = False
     encoder_decoder: bool = False
     generates: bool = True
@@ -74,14 +80,19 @@ class Model:
             num_kv_heads=model_config.get_total_num_kv_heads(),
             head_dim=model_config.head_dim,
             hidden_size=model_config.hidden_size,
-            intermediate_size=getattr(text, "intermediate_size", None) or 0,
+            intermediate_size=_mlp(vars(text)),
             vocab_size=getattr(text, "vocab_size", None) or 0,
             dtype_bytes=model_config.dtype.itemsize,
             context=model_config.context_len,
             architecture=(model_config.hf_config.architectures or ["unknown"])[0],
             attention=model_config.attention_arch.name,
             sliding_window=model_config.sliding_window_size,
+            hybrid=_is_hybrid(text),
             quantization=model_config.quantization,
+            quantization_config=_plain_dict(
+                getattr(model_config.hf_config, "quantization_config", None)
+                or getattr(model_config.hf_config, "compression_config", None)
+            ),
             multimodal=bool(model_config.is_multimodal),
             encoder_decoder=bool(model_config.is_encoder_decoder),
             generates=bool(model_config.is_generation),
@@ -131,7 +142,7 @@ class Model:
             num_kv_heads=kv_heads,
             head_dim=int(text.get("head_dim") or hidden // heads),
             hidden_size=hidden,
-            intermediate_size=int(text.get("intermediate_size") or 0),
+            intermediate_size=_mlp(text),
             vocab_size=int(text.get("vocab_size") or 0),
             dtype_bytes=DTYPE_BYTES[dtype],
             context=int(text.get("max_position_embeddings") or cls.context),
@@ -144,6 +155,29 @@ class Model:
         if name not in PRESETS:
             raise ValueError(f"unknown model {name!r}; choose from {', '.join(PRESETS)}")
         return PRESETS[name]
+
+
+def _mlp(config: Mapping[str, Any]) -> int:
+    return int(config.get("moe_intermediate_size") or config.get("intermediate_size") or 0)
+
+
+def _is_hybrid(config: Any) -> bool:
+    """By the names that configurations give to what such layers have.
+
+    Qwen3-Next and Kimi Linear: ``linear_...``; Jamba, Falcon-H1, Nemotron-H, Granite 4:
+    ``mamba_...``, ``ssm_...``; LFM2: layers of type ``conv``.
+    """
+    kinds = map(str, getattr(config, "layer_types", None) or [])
+    return any(not kind.endswith("_attention") or "linear" in kind for kind in kinds) or any(
+        name.startswith(("linear_", "mamba_", "ssm_")) and value is not None
+        for name, value in vars(config).items()
+    )
+
+
+def _plain_dict(config: Any) -> dict[str, Any]:
+    if config is None or isinstance(config, dict):
+        return config or {}
+    return dict(config.to_dict())
 
 
 _PRESETS = (

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from fairkv_sglang import weight_formats as formats
 from fairkv_sglang.architectures import ARCHITECTURES
 from fairkv_sglang.config import ConfigError, FairKVConfig
 from fairkv_sglang.decode_backends import choose
@@ -167,6 +168,14 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
     ),
     Refusal(
+        "expert parallelism",
+        "--ep-size above 1, --moe-a2a-backend (untested)",
+        "leave the flags out: SGLang splits every expert over the ranks",
+        lambda args, model: (
+            _above_one("ep_size")(args, model) or args.moe_a2a_backend not in (None, "none")
+        ),
+    ),
+    Refusal(
         "context parallelism",
         "--dcp-size, --attn-cp-size above 1, --enable-prefill-cp",
         "leave the flags out",
@@ -188,11 +197,31 @@ REFUSALS: tuple[Refusal, ...] = (
         _not_in("kv_cache_dtype", "auto", "bfloat16", "bf16", "float16", "float32"),
     ),
     Refusal(
-        "quantised weights",
-        "--quantization or the checkpoint",
-        "use an unquantised checkpoint",
+        "weights that are quantised while they are loaded",
+        "--quantization",
+        "use a checkpoint that is quantised already, or none that is",
         lambda args, model: bool(
-            args.quantization or args.modelopt_quant or (model is not None and model.quantization)
+            args.modelopt_quant or (model is not None and formats.scaled_while_loading(model))
+        ),
+    ),
+    Refusal(
+        "quantised weights of this kind",
+        "the checkpoint",
+        "use fp8, AWQ or GPTQ (on CUDA, by Marlin), or unquantised weights",
+        _model(formats.of_another_kind),
+    ),
+    Refusal(
+        "AWQ or GPTQ weights with act-order or without groups",
+        "the checkpoint",
+        "use one with desc_act false and a group size",
+        _model(formats.in_another_order),
+    ),
+    Refusal(
+        "quantised blocks or groups that do not divide a head",
+        "the checkpoint and --tp-size",
+        "use smaller blocks, a scale for each channel, or no more ranks than KV heads",
+        lambda args, model: (
+            model is not None and formats.wider_than_a_head(model, args.tp_size or 1)
         ),
     ),
     Refusal(
@@ -255,13 +284,25 @@ REFUSALS: tuple[Refusal, ...] = (
         _model(lambda m: m.encoder_decoder),
     ),
     Refusal(
-        "MLA and state-space models",
+        "multi-head latent attention (MLA: DeepSeek V2 and V3, Kimi K2, MiniCPM3)",
         "the model",
         "use a model with grouped-query attention",
-        _model(lambda m: m.attention != "MHA"),
+        _model(lambda m: m.attention == "MLA"),
     ),
     Refusal(
-        "sliding-window attention",
+        "state-space models (Mamba)",
+        "the model",
+        "use a model with grouped-query attention",
+        _model(lambda m: m.attention == "SSM"),
+    ),
+    Refusal(
+        "hybrids of attention and linear or state-space layers (Qwen3-Next, Jamba, Nemotron-H)",
+        "the model",
+        "use a model with grouped-query attention in every layer",
+        _model(lambda m: m.hybrid),
+    ),
+    Refusal(
+        "sliding-window attention (Gemma 2 and 3, gpt-oss)",
         "the model",
         "use a model with full attention, or --context-length no longer than the window",
         _model(lambda m: m.sliding_window is not None and m.sliding_window < m.context),

@@ -38,6 +38,7 @@ def test_from_a_config(tmp_path: Path) -> None:
     assert Model.from_config(folder).group_size == 4
     assert Model.from_config(config(tmp_path, head_dim=64)).head_dim == 64
     assert Model.from_config(config(tmp_path, num_key_value_heads=None)).group_size == 1
+    assert Model.from_config(config(tmp_path, moe_intermediate_size=768)).intermediate_size == 768
     nested = config(tmp_path, num_attention_heads=None, text_config=LLAMA)
     assert Model.from_config(nested / "config.json").num_kv_heads == 8
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +23,12 @@ LLAMA = Model(
     hidden_size=128,
     intermediate_size=256,
 )
+
+
+def quantised(method: str, **config: object) -> Model:
+    """A model with heads of 64 in groups of 2, of a quantised checkpoint."""
+    return replace(LLAMA, head_dim=64, quantization=method, quantization_config=config)
+
 
 # One setting that triggers each row, by the row's feature.
 TRIGGERS: dict[str, tuple[dict[str, object], Model | None]] = {
@@ -44,12 +52,22 @@ TRIGGERS: dict[str, tuple[dict[str, object], Model | None]] = {
     "pipeline parallelism": ({"pp_size": 2}, None),
     "data parallelism": ({"dp_size": 2}, None),
     "data-parallel attention": ({"enable_dp_attention": True}, None),
+    "expert parallelism": ({"ep_size": 2}, None),
     "context parallelism": ({"dcp_size": 2}, None),
     "several nodes": ({"nnodes": 2}, None),
     "overlapped half batches": ({"enable_two_batch_overlap": True}, None),
     "LoRA": ({"lora_paths": ["a"]}, None),
     "a quantised KV cache": ({"kv_cache_dtype": "fp8_e4m3"}, None),
-    "quantised weights": ({}, replace(LLAMA, quantization="awq")),
+    "weights that are quantised while they are loaded": ({}, replace(LLAMA, quantization="fp8")),
+    "quantised weights of this kind": ({}, quantised("modelopt_fp4", quant_algo="NVFP4")),
+    "AWQ or GPTQ weights with act-order or without groups": (
+        {},
+        quantised("gptq_marlin", group_size=64, desc_act=True),
+    ),
+    "quantised blocks or groups that do not divide a head": (
+        {},
+        quantised("fp8", weight_block_size=[128, 128]),
+    ),
     "weights that load behind the start": ({"startup_weight_load_mode": "overlap"}, None),
     "weights on the CPU": ({"cpu_offload_gb": 4}, None),
     "CUDA graphs in prefill": ({"cuda_graph_backend_prefill": "breakable"}, None),
@@ -67,8 +85,16 @@ TRIGGERS: dict[str, tuple[dict[str, object], Model | None]] = {
     "embedding and reward models": ({"is_embedding": True}, None),
     "multimodal models": ({}, replace(LLAMA, multimodal=True)),
     "encoder-decoder models": ({}, replace(LLAMA, encoder_decoder=True)),
-    "MLA and state-space models": ({}, replace(LLAMA, attention="MLA")),
-    "sliding-window attention": ({}, replace(LLAMA, sliding_window=512)),
+    "multi-head latent attention (MLA: DeepSeek V2 and V3, Kimi K2, MiniCPM3)": (
+        {},
+        replace(LLAMA, attention="MLA"),
+    ),
+    "state-space models (Mamba)": ({}, replace(LLAMA, attention="SSM")),
+    "hybrids of attention and linear or state-space layers (Qwen3-Next, Jamba, Nemotron-H)": (
+        {},
+        replace(LLAMA, hybrid=True),
+    ),
+    "sliding-window attention (Gemma 2 and 3, gpt-oss)": ({}, replace(LLAMA, sliding_window=512)),
     "this architecture": ({}, replace(LLAMA, architecture="GemmaForCausalLM")),
 }
 
@@ -108,6 +134,94 @@ def test_defaults_of_sglang_pass() -> None:
 def test_full_window_passes() -> None:
     """A window that the context never reaches is full attention."""
     refuse(SimpleNamespace(), replace(LLAMA, sliding_window=4096, context=4096))
+
+
+SIZES = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 512,
+    "vocab_size": 512,
+    "max_position_embeddings": 8192,
+    "pad_token_id": 0,
+    "dtype": "bfloat16",
+}
+LATENT = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+STATES = {"num_heads": 8, "head_dim": 64, "state_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "config", "refused"),
+    [
+        ("DeepseekV2ForCausalLM", "deepseek_v2", LATENT, "MLA: DeepSeek"),
+        ("Mamba2ForCausalLM", "mamba2", STATES, "state-space models"),
+        ("Qwen3NextForCausalLM", "qwen3_next", {}, "hybrids of attention"),
+        ("JambaForCausalLM", "jamba", {}, "hybrids of attention"),
+        ("NemotronHForCausalLM", "nemotron_h", {"hybrid_override_pattern": "M*M-"}, "hybrids"),
+        ("Gemma2ForCausalLM", "gemma2", {"sliding_window": 4096}, "sliding-window attention"),
+        ("Gemma3ForCausalLM", "gemma3_text", {"sliding_window": 512}, "sliding-window attention"),
+        ("GptOssForCausalLM", "gpt_oss", {"sliding_window": 128}, "sliding-window attention"),
+        ("GemmaForCausalLM", "gemma", {}, "this architecture"),
+        ("Qwen2ForCausalLM", "qwen2", {"sliding_window": 512, "use_sliding_window": False}, None),
+        ("Qwen3MoeForCausalLM", "qwen3_moe", {"num_experts": 4}, None),
+        ("MixtralForCausalLM", "mixtral", {}, None),
+        ("Phi3ForCausalLM", "phi3", {"sliding_window": 262144}, None),
+    ],
+)
+def test_models_by_their_configurations(
+    tmp_path: Path, architecture: str, kind: str, config: dict[str, object], refused: str | None
+) -> None:
+    """As SGLang reads them, with the keys of the published ones; no weights are there."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    config = {"architectures": [architecture], "model_type": kind, **SIZES, **config}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = Model.from_sglang(ModelConfig(str(tmp_path)))
+    if refused is None:
+        refuse(SimpleNamespace(), model)
+        return
+    with pytest.raises(ConfigError, match=refused):
+        refuse(SimpleNamespace(), model)
+
+
+CHANNELS = {"weights": {"type": "float", "num_bits": 8, "strategy": "channel"}}
+INTEGERS = {"weights": {"type": "int", "num_bits": 4, "strategy": "group"}}
+BLOCKS = {**CHANNELS["weights"], "strategy": "block", "block_structure": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    ("model", "tp_size", "refused"),
+    [
+        (quantised("fp8", activation_scheme="static"), 1, None),
+        (quantised("fp8", weight_block_size=[64, 128]), 4, None),
+        (quantised("fp8", weight_block_size=[64, 128]), 8, "that do not divide a head"),
+        (quantised("compressed-tensors", config_groups={"0": CHANNELS}), 8, None),
+        (quantised("compressed-tensors", config_groups={"0": INTEGERS}), 1, "of this kind"),
+        (
+            quantised(
+                "compressed-tensors", config_groups={"0": CHANNELS, "1": {"weights": BLOCKS}}
+            ),
+            1,
+            "that do not divide a head",
+        ),
+        (quantised("awq_marlin", bits=4, group_size=64), 4, None),
+        (quantised("awq_marlin", bits=4, group_size=128), 4, "that do not divide a head"),
+        (quantised("awq", bits=4, group_size=64), 1, "of this kind"),
+        (quantised("gptq_marlin", bits=4, group_size=32, desc_act=False), 8, None),
+        (quantised("gptq_marlin", bits=4, group_size=-1), 1, "act-order or without groups"),
+    ],
+    ids=lambda value: value.quantization if isinstance(value, Model) else str(value),
+)
+def test_formats_that_can_be_cut_along_heads(
+    model: Model, tp_size: int, refused: str | None
+) -> None:
+    """With 4 KV heads, a rank of 8 has one of the two query heads of a KV head."""
+    if refused is None:
+        refuse(SimpleNamespace(tp_size=tp_size), model)
+        return
+    with pytest.raises(ConfigError, match=refused):
+        refuse(SimpleNamespace(tp_size=tp_size), model)
 
 
 @pytest.mark.parametrize(
