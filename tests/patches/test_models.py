@@ -22,7 +22,7 @@ from sglang.srt.model_executor.model_runner_components.weight_updater import Wei
 from fairkv_sglang.architectures import ARCHITECTURES, Architecture
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.parallel.twins import TWIN
-from fairkv_sglang.patches import models
+from fairkv_sglang.patches import models, registries
 from fairkv_tests.attention_module import class_of
 
 
@@ -148,6 +148,18 @@ def test_hidden_states_that_a_norm_has_quantised_are_cut(scales: int) -> None:
         assert first[1] is second[1] is scale
     else:
         assert torch.equal(torch.cat([first[1], second[1]]), scale) and len(first[1]) == 2
+
+
+def test_rotations_that_a_scorer_can_undo() -> None:
+    """LongRoPE has a table for short and one for long batches."""
+    model = torch.nn.Module()
+    model.rotary_emb = torch.nn.Module()
+    with pytest.raises(RuntimeError, match=r"FairKV: .*LongRoPE.* has two; use --fairkv-scorer"):
+        registries._rope(model)
+    table = torch.ones(3, 4)
+    model.rotary_emb.cos_sin_cache, model.rotary_emb.is_neox_style = table, False
+    rope = registries._rope(model)
+    assert rope.table() is table and not rope.halves
 
 
 class Twins:
