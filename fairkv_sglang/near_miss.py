@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mistyped flag gets one line with the flag that was meant, not the usage of all of them."""
+"""What is wrong gets one line with what was meant: a name, a flag, a package that is missing.
+
+Imports nothing that may be missing itself.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,28 @@ import argparse
 import difflib
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
+
+
+def did_you_mean(word: object, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """``: did you mean ...?`` if one of the ``known`` words is like this one, else nothing.
+
+    Args:
+        word: What was given.
+        known: What there is.
+        cutoff: Similarity that counts, up to 1; more where all words begin alike.
+    """
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=cutoff)
+    return f": did you mean {close[0]}?" if close else ""
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """The package that an import has asked for; transformers reports it as a cause."""
+    while error.name is None:
+        cause = error.__cause__ or error.__context__
+        if not isinstance(cause, ModuleNotFoundError):
+            return " ".join(str(error).split())
+        error = cause
+    return f"{error.name} is not installed: pip install it"
 
 
 def unknown_flags(words: Iterable[str], known: Iterable[str]) -> str:
@@ -19,8 +44,7 @@ def unknown_flags(words: Iterable[str], known: Iterable[str]) -> str:
     word = next(iter(words)).partition("=")[0]
     if not word.startswith("-"):
         return f"unexpected argument {word!r}"
-    close = difflib.get_close_matches(word.replace("_", "-"), list(known), n=1, cutoff=0.75)
-    return f"there is no flag {word}" + (f": did you mean {close[0]}?" if close else "")
+    return f"there is no flag {word}{did_you_mean(word.replace('_', '-'), known, cutoff=0.75)}"
 
 
 def flags_of(parser: argparse.ArgumentParser) -> list[str]:

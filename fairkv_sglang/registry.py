@@ -9,7 +9,6 @@ and the tables of ``docs/`` are made from them. Other packages add methods throu
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import pkgutil
 import re
@@ -22,6 +21,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
+
+from fairkv_sglang.near_miss import did_you_mean
 
 T = TypeVar("T")
 _HELP = "help"
@@ -200,9 +201,7 @@ def _options_model(cls: type[Any]) -> type[Options]:
 def not_one_of(value: Any, choices: Iterable[str]) -> str:
     """Says that a name is wrong, which are right and which was perhaps meant."""
     choices = list(choices)
-    close = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"{value!r} is not one of {', '.join(choices)}{hint}"
+    return f"{value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
 
 
 def explain(details: ErrorDetails, shown: str | None = None) -> str:

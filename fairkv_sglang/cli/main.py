@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fairkv_sglang.near_miss import OneLineParser, flags_of, unknown_flags
+from fairkv_sglang.near_miss import OneLineParser, flags_of, missing_package, unknown_flags
 
 # name: (module, help). A module has add_arguments(parser), run(args) -> exit status, and
 # take_rest(args, words) if it takes words that its parser does not know.
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except ModuleNotFoundError as error:
         # Beside an SGLang of one's own, `pip install --no-deps` brings none of the tools' packages.
-        return _wrong(name, f"{error.name} is not installed: pip install it")
+        return _wrong(name, missing_package(error))
     except (ValueError, OSError) as error:
         return _wrong(name, " ".join(str(error).split()))
     return status

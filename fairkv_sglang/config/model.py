@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from fairkv_sglang import registry
+from fairkv_sglang.near_miss import did_you_mean
 from fairkv_sglang.registry import Options, Registry
 
 if TYPE_CHECKING:
@@ -325,6 +325,5 @@ def known() -> list[str]:
 
 def unknown(key: str) -> str:
     """Says that there is no option of this name, and which was perhaps meant."""
-    close = difflib.get_close_matches(key, known(), n=1)
-    hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(known())}"
-    return f"unknown option {key!r}: {hint}"
+    hint = did_you_mean(key, known()) or f": one of {', '.join(known())}"
+    return f"unknown option {key!r}{hint}"
