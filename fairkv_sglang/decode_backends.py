@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -96,17 +97,33 @@ def choose(name: str, device: str) -> str:
     """The implementation that ``name`` means on ``device``, e.g. ``cuda:0``.
 
     Raises:
-        ValueError: in one line, if it does not run there, with those that do.
+        ValueError: in one line, if it does not run there, with those that do, or if nothing can
+            make it.
     """
     kind = device.partition(":")[0]
     named = {other: DECODE_BACKENDS[other] for other in DECODE_BACKENDS}
     running = [other for other in named if kind in named[other].devices]
     running.sort(key=lambda other: named[other].order)
     if running and not DECODE_BACKENDS[name].devices:
-        return running[0]
+        name = running[0]
     if name not in running:
         raise ValueError(
             f"--fairkv-decode-backend {name} does not run on {device}: use auto or one of "
             + ", ".join(running)
         )
+    _check_factory(named[name])
     return name
+
+
+def _check_factory(backend: type[DecodeBackend]) -> None:
+    """What the rank will import exists, as far as that can be said without importing it."""
+    module, _, function = backend.factory.partition(":")
+    try:
+        found = bool(module and function) and importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # a package around it
+        found = False
+    if not found:
+        raise ValueError(
+            f"decode backend {backend.name!r} has the factory {backend.factory!r}: it must be the "
+            "module:function that makes it, and the module must be installed"
+        )

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
 from fairkv_sglang.config import ConfigError, FairKVConfig
+from fairkv_sglang.decode_backends import DECODE_BACKENDS, DecodeBackend
 from fairkv_sglang.model import Model
 from fairkv_sglang.support import REFUSALS, Refusal, check_split, check_start, refuse, table
 
@@ -266,3 +268,26 @@ def test_a_scorer_that_needs_a_whole_group_is_refused_on_parts(options: dict[str
         check_start(config, LLAMA, 8, "cpu")
     check_start(config, LLAMA, 4, "cpu")
     check_start(FairKVConfig(enabled=True), LLAMA, 8, "cpu")
+
+
+@pytest.mark.parametrize("factory", ["", "no_such_package.decode:make", "json", "json.no:make"])
+def test_a_decode_backend_that_nothing_can_make_is_refused_before_weights(
+    factory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of another package, whose rank would find out after the weights."""
+
+    @dataclass(frozen=True)
+    class Theirs(DecodeBackend):
+        name: ClassVar[str] = "theirs"
+        summary: ClassVar[str] = "of another package"
+        devices: ClassVar[tuple[str, ...]] = ("cpu",)
+
+    Theirs.factory = factory
+    for kind in ("_classes", "_models"):
+        monkeypatch.setattr(DECODE_BACKENDS, kind, dict(getattr(DECODE_BACKENDS, kind)))
+    DECODE_BACKENDS.register(Theirs)
+    config = FairKVConfig(enabled=True, decode_backend="theirs")
+    with pytest.raises(ConfigError, match=r"decode backend 'theirs' has the factory .*module:func"):
+        check_start(config, LLAMA, 2, "cpu")
+    Theirs.factory = "json:loads"
+    check_start(config, LLAMA, 2, "cpu")
