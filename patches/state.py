@@ -9,7 +9,7 @@ import torch
 
 from fairkv_sglang.control.metrics import Exporter
 from fairkv_sglang.control.replan import Replanner
-from fairkv_sglang.control.server_info import RankReport
+from fairkv_sglang.control.server_info import RankReport, guarded
 from fairkv_sglang.decode_backends import choose
 from fairkv_sglang.patches import measure
 from fairkv_sglang.patches.ledger import Hook, verify
@@ -69,17 +69,24 @@ def _replanner(rank: Rank, scheduler: Any) -> Replanner | None:
 def after_get_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """Adds ``fairkv`` to the internal state that ``/server_info`` shows."""
     rank = this_rank()
-    mine = rank.report.rank()
-    mine["pool_tokens_held"] = _pool_tokens_held(scheduler)
-    mine["hooks"] = len(verify())
-    if measure.is_asked_for():
-        mine |= measure.seconds
+    mine = guarded(lambda: _rank_state(rank, scheduler))
     ranks: list[Any] = [mine]
-    if rank.tp_size > 1:
+    if rank.tp_size > 1:  # every rank takes part, whatever it has to say
         ranks = [None] * rank.tp_size
         torch.distributed.all_gather_object(ranks, mine, group=scheduler.tp_cpu_group)
-    result.internal_state["fairkv"] = rank.report.server(ranks)
+    errors = [state for state in ranks if "error" in state]
+    told = errors[0] if errors else guarded(lambda: rank.report.server(ranks))
+    result.internal_state["fairkv"] = told
     return result
+
+
+def _rank_state(rank: Rank, scheduler: Any) -> dict[str, Any]:
+    state = rank.report.rank()
+    state["pool_tokens_held"] = _pool_tokens_held(scheduler)
+    state["hooks"] = len(verify())
+    if measure.is_asked_for():
+        state |= measure.seconds
+    return state
 
 
 def _pool_tokens_held(scheduler: Any) -> int:

@@ -66,11 +66,17 @@ def server_info(url: str, api_key: str | None = None, timeout: float = 30.0) -> 
 
 
 def fairkv_state(info: dict[str, Any], url: str) -> dict[str, Any]:
-    """The part of ``/server_info`` that is FairKV's; ValueError in one line if it is off."""
+    """The part of ``/server_info`` that is FairKV's.
+
+    Raises:
+        ValueError: in one line, if FairKV is off or cannot tell its state.
+    """
     states = info["internal_states"]
     state = states[0].get("fairkv") if states and isinstance(states[0], dict) else None
     if not isinstance(state, dict) or not state.get("enabled", True):
         raise ValueError(f"FairKV is off on {checked_url(url)}: start the server with --fairkv")
+    if "error" in state:
+        raise ValueError(f"{checked_url(url)} cannot tell its state: {state['error']}")
     return state
 
 

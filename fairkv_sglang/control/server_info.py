@@ -8,6 +8,8 @@ collective inside the handler is safe; only the first rank's answer goes back to
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,8 @@ from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.parallel import TwinWeights
 from fairkv_sglang.planning import budget_text
 from fairkv_sglang.version import __version__
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,24 @@ class RankReport:
             "ranks": ranks,
             "decisions_agree": len({rank["decisions"]["digest"] for rank in ranks}) == 1,
         }
+
+
+def guarded(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``make`` says, or that it failed: a question about a server never stops it.
+
+    Args:
+        make: Makes a state of JSON types.
+
+    Returns:
+        The state; ``error`` with a line if it cannot be made or is not JSON (NaN, say).
+    """
+    try:
+        state = make()
+        json.dumps(state, allow_nan=False)
+    except Exception as error:  # whatever it is
+        logger.exception("FairKV: this server's state cannot be told")
+        return {"enabled": True, "error": " ".join(f"{type(error).__name__}: {error}".split())}
+    return state
 
 
 def _plain(value: Any) -> Any:
