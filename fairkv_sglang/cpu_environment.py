@@ -47,6 +47,19 @@ def prepare_threads(tp_size: int, environment: MutableMapping[str, str] = os.env
         environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", thread_binding(tp_size))
 
 
+def memory_per_rank(of_a_node: float, nodes: int, ranks: int) -> float:
+    """Memory that a rank may count with, where all ranks share what the nodes have.
+
+    SGLang gives each rank a node's, however many ranks there are.
+
+    Args:
+        of_a_node: Memory of a NUMA node, in any unit.
+        nodes: Number of nodes.
+        ranks: Number of ranks on them.
+    """
+    return of_a_node * min(1.0, nodes / ranks)
+
+
 def yield_to_gloo_workers() -> int:
     """Keep gloo's network threads of this process from interrupting its worker threads.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fairkv_sglang.cpu_environment import yield_to_gloo_workers
+from fairkv_sglang.cpu_environment import memory_per_rank, yield_to_gloo_workers
 from fairkv_sglang.patches.ledger import Hook
 
 
@@ -23,6 +23,16 @@ def after_init_torch_distributed(result: Any, *args: Any, **kwargs: Any) -> Any:
     """The rank's process groups exist: see ``cpu_environment.yield_to_gloo_workers``."""
     yield_to_gloo_workers()
     return result
+
+
+def after_available_memory(result: float, device: str, *args: Any, **kwargs: Any) -> float:
+    """GiB that this rank may take; from the same numbers on all ranks if ``result`` is of all."""
+    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.utils.common import get_cpu_ids_by_node
+
+    if device != "cpu":
+        return result
+    return memory_per_rank(result, len(get_cpu_ids_by_node()), get_parallel().tp_size)
 
 
 def register_attention() -> None:
@@ -61,6 +71,15 @@ RANK_HOOKS: tuple[Hook, ...] = (
         "all-reduce take milliseconds where ranks have one core each",
         since="0.5.17",
         upstream="sglang/srt/model_executor/model_runner.py",
+        test="tests/engine/test_platform.py",
+    ),
+    Hook(
+        target="sglang.srt.utils.common.get_available_gpu_memory",
+        kind="after",
+        function=after_available_memory,
+        why="each rank would take the memory of the whole machine for its own",
+        since="0.5.17",
+        upstream="sglang/srt/utils/common.py",
         test="tests/engine/test_platform.py",
     ),
 )

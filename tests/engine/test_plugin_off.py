@@ -34,6 +34,7 @@ def test_rank_is_sglangs_own(stock: Callable[[str], Any]) -> None:
     assert {hook for hook in hooks if not hook.startswith(arguments)} == {
         "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
         "sglang.srt.model_executor.model_runner.ModelRunner.init_torch_distributed",
+        "sglang.srt.utils.common.get_available_gpu_memory",
         "sglang.srt.managers.scheduler.Scheduler.__init__",  # the probe itself
     }
     (imported,) = _probe(run.log, "modules")
