@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """SGLang's platform entry point: the CPU platform, where there is no accelerator.
 
-SGLang imports this module first of all in every process, so the import of torchvision is prepared
-here, and nothing of SGLang is imported.
+SGLang imports this module first of all in every process, with and without an accelerator, so the
+import of torchvision is prepared here, and a process that names FairKV begins
+(``plugin.begin``). Nothing of SGLang is imported.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 from fairkv_sglang.cpu_environment import has_accelerator, make_torchvision_importable
 
 make_torchvision_importable()
+if any("fairkv" in word.lower() for word in (*sys.argv, *os.environ)):
+    from fairkv_sglang.plugin import begin
+
+    begin()
 
 
 def activate() -> str | None:

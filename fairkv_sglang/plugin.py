@@ -10,7 +10,9 @@ needs).
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import NoReturn
@@ -22,7 +24,7 @@ from fairkv_sglang.config import (
     ConfigError,
     from_environment,
 )
-from fairkv_sglang.patches import versions
+from fairkv_sglang.patches import processes, versions
 
 NAME = "fairkv"
 """Name of the entry point, the value for ``SGLANG_PLUGINS``."""
@@ -41,7 +43,7 @@ def register() -> None:
     try:
         versions.check()
     except ConfigError as error:
-        if _is_asked_for():
+        if is_asked_for():
             _exit(2, str(error))
         return
 
@@ -49,7 +51,7 @@ def register() -> None:
 
     ledger.register(server_args.flag_hooks())
     try:
-        _register_rank()
+        processes.register_process(_is_rank())
     except Exception as error:
         _exit(1, f"FairKV cannot start in this process: {error}")
 
@@ -59,37 +61,24 @@ def _exit(status: int, message: str) -> NoReturn:
     raise SystemExit(status)
 
 
-def _is_asked_for() -> bool:
+def is_asked_for() -> bool:
     """Whether the command line or the environment names FairKV."""
     variables = (FILE_VARIABLE, RESOLVED_VARIABLE)
     return any(map(os.environ.get, variables)) or any(FLAG in word for word in sys.argv[1:])
 
 
-def _register_rank() -> None:
-    from fairkv_sglang.patches import cpu, cpu_overrides, ledger, measure
-    from fairkv_sglang.patches.cpu_platform import is_active
-
-    on_cpu = is_active()
-    hooks = list(cpu.HOOKS) if on_cpu else []
-    # Flags are read later than this, and other processes run no model: only ranks need more.
-    if _is_rank():
-        if on_cpu:
-            hooks += cpu.RANK_HOOKS
-            cpu.register_attention()
-            ledger.need(cpu_overrides)
+def begin() -> None:
+    """First of all in a process of SGLang that names FairKV, before SGLang's own modules."""
+    if not is_asked_for():
+        return
+    processes.load_plugins_early()
+    # Ctrl-C reaches all processes of a terminal. The parent ends a server, its requests first;
+    # a child that ended by itself would be a crash to it. (`parent_process()` is set later.)
+    child = "--multiprocessing-fork" in sys.orig_argv and RESOLVED_VARIABLE in os.environ
+    if child and threading.current_thread() is threading.main_thread():
         config = from_environment()
         if config is not None and config.enabled:
-            from fairkv_sglang.patches import all_hooks, all_overrides
-            from fairkv_sglang.patches.registries import register_prefix_cache
-
-            rank_hooks = all_hooks()
-            targets = {hook.target for hook in rank_hooks}
-            hooks = [hook for hook in hooks if hook.target not in targets] + list(rank_hooks)
-            register_prefix_cache()
-            ledger.need(all_overrides)
-        if measure.is_asked_for():
-            hooks += measure.HOOKS
-    ledger.register(hooks)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _is_rank() -> bool:

@@ -101,6 +101,7 @@ def _resolve(original: Any, server_args: Any) -> None:
 
     from fairkv_sglang import support
     from fairkv_sglang.patches.cpu_platform import is_active
+    from fairkv_sglang.patches.processes import register_parent
     from fairkv_sglang.plan_file import PLAN_VARIABLE, hand_out
 
     config = _configuration()
@@ -135,23 +136,12 @@ def _resolve(original: Any, server_args: Any) -> None:
         _check_memory(start, view)
         plan = start.plan
         os.environ[PLAN_VARIABLE] = hand_out(plan)
-        _hook_draining()
+        register_parent()
         logger.info(
             "FairKV is on: %s, plan %s",
             config.model_dump_json(exclude_defaults=True),
             plan.digest[:12],
         )
-
-
-def _hook_draining() -> None:
-    """Only now is it known that this process is the parent of a server with FairKV."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    from fairkv_sglang.patches import draining, ledger
-
-    ledger.register(draining.HOOKS)
-    HookRegistry.apply_hooks()
-    ledger.verify(draining.HOOKS)
 
 
 def _check_devices(server_args: Any) -> None:
@@ -172,8 +162,10 @@ def _check_memory(start: Start, view: Any) -> None:
 
     Ranks divide what is free when their weights are loaded.
     """
+    import psutil  # type: ignore[import-untyped]
     from sglang.srt.utils import get_device_memory_capacity
 
+    from fairkv_sglang.cpu_environment import memory_per_rank
     from fairkv_sglang.memory.sizing import divide_memory, most_of_a_pass
     from fairkv_sglang.parallel.lanes import LaneTable
 
@@ -184,8 +176,10 @@ def _check_memory(start: Start, view: Any) -> None:
     )
     heads = max(1, model.num_kv_heads // view.tp_size)
     token_bytes = 2 * model.head_dim * dtype_bytes * heads * model.num_layers
-    mebibytes = get_device_memory_capacity(str(view.device)) or 0
-    bounds = [view.max_total_tokens or 0, int(mebibytes * (1 << 20)) // token_bytes]
+    memory = int((get_device_memory_capacity(str(view.device)) or 0) * (1 << 20))
+    if str(view.device).startswith("cpu"):
+        memory = int(memory_per_rank(psutil.virtual_memory().total, 1, view.tp_size))
+    bounds = [view.max_total_tokens or 0, memory // token_bytes]
     if not any(bounds):
         return
     try:

@@ -8,7 +8,7 @@ from fairkv_sglang.patches.ledger import Row
 _HEAD = """\
 # Patch ledger
 
-Every touch on SGLang, made by `fairkv check --ledger --markdown`. Before it serves, each rank of
+Every touch on SGLang, made by `fairkv check --ledger --markdown`. Before it serves, each process of
 a server with FairKV checks all rows that it has and stops, naming the row, when one does not
 hold. Hooks (`before`, `after`, `around`, `replace`) are registered with SGLang's own hook
 registry and must be in the function that SGLang now calls (`patches/ledger.py`). Methods that
@@ -29,15 +29,26 @@ def row_groups() -> dict[str, tuple[Row, ...]]:
         cpu_overrides,
         draining,
         measure,
+        no_scheduler,
+        processes,
+        requests,
+        server,
     )
     from fairkv_sglang.patches.server_args import flag_hooks
 
     return {
         "Every process, FairKV on or off: flags": tuple(flag_hooks()),
-        "The process that starts a server with FairKV": draining.HOOKS,
+        "Every process that names FairKV, set as its module is imported "
+        "(`patches/processes.py`)": processes.EARLY,
+        "The process that takes requests, FairKV on": (
+            *server.HOOKS,
+            *draining.HOOKS,
+            *requests.HOOKS,
+        ),
         "Every process on the CPU platform": (*cpu.HOOKS, *cpu_overrides()),
         "Ranks on the CPU platform": tuple(cpu.RANK_HOOKS),
         "Ranks of a server with FairKV": (*all_hooks(), *all_overrides()),
+        "The same without a scheduler (`sglang.benchmark.one_batch`)": no_scheduler.HOOKS,
         f"Ranks that are measured ({measure.VARIABLE}=1), FairKV on or off": measure.HOOKS,
     }
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -181,6 +182,27 @@ def test_help_shows_both_groups(module: bool) -> None:
     assert "\nFairKV:" in result.stdout and "--fairkv-budget" in result.stdout
 
 
+_PARSER = """
+import argparse, sglang
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.plugins.hook_registry import HookRegistry
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+print("--fairkv-budget" in parser._option_string_actions, len(HookRegistry._patched))
+"""
+
+
+def test_a_program_that_loads_no_plugins_has_the_flags_if_it_asks_for_them(tmp_path: Path) -> None:
+    """As SGLang's benchmarks do; a process that does not name FairKV stays as it is."""
+    file = tmp_path / "fairkv.yaml"
+    file.write_text("")
+    for words, environment in ((["--fairkv"], {}), ([], {"FAIRKV_CONFIG": str(file)})):
+        result = _python("-P", "-c", _PARSER, *words, **environment)
+        assert result.stdout.splitlines()[-1].startswith("True"), result.stderr
+    result = _python("-P", "-c", _PARSER, "--tp", "2")
+    assert result.stdout.splitlines()[-1] == "False 0", result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "words"),
     [
@@ -199,6 +221,24 @@ def test_launch_ends_with_status_2_and_one_line(
     assert result.returncode == 2
     assert len(errors) == 1 and words in errors[0]
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("module", [False, True], ids=["launch.py", "sglang.launch_server"])
+def test_a_port_in_use_is_noticed_before_a_model_is_loaded(
+    tiny_model: Callable[..., Path], module: bool
+) -> None:
+    model = tiny_model(kv_heads=2)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = _python(
+            *(["-m", "sglang.launch_server"] if module else [str(LAUNCH)]),
+            *("--model-path", str(model), "--device", "cpu", "--fairkv"),
+            *("--host", "127.0.0.1", "--port", port),
+        )
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2, result.stderr
+    assert len(errors) == 1 and f"--port {port}: the server cannot listen there" in errors[0]
+    assert "Traceback" not in result.stderr and "Load weight" not in result.stderr
 
 
 def test_engine_and_environment_refuse_alike(

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server's first process: its port, what a dead rank is said to have died of, requests."""
+
+from __future__ import annotations
+
+import math
+import signal
+import socket
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fairkv_sglang.config import ConfigError
+from fairkv_sglang.patches.requests import check_request
+from fairkv_sglang.patches.server import abort_requests, check_port, obituaries
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"--port {port}.*in use.*another --port") as error:
+            check_port("127.0.0.1", port)
+        assert "\n" not in str(error.value)
+    check_port("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70_000), ("203.0.113.1", 30_000)])
+def test_an_address_that_cannot_be(host: str, port: int) -> None:
+    with pytest.raises(ConfigError, match="cannot listen there"):
+        check_port(host, port)
+
+
+def test_who_died_and_of_what() -> None:
+    codes = [None, -signal.SIGKILL, 0, -signal.SIGSEGV, 1]
+    names = [*(f"scheduler_{rank}" for rank in range(4)), "detokenizer"]
+    processes = [SimpleNamespace(pid=100 + i, exitcode=code) for i, code in enumerate(codes)]
+    killed, crashed, failed = obituaries(zip(names, processes, strict=True))
+    assert "rank 1 (process 101) was killed (SIGKILL)" in killed and "dmesg" in killed
+    assert "rank 3 (process 103) was ended by SIGSEGV" in crashed
+    assert "detokenizer (process 104) ended with status 1" in failed
+
+
+class Loop:
+    def __init__(self) -> None:
+        self.later: list[Any] = []
+
+    def call_later(self, *call: Any) -> None:
+        self.later.append(call)
+
+
+@pytest.mark.parametrize("running", [0, 3])
+def test_requests_are_aborted_until_the_server_has_ended(
+    running: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SGL_FORCE_SHUTDOWN", raising=False)
+    monkeypatch.setenv("SGL_FORCE_SHUTDOWN", "")  # put back afterwards
+    aborted: list[bool] = []
+    manager = SimpleNamespace(
+        rid_to_state=dict.fromkeys(range(running)),
+        event_loop=Loop(),
+        abort_request=lambda abort_all: aborted.append(abort_all),
+    )
+    abort_requests(manager)
+    assert aborted == [True] * bool(running)
+    assert manager.event_loop.later == [(1.0, abort_requests, manager)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "sampling", "words"),
+    [
+        ([], {}, "no tokens"),
+        ([1], {"logit_bias": {"7": 3e38}}, "logit_bias of token 7"),
+        ([1], {"logit_bias": {"7": math.nan}}, "logit_bias of token 7"),
+        ([1], {"logit_bias": {"7": math.inf}}, "logit_bias of token 7"),
+        ([1], {"logit_bias": {"7": "much"}}, "logit_bias of token 7"),
+    ],
+)
+def test_requests_that_stop_ranks_are_refused(
+    ids: list[int], sampling: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_request(ids, None, sampling)
+
+
+def test_other_requests_pass() -> None:
+    check_request([1], None, {"logit_bias": {"7": -100, "8": 100.0}, "temperature": 0})
+    check_request([], [[0.5]], {})
+    check_request(None, None, {})
+    check_request([1], None, {"logit_bias": None})
