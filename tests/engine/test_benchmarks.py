@@ -101,7 +101,7 @@ def test_one_batch_server_by_flags(launch: list[str], tmp_path: Path) -> None:
         port = str(probe.getsockname()[1])
     log = run(
         "sglang.benchmark.one_batch_server", *launch, *ONE_BATCH,
-        "--host", "127.0.0.1", "--port", port, "--skip-warmup",
+        "--host", "127.0.0.1", "--port", port, "--skip-warmup", "--dataset-name", "random-ids",
         "--fairkv", "--fairkv-budget", "48",
         folder=tmp_path,
     )  # fmt: skip
