@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from fairkv_sglang.patches.ledger import Hook
+from fairkv_sglang.patches.passes import before_forward_batch
 from fairkv_sglang.patches.rank import this_rank
-from fairkv_sglang.patches.scheduling import before_forward_batch
 
 
 def before_init_forward(
