@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks on a server's start and end: its port is free, a signal ends it soon, a rank that died is
+"""Hooks on a server's start and end: its port is free, Ctrl-C ends it soon, a rank that died is
 named.
 
-SGLang answers SIGTERM by waiting for all requests, however long they take, and leaves Ctrl-C to its
-HTTP server, which waits for them, too, while the ranks die of the same Ctrl-C.
+SGLang answers SIGTERM by waiting for all requests, as whoever rolls out a new version wants it.
+Ctrl-C it leaves to its HTTP server, which waits for them, too, while the ranks die of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fairkv_sglang.patches.ledger import Hook
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 2.0
-"""Requests may go on for so long after the signal. SGLang looks every 5 s whether they are done."""
+"""Requests may go on for so long after Ctrl-C. SGLang looks every 5 s whether they are done."""
 LAST_SECONDS = 8.5
 """A client that does not read its answer may hold up the end for so long."""
 
@@ -59,20 +59,19 @@ def check_port(host: str, port: int) -> None:
 
 
 def after_handle_loop(result: None, manager: Any) -> None:
-    """Ctrl-C means what SIGTERM means, for a server; an ``Engine`` leaves it to its program."""
+    """Ctrl-C ends a server soon; an ``Engine`` leaves it to its program."""
     if manager._server_stop_hook is None or manager.event_loop is None:
         return
     if threading.current_thread() is threading.main_thread():
-        handler = manager.signal_handler_class(manager)
-        manager.event_loop.add_signal_handler(signal.SIGINT, handler.sigterm_handler)
+        manager.event_loop.add_signal_handler(signal.SIGINT, end_soon, manager)
 
 
-def after_sigterm(result: None, handler: Any, *args: Any, **kwargs: Any) -> None:
-    """Requests that still run after a moment are aborted; SGLang then ends the server."""
-    manager = handler.tokenizer_manager
+def end_soon(manager: Any) -> None:
+    """As for SIGTERM, but requests that still run after a moment are aborted."""
+    logger.warning("FairKV: Ctrl-C, the server ends; requests have %g s", GRACE_SECONDS)
+    manager.gracefully_exit = True
     manager.event_loop.call_later(GRACE_SECONDS, abort_requests, manager)
-    if manager._server_stop_hook is not None:
-        threading.Thread(target=_end_without_clients, daemon=True).start()
+    threading.Thread(target=_end_without_clients, daemon=True).start()
 
 
 def abort_requests(manager: Any) -> None:
@@ -144,15 +143,6 @@ HOOKS: tuple[Hook, ...] = (
         why="Ctrl-C while requests run would wait for all of them, or end in tracebacks",
         since="0.5.17",
         upstream="sglang/srt/managers/tokenizer_manager.py",
-        test=_TEST,
-    ),
-    Hook(
-        target=f"{_MANAGER}.SignalHandler.sigterm_handler",
-        kind="after",
-        function=after_sigterm,
-        why="a server that is asked to end would wait for all requests, however long they take",
-        since="0.5.17",
-        upstream="sglang/srt/managers/tokenizer_manager.py (sigterm_watchdog)",
         test=_TEST,
     ),
     Hook(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that stop SGLang's ranks, and the end of a server by Ctrl-C and by SIGTERM."""
+"""Requests that stop SGLang's ranks, and the end of a server by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
-import pytest
 
 from fairkv_tests.engine_process import ServerProcess
 from fairkv_tests.workloads import BATCH, MODEL
@@ -71,15 +70,8 @@ HARMLESS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.sweep)],  # one handler
-    ids=["ctrl-c", "sigterm"],
-)
-def test_the_end_of_a_server(
-    tiny_model: Callable[..., Path],
-    start_server: Callable[..., ServerProcess],
-    number: signal.Signals,
+def test_ctrl_c_ends_a_server(
+    tiny_model: Callable[..., Path], start_server: Callable[..., ServerProcess]
 ) -> None:
     """Within 10 s, whatever runs; all clients get an answer, and no process has a traceback."""
     server = start_server(["--model-path", str(tiny_model(**MODEL)), *SERVER.split()])
@@ -88,10 +80,7 @@ def test_the_end_of_a_server(
     ends = load(server)
     family = psutil.Process(server.process.pid).children(recursive=True)
     started = time.monotonic()
-    if number == signal.SIGINT:  # a terminal sends it to all of them
-        os.killpg(server.process.pid, signal.SIGINT)
-    else:
-        server.process.send_signal(signal.SIGTERM)
+    os.killpg(server.process.pid, signal.SIGINT)  # a terminal sends it to all of them
     code = server.process.wait(20)
     seconds = time.monotonic() - started
     _, alive = psutil.wait_procs(family, timeout=2)

@@ -87,8 +87,5 @@ def test_nobody_waits_for_ever(server: ServerProcess) -> None:
     waiting = Asked(server, patient[1], 20, LOW)
     time.sleep(1)  # it has arrived, and waits for the pause to end
     server.process.terminate()
-    server.process.wait(20)
-    for asked in (running, waiting):  # it came to its end, or was aborted after a moment
-        asked.join(5)
-        assert not asked.is_alive()
-    assert running.answer["finish_reason"]["type"] in ("length", "abort")
+    server.process.wait(90)
+    assert [running.tokens, waiting.tokens] == [300, 20]
