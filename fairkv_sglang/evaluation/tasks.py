@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fairkv_sglang.evaluation.text import NAMES, QUALITIES, THINGS, Count, haystack, sentence
 
@@ -29,8 +29,8 @@ class Check:
     Attributes:
         kind: ``contains`` a word or phrase, ``absent``, ``begins`` or ``ends`` with it; ``exact``:
             nothing else before its end; ``upper``: all letters are capitals (no ``value``).
-        value: Compared without regard to white space, marks at the ends, and, but for ``exact``,
-            capitals.
+        value: Compared without regard to white space, marks at the ends, commas in numbers, and,
+            but for ``exact`` (white space alone), capitals.
     """
 
     kind: Kind
@@ -42,15 +42,20 @@ class Check:
         if self.kind == "upper":
             return text.isupper()
         if self.kind == "exact":
-            return text == self.value
-        text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,234,567
-        words, value = text.lower().strip(" .!\"'*`"), self.value.lower()
+            return text == " ".join(self.value.split())
+        words, value = _plain(text), _plain(self.value)
         if self.kind == "begins":
             return re.match(rf"{re.escape(value)}(?!\w)", words) is not None
         if self.kind == "ends":
             return re.search(rf"(?<!\w){re.escape(value)}$", words) is not None
         found = re.search(rf"(?<!\w){re.escape(value)}(?!\w)", words) is not None
         return found == (self.kind == "contains")
+
+
+def _plain(text: str) -> str:
+    """What an answer and a check's value are compared as."""
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", " ".join(text.split()))  # 1,234,567
+    return text.lower().strip(" .!\"'*`")
 
 
 @dataclass(frozen=True)
@@ -256,25 +261,39 @@ def read_samples(path: Path) -> Iterator[Sample]:
     Raises:
         ValueError: in one line that names file and line.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    ids: set[str] = set()
+    text = path.read_text(encoding="utf-8")  # JSON strings may hold what splitlines() cuts at
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             entry: dict[str, Any] = json.loads(line)
-            checks = tuple(Check(*check) for check in entry.pop("checks"))
-            if any(check.kind not in Kind.__args__ for check in checks) or not checks:  # type: ignore[attr-defined]
-                raise ValueError(f"a check is one of {', '.join(Kind.__args__)}")  # type: ignore[attr-defined]
-            yield Sample(
+            sample = Sample(
                 id=str(entry.pop("id", number)),
                 task=str(entry.pop("task", path.stem)),
                 tokens=int(entry.pop("tokens", 0)),
                 context=str(entry.pop("context")),
                 question=str(entry.pop("question")),
-                checks=checks,
+                checks=tuple(_check(*check) for check in entry.pop("checks")),
                 **entry,
             )
+            if not sample.checks:
+                raise ValueError("it has no checks")
+            if sample.id in ids:
+                raise ValueError(f"there is another one with id {sample.id}")
+            ids.add(sample.id)
+            yield sample
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, line {number}: not a sample ({error})") from None
+
+
+def _check(kind: str, value: str | float = "") -> Check:
+    """A check as a file has it."""
+    if kind not in get_args(Kind):
+        raise ValueError(f"a check is one of {', '.join(get_args(Kind))}")
+    if kind != "upper" and not _plain(str(value)):
+        raise ValueError(f"check {kind!r} needs something to look for")
+    return Check(kind, str(value))  # type: ignore[arg-type]
 
 
 def write_samples(path: Path, samples: list[Sample]) -> None:

@@ -104,6 +104,10 @@ def test_what_does_not_fit_is_said() -> None:
         ("ends", "blue", "It is Blue.", "blue it is"),
         ("upper", "", "YES, 12!", "YES, it is"),
         ("exact", "40 26 01", " 40 26 01", "40 26 01 82"),
+        ("exact", "40  26\n01", "40 26 01", "402601"),
+        ("contains", "1,234,567.", "It is 1234567", "It is 1234568."),
+        ("contains", "the  old river", "The old\nriver", "the older river"),
+        ("ends", "Blue.", "it is blue", "blue it is"),
     ],
 )
 def test_checks(kind: str, value: str, good: str, bad: str) -> None:
@@ -126,10 +130,24 @@ def test_own_samples(tmp_path: Path) -> None:
     assert list(read_samples(file)) == [Sample("1", "own", 0, "c", "q", (Check("contains", "x"),))]
 
 
+def test_own_samples_as_people_write_them(tmp_path: Path) -> None:
+    """A number as the value, a line separator inside of a text, the same id twice."""
+    file = tmp_path / "own.jsonl"
+    line = '{"context": "a\u2028b", "question": "q", "checks": [["contains", 42]], "id": "1"}\n'
+    file.write_text(line, encoding="utf-8")
+    (sample,) = read_samples(file)
+    assert sample.context == "a\u2028b" and sample.score("It is 42.") == 1.0
+    file.write_text(2 * line, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 2: not a sample \(there is another one with id 1"):
+        list(read_samples(file))
+
+
 @pytest.mark.parametrize(
     "line",
     ["{", "[]", "{}", '{"context": "c", "question": "q", "checks": []}',
      '{"context": "c", "question": "q", "checks": [["like", "x"]]}',
+     '{"context": "c", "question": "q", "checks": [["contains"]]}',
+     '{"context": "c", "question": "q", "checks": [["absent", " ."]]}',
      '{"context": "c", "question": "q", "checks": [["contains", "x"]], "colour": 1}'],
 )  # fmt: skip
 def test_what_is_no_sample_is_said(tmp_path: Path, line: str) -> None:
