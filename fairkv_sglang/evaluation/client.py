@@ -53,7 +53,9 @@ class Prompts:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.special = [token for token in tokenizer.all_special_tokens if token]
+        # Not `all_special_tokens`: the end of a turn need not be a named one (Phi-3's is not).
+        added = tokenizer.added_tokens_decoder.values()
+        self.special = [token.content for token in added if token.special and token.content]
 
     def count(self, text: str) -> int:
         """Tokens of a text."""

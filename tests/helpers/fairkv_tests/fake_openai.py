@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 END = "\ue000"  # the one special token
 
@@ -19,7 +19,7 @@ END = "\ue000"  # the one special token
 class CharacterTokenizer:
     """As much of a Hugging Face tokenizer as ``fairkv eval`` uses."""
 
-    all_special_tokens = (END,)
+    added_tokens_decoder: ClassVar = {0xE000: SimpleNamespace(content=END, special=True)}
 
     def __init__(self, chat: bool = True) -> None:
         self.chat_template = "there is one" if chat else None
@@ -47,6 +47,7 @@ class FakeOpenAI:
     Attributes:
         requests: Bodies of all completions.
         fairkv: Whether it says that it is a FairKV server, and takes forced tokens.
+        window: The option that it says it has.
         forgets: A name whose number it does not find.
         fail_after: Number of completions after which it answers 500.
         logprobs: Whether it gives them.
@@ -54,7 +55,7 @@ class FakeOpenAI:
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
-        self.fairkv, self.logprobs = False, True
+        self.fairkv, self.logprobs, self.window = False, True, 32
         self.forgets: set[str] = set()
         self.fail_after: int | None = None
         fake = self
@@ -65,6 +66,7 @@ class FakeOpenAI:
                     self._answer(200, {"data": [{"id": "fake"}]})
                 elif self.path == "/server_info" and fake.fairkv:
                     state = {"scorer": "snapkv", "scope": "layer", "budget": "25% of the prompt"}
+                    state |= {"options": {"window": fake.window}, "profile": None}
                     info = {"enable_custom_logit_processor": True, "tokenizer_path": "here"}
                     self._answer(200, {**info, "internal_states": [{"fairkv": state}]})
                 else:
