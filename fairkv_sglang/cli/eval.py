@@ -54,11 +54,16 @@ def run(args: argparse.Namespace) -> int:
     if args.samples < 1 or args.parallel < 1 or args.top < 0:
         raise ValueError("--samples and --parallel must be at least 1, --top at least 0")
     modes = [_one_of("mode", word, MODES) for word in args.modes.split(",")]
-    baseline = None if args.baseline is None else read(args.baseline)[1]
-    client, server = _client(args)
+    before, baseline = ({}, None) if args.baseline is None else read(args.baseline)
+    client, server, options = _client(args)
     samples = _samples(args, client.prompts)
+    settings = _settings(args, client.model, server, options)
+    if baseline is not None and any(before.get(k) != settings.get(k) for k in ("seed", "own")):
+        raise ValueError(
+            f"{args.baseline} has answers to other questions: give both runs the same --seed and "
+            "--own"
+        )
     with progress("questions", len(samples) * len(modes)) as advance:
-        settings = _settings(args, client.model, server)
         records = ask_all(client, samples, modes, args.out, settings, args.parallel, advance)
     cells = summarise(records, baseline)
     if args.plot is not None:
@@ -75,16 +80,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace, model: str, server: str) -> dict[str, Any]:
+def _settings(
+    args: argparse.Namespace, model: str, server: str, options: dict[str, Any]
+) -> dict[str, Any]:
     """What decides a run's answers: a file holds those of one run."""
-    settings = {"seed": args.seed, "top": args.top, "model": model, "server": server}
+    settings = {"seed": args.seed, "top": args.top, "model": model, "server": server, **options}
     if args.own is not None:
         settings["own"] = hashlib.sha256(args.own.read_bytes()).hexdigest()
     return settings
 
 
-def _client(args: argparse.Namespace) -> tuple[Client, str]:
-    """The server as it says it is: FairKV's settings, or that it has none."""
+def _client(args: argparse.Namespace) -> tuple[Client, str, dict[str, Any]]:
+    """The server as it says it is, FairKV's settings or that it has none; its other settings."""
     url = checked_url(args.url).removesuffix("/v1")
     model = args.model or post(f"{url}/v1/models", None, args.api_key)["data"][0]["id"]
     try:
@@ -106,7 +113,8 @@ def _client(args: argparse.Namespace) -> tuple[Client, str]:
         raise ValueError(f"no tokenizer in {name} ({why}): give --tokenizer DIR") from None
     client = Client(url, model, prompts, args.api_key, force=bool(state), top=args.top)
     said = [str(state[key]) for key in ("scorer", "scope", "budget") if key in state]
-    return client, "FairKV " + ", ".join(said) if state else "full cache"
+    options = {key: state[key] for key in ("options", "profile") if state.get(key)}
+    return client, "FairKV " + ", ".join(said) if state else "full cache", options
 
 
 def _tokenizer(name: str) -> Any:
@@ -122,7 +130,10 @@ def _samples(args: argparse.Namespace, prompts: Prompts) -> list[Sample]:
     if args.own is not None:
         if not args.own.is_file():
             raise ValueError(f"there is no file {args.own}")
-        return list(read_samples(args.own))
+        own = list(read_samples(args.own))
+        if not own:
+            raise ValueError(f"there are no samples in {args.own}")
+        return own
     tasks = [_one_of("task", word, tuple(TASKS)) for word in args.tasks.split(",")]
     if not all(word.isdecimal() and int(word) for word in args.lengths.split(",")):
         raise ValueError(f"--lengths {args.lengths}: give numbers of tokens, e.g. 1024,4096")

@@ -167,6 +167,25 @@ def test_command(server: FakeOpenAI, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert sum("custom_params" in body for body in server.requests) == 8
 
 
+def test_a_file_holds_one_servers_answers_to_one_seeds_questions(
+    server: FakeOpenAI, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.fairkv = True
+    words = ["eval", "--url", server.url, "--tasks", "needle", "--lengths", "600"]
+    words += ["--samples", "2", "--out"]
+    assert main([*words, str(tmp_path / "a.jsonl")]) == 0
+    asked, server.window = len(server.requests), 16
+    assert main([*words, str(tmp_path / "a.jsonl")]) == 2
+    assert "was made with options {'window': 32}, not {'window': 16}" in capsys.readouterr().err
+    of_seed = ["--seed", "1", "--baseline", str(tmp_path / "a.jsonl")]
+    assert main([*words, str(tmp_path / "b.jsonl"), *of_seed]) == 2
+    assert "has answers to other questions" in capsys.readouterr().err
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert main([*words, str(tmp_path / "c.jsonl"), "--own", str(tmp_path / "empty.jsonl")]) == 2
+    assert "there are no samples in" in capsys.readouterr().err
+    assert len(server.requests) == asked
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
