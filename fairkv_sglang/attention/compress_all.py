@@ -93,7 +93,9 @@ class AllPromptsCompressor(PromptCompressor):
         if prompts.total and self._exchange is not None and self._together:
             scores = self._exchange.table(scores)
         if prompts.total and self.scorer.spans_heads:
-            scores = self.scorer.combine(scores)
+            widths = [scored for scored in prompts.scored if scored]  # those come first
+            tables = [self.scorer.combine(table) for table in scores.split(widths, dim=1)]
+            scores = torch.cat(tables, dim=1)
         counts = self._counts(layer, scores)
         complete = counts.shape[1] == self.scope.num_heads
         mine = counts[:, self._mine] if complete else counts

@@ -16,6 +16,7 @@ import torch
 
 import fairkv_sglang.patches.rank
 from fairkv_sglang.attention.compress_all import AllPromptsCompressor
+from fairkv_sglang.budgets.scorers.tova import TOVA
 from fairkv_sglang.budgets.selection import picked, pooled_counts
 from fairkv_sglang.kernels import HeadPages
 from fairkv_sglang.kernels.cuda import operations, select
@@ -105,6 +106,28 @@ def test_one_rank_keeps_what_the_papers_say_in_few_launches(
         assert made.waits == []
         if scorer == "snapkv":
             assert made.count <= MOST_LAUNCHES, made
+
+
+def test_heads_are_combined_prompt_by_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `combine` makes of a prompt may depend on all of its tokens, never on another prompt."""
+    rng, model, seen = np.random.default_rng(1), Model(), []
+    combine = TOVA.combine
+
+    def spy(self: TOVA, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(scores.shape[1])
+        return combine(self, scores)
+
+    monkeypatch.setattr(TOVA, "combine", spy)
+    plan = random_plan(rng, LAYERS, 1, model.heads)
+    config = settle(tmp_path, model, plan, scope="layer", ratio=0.4, scorer="tova")
+    prompts = random_prompts(rng, CHUNKS)
+    ranks, _ = run_ranks(config, model, 1, lambda rank: rank.run(prompts))
+    window, scope = ranks[0].compressor.scorer.window, ranks[0].compressor.scope
+    lengths = [sum(chunks) for chunks in CHUNKS]
+    scored = [n - window for n in lengths if scope.budget(n) < n]
+    assert sorted(seen) == sorted(scored * LAYERS)
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])
