@@ -257,6 +257,23 @@ def test_equal_keys_and_short_prompts_have_scores(name):
         asked.scores()
 
 
+def test_lagkv_ranks_by_the_other_channels_where_one_is_constant():
+    """As large biases are in bfloat16: one such channel must not make a partition NaN."""
+    k, v = torch.randn(2, 40, 1, 6, generator=torch.Generator().manual_seed(0))
+    k[..., 0] = 3.0
+    scorer = make_scorer("lagkv", window=4, sink=0, lag=8)
+    scores = scorer.score_prompt(PromptTensors(None, k, 1.0, v=v))[0, :32].view(4, 8)
+    for first, part in zip(range(0, 32, 8), scores, strict=True):
+        parts = []
+        for x in (k[:, 0, 1:], v[:, 0]):
+            following = x[first + 8 : first + 16]
+            least, largest = following.amin(dim=0), following.amax(dim=0)
+            apart = (x[first : first + 8] - least) / (largest - least)
+            apart = torch.nn.functional.pad(apart, (6 - apart.shape[1], 0))
+            parts.append(apart.std(dim=1).softmax(dim=0))
+        assert torch.equal(part.argsort(), sum(parts).argsort())
+
+
 def test_window_scorers_say_what_they_need():
     k = torch.zeros(40, 2, 8)
     for name, needed in {

@@ -56,10 +56,11 @@ class LagKV(PerHead):
 
 
 def _apart(x: Tensor) -> Tensor:
-    """``[P - 1, lag]`` from ``[P, lag, D]``; a constant channel gives NaN, which ranks anywhere but
-    in the same place each time.
+    """``[P - 1, lag]`` from ``[P, lag, D]``; a channel that is constant in the next partition says
+    nothing and counts as 0, where the formula divides by zero.
     """
     following = x[1:]
     least = following.amin(dim=1, keepdim=True)
     largest = following.amax(dim=1, keepdim=True)
-    return ((x[:-1] - least) / (largest - least)).std(dim=2).softmax(dim=1)
+    apart = torch.where(largest > least, (x[:-1] - least) / (largest - least), 0.0)
+    return apart.std(dim=2).softmax(dim=1)
