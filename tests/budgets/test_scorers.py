@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairkv_sglang.budgets import (
     SCORERS,
@@ -255,6 +256,26 @@ def test_equal_keys_and_short_prompts_have_scores(name):
         assert pick(scores, torch.full((3,), min(total, 33)), total).counts.sum() > 0
         asked.k[:] = asked.v[:] = 0
         asked.scores()
+
+
+def test_expected_attention_holds_no_keys_for_each_query_head():
+    """At 131,072 tokens a copy of the keys for each of eight query heads is half a GiB."""
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            largest.extend(x.numel() for x in [result] if isinstance(x, torch.Tensor))
+            return result
+
+    total, group, width, window = 1000, 4, 8, 32
+    q, k = _random_qk(0, total, total, 1, group, width)
+    scorer = make_scorer("expected_attention", window=window)
+    part = PromptTensors(q, k, 1.0, v=k, rope=rope(total, width))
+    seen = scorer.observe(None, part)
+    with Sizes():
+        scorer.score_prompt(replace(part, q=None, seen=seen))
+    assert max(largest) <= total * width
 
 
 def test_lagkv_ranks_by_the_other_channels_where_one_is_constant():

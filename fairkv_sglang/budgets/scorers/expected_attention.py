@@ -73,7 +73,8 @@ class ExpectedAttention(Observer):
             spread = head.rope.turn(spread.float(), *turned).transpose(1, 2)
         k = head.k[self.sink :].float()
         logits = mean @ k.T * head.scale
-        logits += ((k @ spread) * k).sum(dim=2) * (head.scale**2 / 2)
+        for row, of_head in zip(logits, spread, strict=True):  # one [N, D] at a time
+            row += ((k @ of_head) * k).sum(dim=1) * (head.scale**2 / 2)
         weight = (logits.softmax(dim=1).mean(dim=0) + self.epsilon) * head.v[self.sink :].norm(
             dim=1, dtype=torch.float32
         )
