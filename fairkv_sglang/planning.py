@@ -175,7 +175,8 @@ def budget_text(config: FairKVConfig) -> str:
         for word, tokens in (("least", config.budget_least), ("most", config.budget_most))
         if tokens is not None
     ]
-    return ", ".join([f"{config.effective_ratio:.0%} of the prompt", *(f"at {b}" for b in bounds)])
+    share = f"{100 * (config.effective_ratio or 0):g}% of the prompt"  # 12.5% is not 12%
+    return ", ".join([share, *(f"at {b}" for b in bounds)])
 
 
 def _expected(config: FairKVConfig, scope: BudgetScope) -> FloatArray:

@@ -91,6 +91,8 @@ def test_budget_of_a_flag_replaces_ratio_of_a_file(tmp_path: Path) -> None:
     assert merge([bounded, {"ratio": 0.1}]) == {**bounded, "ratio": 0.1}
     config = _parse("--fairkv", "--fairkv-budget-least", "100", "--fairkv-budget-most", "900")
     assert budget_text(config) == "25% of the prompt, at least 100 tokens, at most 900 tokens"
+    assert budget_text(from_mapping({"ratio": 0.125})) == "12.5% of the prompt"
+    assert budget_text(from_mapping({"ratio": 0.07})) == "7% of the prompt"
     assert make_budgets(config, 2, 2)[1].budget(2000) == 500
 
 
