@@ -74,13 +74,19 @@ def end_soon(manager: Any) -> None:
     threading.Thread(target=_end_without_clients, daemon=True).start()
 
 
-def abort_requests(manager: Any) -> None:
-    """Abort all requests, and those that come while the server ends."""
-    os.environ["SGL_FORCE_SHUTDOWN"] = "1"  # SGLang then no longer waits for new ones
+def abort_requests(manager: Any, again: bool = False) -> None:
+    """Abort all requests, and those that come while the server ends.
+
+    Args:
+        manager: SGLang's tokenizer manager.
+        again: Those that ran at the signal had a second to give their clients the answer.
+    """
+    if again:
+        os.environ["SGL_FORCE_SHUTDOWN"] = "1"  # SGLang then no longer waits for new ones
     if left := len(manager.rid_to_state):
         logger.warning("FairKV: aborting %d requests that still run: the server ends", left)
         manager.abort_request(abort_all=True)
-    manager.event_loop.call_later(1.0, abort_requests, manager)
+    manager.event_loop.call_later(1.0, abort_requests, manager, True)
 
 
 def _end_without_clients() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import socket
 from types import SimpleNamespace
@@ -53,7 +54,7 @@ class Loop:
 def test_requests_are_aborted_until_the_server_has_ended(
     running: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("SGL_FORCE_SHUTDOWN", raising=False)
+    """Before SGLang is told to wait for nobody, clients get what was aborted first."""
     monkeypatch.setenv("SGL_FORCE_SHUTDOWN", "")  # put back afterwards
     aborted: list[bool] = []
     manager = SimpleNamespace(
@@ -63,7 +64,13 @@ def test_requests_are_aborted_until_the_server_has_ended(
     )
     abort_requests(manager)
     assert aborted == [True] * bool(running)
-    assert manager.event_loop.later == [(1.0, abort_requests, manager)]
+    assert not os.environ["SGL_FORCE_SHUTDOWN"]
+    [(seconds, function, *arguments)] = manager.event_loop.later
+    assert seconds == 1.0
+    function(*arguments)
+    assert aborted == [True, True] * bool(running)
+    assert os.environ["SGL_FORCE_SHUTDOWN"] == "1"
+    assert len(manager.event_loop.later) == 2
 
 
 @pytest.mark.parametrize(
