@@ -31,6 +31,7 @@ class Model:
         intermediate_size: Width of the MLP, or of an expert; 0 if the model does not say.
         vocab_size: Size of the vocabulary; 0 if the model does not say.
         dtype_bytes: Bytes of a weight and of a number in the KV cache.
+        dtype: Name of that type, None if it is not known.
         context: Longest sequence in tokens.
         architecture: Name of the model class (``architectures.py`` lists those that are served).
         attention: SGLang's kind of attention (``MHA``, ``MLA``, ``SSM``).
@@ -58,6 +59,7 @@ class Model:
     attention: str = "MHA"
     sliding_window: int | None = None
     hybrid: bool = False
+    dtype: str | None = None
     quantization: str | None = None
     quantization_config: Mapping[str, Any] = field(default_factory=dict)
     multimodal: bool = False
@@ -83,6 +85,7 @@ class Model:
             intermediate_size=_mlp(vars(text)),
             vocab_size=getattr(text, "vocab_size", None) or 0,
             dtype_bytes=model_config.dtype.itemsize,
+            dtype=str(model_config.dtype).removeprefix("torch."),
             context=model_config.context_len,
             architecture=(model_config.hf_config.architectures or ["unknown"])[0],
             attention=model_config.attention_arch.name,

@@ -197,6 +197,23 @@ REFUSALS: tuple[Refusal, ...] = (
         _not_in("kv_cache_dtype", "auto", "bfloat16", "bf16", "float16", "float32"),
     ),
     Refusal(
+        "a KV cache of another type than the model",
+        "--kv-cache-dtype and --dtype",
+        "use --kv-cache-dtype auto",
+        lambda args, model: bool(
+            model is not None
+            and model.dtype
+            and {"bf16": "bfloat16"}.get(args.kv_cache_dtype, args.kv_cache_dtype)
+            not in (None, "auto", model.dtype)
+        ),
+    ),
+    Refusal(
+        "a KV cache that the checkpoint quantises",
+        "the checkpoint",
+        "use one without scales for the KV cache",
+        _model(formats.with_quantised_cache),
+    ),
+    Refusal(
         "weights that are quantised while they are loaded",
         "--quantization",
         "use a checkpoint that is quantised already, or none that is",

@@ -61,6 +61,15 @@ def wider_than_a_head(model: Model, tp_size: int) -> bool:
     return any(model.head_dim % b[0] or rows % b[0] or rows % b[1] for b in blocks if b)
 
 
+def with_quantised_cache(model: Model) -> bool:
+    """Whether the checkpoint asks for an fp8 KV cache, by scales that it brings for it.
+
+    SGLang then makes one where ``--kv-cache-dtype`` is ``auto`` (``mem_cache/kv_cache_dtype.py``).
+    """
+    config = model.quantization_config
+    return bool(config.get("kv_cache_scheme") or config.get("kv_cache_quant_algo"))
+
+
 def _groups(model: Model) -> list[dict[str, Any]]:
     """What compressed-tensors says of the weights, by group of layers."""
     groups = model.quantization_config.get("config_groups") or {}

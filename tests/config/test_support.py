@@ -60,6 +60,14 @@ TRIGGERS: dict[str, tuple[dict[str, object], Model | None]] = {
     "overlapped half batches": ({"enable_two_batch_overlap": True}, None),
     "LoRA": ({"lora_paths": ["a"]}, None),
     "a quantised KV cache": ({"kv_cache_dtype": "fp8_e4m3"}, None),
+    "a KV cache of another type than the model": (
+        {"kv_cache_dtype": "bf16"},
+        replace(LLAMA, dtype="float32"),
+    ),
+    "a KV cache that the checkpoint quantises": (
+        {"kv_cache_dtype": "auto"},
+        quantised("fp8", kv_cache_quant_algo="FP8"),
+    ),
     "weights that are quantised while they are loaded": ({}, replace(LLAMA, quantization="fp8")),
     "quantised weights of this kind": ({}, quantised("modelopt_fp4", quant_algo="NVFP4")),
     "AWQ or GPTQ weights with act-order or without groups": (
@@ -138,6 +146,11 @@ def test_full_window_passes() -> None:
     refuse(SimpleNamespace(), replace(LLAMA, sliding_window=4096, context=4096))
 
 
+@pytest.mark.parametrize("name", [None, "auto", "bf16", "bfloat16"])
+def test_a_kv_cache_of_the_models_own_type_passes(name: str | None) -> None:
+    refuse(SimpleNamespace(kv_cache_dtype=name), replace(LLAMA, dtype="bfloat16"))
+
+
 SIZES = {
     "hidden_size": 256,
     "num_hidden_layers": 4,
@@ -188,6 +201,7 @@ def test_models_by_their_configurations(
 
 
 CHANNELS = {"weights": {"type": "float", "num_bits": 8, "strategy": "channel"}}
+TENSOR = {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False}
 INTEGERS = {"weights": {"type": "int", "num_bits": 4, "strategy": "group"}}
 BLOCKS = {**CHANNELS["weights"], "strategy": "block", "block_structure": [128, 128]}
 
@@ -200,6 +214,16 @@ BLOCKS = {**CHANNELS["weights"], "strategy": "block", "block_structure": [128, 1
         (quantised("fp8", weight_block_size=[64, 128]), 8, "that do not divide a head"),
         (quantised("compressed-tensors", config_groups={"0": CHANNELS}), 8, None),
         (quantised("compressed-tensors", config_groups={"0": INTEGERS}), 1, "of this kind"),
+        (
+            quantised("compressed-tensors", config_groups={"0": CHANNELS}, kv_cache_scheme=TENSOR),
+            1,
+            "that the checkpoint quantises",
+        ),
+        (
+            quantised("compressed-tensors", config_groups={"0": CHANNELS}, kv_cache_scheme=None),
+            1,
+            None,
+        ),
         (
             quantised(
                 "compressed-tensors", config_groups={"0": CHANNELS, "1": {"weights": BLOCKS}}
