@@ -184,6 +184,12 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
     ),
     Refusal("several nodes", "--nnodes above 1 (untested)", "use --nnodes 1", _above_one("nnodes")),
+    Refusal(
+        "several tokenizer processes",
+        "--tokenizer-worker-num above 1 (untested)",
+        "leave the flag out",
+        _above_one("tokenizer_worker_num"),
+    ),
     Refusal("overlapped half batches", "--enable-two-batch-overlap, --enable-single-batch-overlap"),
     Refusal(
         "LoRA",

@@ -57,6 +57,7 @@ TRIGGERS: dict[str, tuple[dict[str, object], Model | None]] = {
     "expert parallelism": ({"ep_size": 2}, None),
     "context parallelism": ({"dcp_size": 2}, None),
     "several nodes": ({"nnodes": 2}, None),
+    "several tokenizer processes": ({"tokenizer_worker_num": 2}, None),
     "overlapped half batches": ({"enable_two_batch_overlap": True}, None),
     "LoRA": ({"lora_paths": ["a"]}, None),
     "a quantised KV cache": ({"kv_cache_dtype": "fp8_e4m3"}, None),
