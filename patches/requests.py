@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hook on SGLang's check of a request: what would stop all ranks is answered by status 400."""
+"""Hooks on SGLang's checks of a request: what would stop all ranks is answered by status 400."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from fairkv_sglang.patches.ledger import Hook
 
@@ -47,6 +49,45 @@ def check_request(
             )
 
 
+def after_create(result: Any, *args: Any, **kwargs: Any) -> None:
+    """A request is ready to be sent to the ranks.
+
+    Raises:
+        ValueError: SGLang answers it by status 400.
+    """
+    from sglang.srt.environ import envs
+
+    if not envs.SGLANG_USE_PICKLE_IPC.get():
+        check_types(result.sampling_params)
+
+
+def check_types(sampling: msgspec.Struct) -> None:
+    """Refuse what the ranks could not decode: they do so by the types of the fields.
+
+    Args:
+        sampling: Sampling parameters as SGLang sends them.
+
+    Raises:
+        ValueError: in one line, naming the parameter.
+    """
+    try:
+        _travel(sampling, type(sampling))
+    except msgspec.ValidationError:
+        for field in msgspec.structs.fields(sampling):
+            try:
+                _travel(getattr(sampling, field.name), field.type)
+            except msgspec.ValidationError as error:
+                raise ValueError(f"{field.name} has a wrong type: {error}.") from None
+        raise
+
+
+def _travel(value: Any, kind: Any) -> None:
+    from sglang.srt.utils.msgpack_utils import dec_hook, enc_hook, ext_hook
+
+    data = msgspec.msgpack.encode(value, enc_hook=enc_hook)
+    msgspec.msgpack.decode(data, type=kind, dec_hook=dec_hook, ext_hook=ext_hook)
+
+
 HOOKS: tuple[Hook, ...] = (
     Hook(
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
@@ -55,6 +96,15 @@ HOOKS: tuple[Hook, ...] = (
         why="a request without tokens, or with a logit bias that makes NaN, stops every rank",
         since="0.5.17",
         upstream="sglang/srt/managers/tokenizer_manager.py",
+        test="tests/engine/test_server.py",
+    ),
+    Hook(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        kind="after",
+        function=after_create,
+        why="a sampling parameter of another type, 4.5 new tokens say, stops rank 0",
+        since="0.5.21",
+        upstream="sglang/srt/managers/scheduler_components/request_receiver.py (sock_recv)",
         test="tests/engine/test_server.py",
     ),
 )

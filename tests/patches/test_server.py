@@ -11,9 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from fairkv_sglang.config import ConfigError
-from fairkv_sglang.patches.requests import check_request
+from fairkv_sglang.patches.requests import check_request, check_types
 from fairkv_sglang.patches.server import abort_requests, check_port, obituaries
 
 
@@ -95,3 +96,29 @@ def test_other_requests_pass() -> None:
     check_request([], [[0.5]], {})
     check_request(None, None, {})
     check_request([1], None, {"logit_bias": None})
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"max_new_tokens": 4.5},
+        {"ignore_eos": "yes"},
+        {"logit_bias": [7]},
+        {"top_k": 2.5},
+        {"regex": 5},
+    ],
+    ids=lambda sampling: next(iter(sampling)),
+)
+def test_types_that_ranks_cannot_decode_are_refused(sampling: dict[str, Any]) -> None:
+    """SGLang's own checks let them pass; a rank that receives one ends."""
+    parameters = SamplingParams(**sampling)
+    parameters.normalize(None)
+    parameters.verify(100)
+    with pytest.raises(ValueError, match=f"^{next(iter(sampling))} has a wrong type: Expected"):
+        check_types(parameters)
+
+
+def test_types_that_ranks_decode_pass() -> None:
+    bias = {"7": 1}
+    custom = {"fairkv_forced_ids": [1, 2]}
+    check_types(SamplingParams(temperature=1, stop=["a"], logit_bias=bias, custom_params=custom))
