@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -13,6 +14,8 @@ from fairkv_sglang.patches.ledger import Hook
 
 LARGEST_BIAS = 1e4
 """OpenAI's interface ends at 100. Divided by SGLang's lowest temperature this is finite."""
+NOT_CHECKED = ("input_text", "input_ids", "input_embeds", "mm_inputs", "time_stats")
+"""Fields that are long, or that SGLang packs when it sends the request."""
 
 
 def before_validate(manager: Any, obj: Any, input_ids: Sequence[int] | None) -> None:
@@ -49,7 +52,7 @@ def check_request(
             )
 
 
-def after_create(result: Any, *args: Any, **kwargs: Any) -> None:
+def after_create(result: msgspec.Struct, *args: Any, **kwargs: Any) -> None:
     """A request is ready to be sent to the ranks.
 
     Raises:
@@ -58,34 +61,39 @@ def after_create(result: Any, *args: Any, **kwargs: Any) -> None:
     from sglang.srt.environ import envs
 
     if not envs.SGLANG_USE_PICKLE_IPC.get():
-        check_types(result.sampling_params)
+        check_types(result)
 
 
-def check_types(sampling: msgspec.Struct) -> None:
+def check_types(sent: msgspec.Struct) -> None:
     """Refuse what the ranks could not decode: they do so by the types of the fields.
 
     Args:
-        sampling: Sampling parameters as SGLang sends them.
+        sent: A request as SGLang sends it, or its sampling parameters.
 
     Raises:
-        ValueError: in one line, naming the parameter.
+        ValueError: in one line, naming the field.
     """
-    try:
-        _travel(sampling, type(sampling))
-    except msgspec.ValidationError:
-        for field in msgspec.structs.fields(sampling):
-            try:
-                _travel(getattr(sampling, field.name), field.type)
-            except msgspec.ValidationError as error:
-                raise ValueError(f"{field.name} has a wrong type: {error}.") from None
-        raise
+    from sglang.srt.utils.msgpack_utils import enc_hook
+
+    for name, decoder in _decoders(type(sent)):
+        value = getattr(sent, name)
+        try:
+            decoder.decode(msgspec.msgpack.encode(value, enc_hook=enc_hook))
+        except msgspec.ValidationError as error:
+            if isinstance(value, msgspec.Struct):
+                check_types(value)
+            raise ValueError(f"{name} has a wrong type: {error}.") from None
 
 
-def _travel(value: Any, kind: Any) -> None:
-    from sglang.srt.utils.msgpack_utils import dec_hook, enc_hook, ext_hook
+@cache
+def _decoders(kind: type[msgspec.Struct]) -> list[tuple[str, msgspec.msgpack.Decoder[Any]]]:
+    from sglang.srt.utils.msgpack_utils import dec_hook, ext_hook
 
-    data = msgspec.msgpack.encode(value, enc_hook=enc_hook)
-    msgspec.msgpack.decode(data, type=kind, dec_hook=dec_hook, ext_hook=ext_hook)
+    return [
+        (f.name, msgspec.msgpack.Decoder(f.type, dec_hook=dec_hook, ext_hook=ext_hook))
+        for f in msgspec.structs.fields(kind)
+        if f.name not in NOT_CHECKED
+    ]
 
 
 HOOKS: tuple[Hook, ...] = (
@@ -102,7 +110,7 @@ HOOKS: tuple[Hook, ...] = (
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
         kind="after",
         function=after_create,
-        why="a sampling parameter of another type, 4.5 new tokens say, stops rank 0",
+        why="a parameter of another type, 4.5 new tokens say, stops rank 0",
         since="0.5.21",
         upstream="sglang/srt/managers/scheduler_components/request_receiver.py (sock_recv)",
         test="tests/engine/test_server.py",

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from fairkv_sglang.config import ConfigError
@@ -122,3 +123,28 @@ def test_types_that_ranks_decode_pass() -> None:
     bias = {"7": 1}
     custom = {"fairkv_forced_ids": [1, 2]}
     check_types(SamplingParams(temperature=1, stop=["a"], logit_bias=bias, custom_params=custom))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(None, None), ("top_logprobs_num", [3]), ("return_logprob", [True])]
+)
+def test_lists_for_a_single_request(field: str | None, value: Any) -> None:
+    """They are for batches; SGLang takes them for one prompt, too, and sends them as they are."""
+    request = {
+        "input_text": "",
+        "input_ids": None,
+        "input_embeds": None,
+        "mm_inputs": None,
+        "token_type_ids": None,
+        "sampling_params": SamplingParams(),
+        "return_logprob": True,
+        "logprob_start_len": -1,
+        "top_logprobs_num": 0,
+        "token_ids_logprob": None,
+        "stream": False,
+    }
+    if field is None:
+        check_types(TokenizedGenerateReqInput(**request))
+        return
+    with pytest.raises(ValueError, match=f"^{field} has a wrong type"):
+        check_types(TokenizedGenerateReqInput(**{**request, field: value}))
