@@ -11,11 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
-from sglang.srt.sampling.sampling_params import SamplingParams
 
 from fairkv_sglang.config import ConfigError
-from fairkv_sglang.patches.requests import check_request, check_types
+from fairkv_sglang.patches.requests import check_request
 from fairkv_sglang.patches.server import abort_requests, check_port, obituaries
 
 
@@ -97,54 +95,3 @@ def test_other_requests_pass() -> None:
     check_request([], [[0.5]], {})
     check_request(None, None, {})
     check_request([1], None, {"logit_bias": None})
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        {"max_new_tokens": 4.5},
-        {"ignore_eos": "yes"},
-        {"logit_bias": [7]},
-        {"top_k": 2.5},
-        {"regex": 5},
-    ],
-    ids=lambda sampling: next(iter(sampling)),
-)
-def test_types_that_ranks_cannot_decode_are_refused(sampling: dict[str, Any]) -> None:
-    """SGLang's own checks let them pass; a rank that receives one ends."""
-    parameters = SamplingParams(**sampling)
-    parameters.normalize(None)
-    parameters.verify(100)
-    with pytest.raises(ValueError, match=f"^{next(iter(sampling))} has a wrong type: Expected"):
-        check_types(parameters)
-
-
-def test_types_that_ranks_decode_pass() -> None:
-    bias = {"7": 1}
-    custom = {"fairkv_forced_ids": [1, 2]}
-    check_types(SamplingParams(temperature=1, stop=["a"], logit_bias=bias, custom_params=custom))
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [(None, None), ("top_logprobs_num", [3]), ("return_logprob", [True])]
-)
-def test_lists_for_a_single_request(field: str | None, value: Any) -> None:
-    """They are for batches; SGLang takes them for one prompt, too, and sends them as they are."""
-    request = {
-        "input_text": "",
-        "input_ids": None,
-        "input_embeds": None,
-        "mm_inputs": None,
-        "token_type_ids": None,
-        "sampling_params": SamplingParams(),
-        "return_logprob": True,
-        "logprob_start_len": -1,
-        "top_logprobs_num": 0,
-        "token_ids_logprob": None,
-        "stream": False,
-    }
-    if field is None:
-        check_types(TokenizedGenerateReqInput(**request))
-        return
-    with pytest.raises(ValueError, match=f"^{field} has a wrong type"):
-        check_types(TokenizedGenerateReqInput(**{**request, field: value}))
