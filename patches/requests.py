@@ -20,12 +20,15 @@ def before_validate(manager: Any, obj: Any, input_ids: Sequence[int] | None) -> 
         ValueError: SGLang answers it by status 400.
     """
     check_request(input_ids, getattr(obj, "input_embeds", None), obj.sampling_params or {})
+    for name in ("top_logprobs_num", "logprob_start_len"):
+        if isinstance(value := getattr(obj, name, None), list):
+            raise ValueError(f"{name} of a single request must be a number, not {value}.")
 
 
 def check_request(
     input_ids: Sequence[int] | None, input_embeds: object, sampling: Mapping[str, Any]
 ) -> None:
-    """Refuse a request without tokens, and probabilities that are no numbers.
+    """Refuse a request without tokens, and biases that make no probabilities.
 
     Args:
         input_ids: Its tokens; None if it has embeddings.
@@ -38,7 +41,9 @@ def check_request(
     if input_ids is not None and not len(input_ids) and input_embeds is None:
         raise ValueError("The input has no tokens: give at least one.")
     bias = sampling.get("logit_bias")
-    for token, value in bias.items() if isinstance(bias, Mapping) else ():
+    if not isinstance(bias, Mapping | None):
+        raise ValueError(f"logit_bias must map tokens to numbers, not {bias!r}.")
+    for token, value in (bias or {}).items():
         number = isinstance(value, int | float) and math.isfinite(value)
         if not number or abs(value) > LARGEST_BIAS:
             raise ValueError(

@@ -60,6 +60,8 @@ FATAL: list[dict[str, Any]] = [
         "sampling_params": {"logit_bias": {"7": 3e38}, "temperature": 0.5, "top_p": 0.9},
     },
     {"input_ids": [5, 6], "return_logprob": True, "token_ids_logprob": [1_000_000]},
+    {"input_ids": [5, 6], "return_logprob": True, "top_logprobs_num": [3]},
+    {"input_ids": [5, 6], "sampling_params": {"logit_bias": [7]}},
 ]
 HARMLESS: list[dict[str, Any]] = [
     {"input_ids": [5, 6], "sampling_params": {"temperature": 1e-30, "max_new_tokens": 2}},

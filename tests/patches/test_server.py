@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fairkv_sglang.config import ConfigError
-from fairkv_sglang.patches.requests import check_request
+from fairkv_sglang.patches.requests import before_validate, check_request
 from fairkv_sglang.patches.server import abort_requests, check_port, obituaries
 
 
@@ -81,6 +81,8 @@ def test_requests_are_aborted_until_the_server_has_ended(
         ([1], {"logit_bias": {"7": math.nan}}, "logit_bias of token 7"),
         ([1], {"logit_bias": {"7": math.inf}}, "logit_bias of token 7"),
         ([1], {"logit_bias": {"7": "much"}}, "logit_bias of token 7"),
+        ([1], {"logit_bias": [7]}, "logit_bias must map"),
+        ([1], {"logit_bias": "7"}, "logit_bias must map"),
     ],
 )
 def test_requests_that_stop_ranks_are_refused(
@@ -95,3 +97,13 @@ def test_other_requests_pass() -> None:
     check_request([], [[0.5]], {})
     check_request(None, None, {})
     check_request([1], None, {"logit_bias": None})
+
+
+@pytest.mark.parametrize("name", ["top_logprobs_num", "logprob_start_len"])
+def test_lists_for_a_single_request_are_refused(name: str) -> None:
+    """They are for batches; SGLang takes one for a single prompt, and its ranks compare it."""
+    request = SimpleNamespace(sampling_params={}, top_logprobs_num=3, logprob_start_len=-1)
+    before_validate(None, request, [1])
+    setattr(request, name, [3])
+    with pytest.raises(ValueError, match=rf"^{name} of a single request must be a number"):
+        before_validate(None, request, [1])
