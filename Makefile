@@ -12,9 +12,9 @@ CHAOS_ARGS ?=
 MODEL ?=
 DEMO_ARGS ?=
 WORKERS ?= 2
-# Tests that share an engine stay on one worker; engines come first, so that no worker ends long before the other.
+# The tests of a file stay on one worker, as they share engines; engines come first, so that no worker ends long before the other.
 PYTEST = $(ON_SGLANG) $(BIN)/pytest $(PYTEST_ARGS)
-PARALLEL = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # SGLANG=0.5.23: tests run on that version's wheel, which takes precedence over the installed SGLang.
 SGLANG ?=

@@ -37,19 +37,13 @@ settings.register_profile("no-deadline", deadline=None)  # speed is measured in 
 settings.load_profile("no-deadline")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads groups, pytest's -m reads marks
+@pytest.hookimpl(tryfirst=True)  # pytest's -m reads marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that both workers of ``-n 2`` are busy to the end.
-
-    Tests that share something of their module (an engine, mostly) stay on one worker.
-    """
+    """The longest tests first, so that both workers of ``-n 2`` are busy to the end."""
     engines = Path(__file__).parent / "engine"
     for item in items:
         if engines in item.path.parents:
             item.add_marker(pytest.mark.engine)
-        fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
-        if any(definitions[-1].scope == "module" for definitions in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     for mark in ("slow", "engine"):
         items.sort(key=lambda item, mark=mark: item.get_closest_marker(mark) is None)
 
