@@ -59,7 +59,7 @@ class Model:
     attention: str = "MHA"
     sliding_window: int | None = None
     hybrid: bool = False
-    dtype: str | None = None
+    dtype: str | None = field(default=None, compare=False)
     quantization: str | None = None
     quantization_config: Mapping[str, Any] = field(default_factory=dict)
     multimodal: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
@@ -13,13 +13,8 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-for _variable in (
-    "FAIRKV_CONFIG",
-    "FAIRKV_RESOLVED",
-    "FAIRKV_PLAN",
-    "SGLANG_PLUGINS",
-    "SGLANG_PLATFORM",
-):
+VARIABLES = ("FAIRKV_CONFIG", "FAIRKV_RESOLVED", "FAIRKV_PLAN", "SGLANG_PLUGINS", "SGLANG_PLATFORM")
+for _variable in VARIABLES:
     os.environ.pop(_variable, None)
 
 import pytest  # noqa: E402
@@ -46,6 +41,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.engine)
     for mark in ("slow", "engine"):
         items.sort(key=lambda item, mark=mark: item.get_closest_marker(mark) is None)
+
+
+@pytest.fixture(autouse=True)
+def _same_variables() -> Iterator[None]:
+    """What a start in this process tells its children is not told to those of the next test."""
+    before = {name: os.environ.get(name) for name in VARIABLES}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")

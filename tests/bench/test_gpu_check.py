@@ -203,8 +203,8 @@ def test_compression_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> No
     assert made == {"us": 1000, "host_us": 2.5, "most_mib": 0}
     short = gpu_prompts.compressed(NoClock(), 40, layers=2, dim=16)  # within its least budget
     assert short["us"] == 1000
-    share_out = pooled.share_out
-    monkeypatch.setattr(pooled, "share_out", lambda *args: share_out(*args) - 1)
+    pooled_counts = pooled.pooled_counts
+    monkeypatch.setattr(pooled, "pooled_counts", lambda *args: pooled_counts(*args) - 1)
     with pytest.raises(RuntimeError, match="tokens, not"):
         gpu_prompts.compressed(NoClock(), 300, layers=2, dim=16)
 

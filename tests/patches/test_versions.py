@@ -15,7 +15,7 @@ import sglang  # noqa: F401  brings its platform, which must precede its other m
 
 from fairkv_sglang import plugin
 from fairkv_sglang.config import FILE_VARIABLE, ConfigError
-from fairkv_sglang.patches import ledger, versions
+from fairkv_sglang.patches import ledger, processes, versions
 from fairkv_tests.engine_process import LAUNCH
 
 RANGE = f"FairKV needs {versions.OLDEST} to {versions.NEWEST}"
@@ -110,6 +110,8 @@ def test_only_a_rank_gets_the_hooks_of_ranks(
     """From 0.5.22 on SGLang loads plugins in processes that run no model, too."""
     registered: list[Any] = []
     monkeypatch.setattr(ledger, "register", registered.extend)
+    monkeypatch.setattr(processes, "register", registered.extend)
+    monkeypatch.setattr(processes, "_is_rank", False)  # put back afterwards
     monkeypatch.setenv("FAIRKV_RESOLVED", '{"enabled": true}')
     caller: dict[str, Any] = {"__name__": module, "load": plugin.register}
     exec("def run_process(): load()", caller)
