@@ -56,7 +56,9 @@ def main() -> int:
         f"tokens[/], model {args.model}, TP {args.tp}"
     )
     stock = _serve(console, "stock SGLang", args, rounds, [])
-    flags = ["--fairkv", "--fairkv-ratio", str(args.ratio), "--fairkv-profile", str(model.profile)]
+    flags = ["--fairkv", "--fairkv-ratio", str(args.ratio), "--fairkv-scorer", args.scorer]
+    if args.scorer == "snapkv":  # both profiles are measured with it
+        flags += ["--fairkv-profile", str(model.profile)]
     flags += ["--fairkv-expected-prompt", str(args.tokens)]
     flags += ["--fairkv-expected-batch", str(args.prompts)]
     fair = _serve(console, f"FairKV, {args.ratio:.0%} of the cache", args, rounds, flags)
@@ -74,14 +76,15 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=tuple(MODELS), default="small", help="default: small")
     parser.add_argument("--tp", type=int, help="tensor-parallel ranks")
-    parser.add_argument("--ratio", type=float, default=0.25, help="part of the cache that is kept")
+    parser.add_argument("--ratio", type=float, help="part of the cache that is kept")
+    parser.add_argument("--scorer", help="what a token is worth")
     parser.add_argument("--prompts", type=int, help="asked at once")
     parser.add_argument("--rounds", type=int, help="each with prompts of its own")
     parser.add_argument("--tokens", type=int, default=1024, help="prompt length")
     parser.add_argument("--facts", type=int, help="facts in each prompt")
     parser.add_argument("--seed", type=int, default=7, help="seed of the prompts")
     args = parser.parse_args()
-    for name in ("tp", "prompts", "rounds", "facts"):
+    for name in ("tp", "scorer", "ratio", "prompts", "rounds", "facts"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(MODELS[args.model], name))
     return args
