@@ -9,6 +9,7 @@ uncompressed model's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,22 @@ from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, IntArray, StoreBatch
 from fairkv_sglang.budgets import Kept, PromptTensors, Rope, Scorer, pick
 from fairkv_sglang.memory.rows import RowBook
+
+
+class LayerInputs(NamedTuple):
+    """What a layer of a pass is compressed from.
+
+    Attributes:
+        layer: Layer index.
+        k_pool: ``[slots, n, D]`` prefill pool of the layer, this pass already written.
+        v_pool: The same for values.
+        scale: Softmax scale.
+    """
+
+    layer: int
+    k_pool: Tensor
+    v_pool: Tensor
+    scale: float
 
 
 class PromptCompressor:
@@ -90,15 +107,16 @@ class PromptCompressor:
             scale: Softmax scale of the layer.
         """
         windows = [self._window(layer, q, span) for span in spans.prompts]
+        inputs = LayerInputs(layer, k_pool, v_pool, scale)
         if self.scorer.observes:
-            self._observe(layer, q, k_pool, spans, scale)
+            self._observe(inputs, q, spans)
         self.hand_over.finish()  # of the layer before, which travelled while this one was computed
         if not self._endings:
             return
         ending = [
             window for window, span in zip(windows, spans.prompts, strict=True) if span.is_last
         ]
-        choices = self._select(layer, ending, k_pool, v_pool, scale)
+        choices = self._select(inputs, ending)
         self.hand_over.start(layer, self._endings, choices, k_pool, v_pool, self._batch)
         if layer == self.scope.num_layers - 1:
             self.hand_over.finish()
@@ -118,46 +136,31 @@ class PromptCompressor:
             tails[layer] = tail.clone()
         return tail
 
-    def _observe(
-        self, layer: int, q: Tensor, k_pool: Tensor, spans: ForwardSpans, scale: float
-    ) -> None:
+    def _observe(self, inputs: LayerInputs, q: Tensor, spans: ForwardSpans) -> None:
         """Shows the scorer the queries of this pass."""
         for span, slots in zip(spans.prompts, self._computed, strict=True):
             if self.scope.budget(span.prompt_len) >= span.prompt_len:
                 continue  # keeps everything
             seen = self.book.seen(span.row)
-            k = k_pool.index_select(0, slots)
-            part = PromptTensors(q[span.start : span.start + span.length], k, scale, rope=self.rope)
-            seen[layer] = self.scorer.observe(seen.get(layer), part)
+            k = inputs.k_pool.index_select(0, slots)
+            queries = q[span.start : span.start + span.length]
+            part = PromptTensors(queries, k, inputs.scale, rope=self.rope)
+            seen[inputs.layer] = self.scorer.observe(seen.get(inputs.layer), part)
 
-    def _select(
-        self,
-        layer: int,
-        windows: list[Tensor | None],
-        k_pool: Tensor,
-        v_pool: Tensor,
-        scale: float,
-    ) -> list[Choice]:
+    def _select(self, inputs: LayerInputs, windows: list[Tensor | None]) -> list[Choice]:
         """What each ending prompt keeps in the layer, known to whom it has to be."""
-        choices = self._choices(layer, windows, k_pool, v_pool, scale)
+        choices = self._choices(inputs, windows)
         for ending, choice in zip(self._endings, choices, strict=True):
             known = choice.kept.counts if choice.counts is None else choice.counts
             ending.counts.append(known)
-        if self._exchange is not None and self.hand_over.moves(layer, self._endings):
+        if self._exchange is not None and self.hand_over.moves(inputs.layer, self._endings):
             for choice in choices:
                 if choice.counts is None:  # scope rank: owners elsewhere have to be told
                     choice.counts = self._exchange.counts(choice.kept.counts)
                     choice.exact = _on_host(choice.counts)
         return choices
 
-    def _choices(
-        self,
-        layer: int,
-        windows: list[Tensor | None],
-        k_pool: Tensor,
-        v_pool: Tensor,
-        scale: float,
-    ) -> list[Choice]:
+    def _choices(self, inputs: LayerInputs, windows: list[Tensor | None]) -> list[Choice]:
         """What each ending prompt keeps in the layer."""
         chosen: dict[int, Choice] = {}
         scored: list[int] = []
@@ -167,16 +170,13 @@ class PromptCompressor:
                 chosen[number] = self._everything(length)
             else:
                 scored.append(number)
-        scores = [
-            self._score(layer, self._endings[number], windows[number], k_pool, v_pool, scale)
-            for number in scored
-        ]
+        scores = [self._score(inputs, self._endings[number], windows[number]) for number in scored]
         if scores and self._exchange is not None and self._together:
             scores = self._exchange.scores(scores)
         if self.scorer.spans_heads:
             scores = [self.scorer.combine(table) for table in scores]
         for number, table in zip(scored, scores, strict=True):
-            chosen[number] = self._choose(layer, table, self._endings[number])
+            chosen[number] = self._choose(inputs.layer, table, self._endings[number])
         return [chosen[number] for number in range(len(self._endings))]
 
     def _everything(self, length: int) -> Choice:
@@ -217,28 +217,20 @@ class PromptCompressor:
         most = self.scope.per_head_bound(length)[layer] if exact is None else exact
         return pick(scores, counts, length, min(int(most[home].max()), length))
 
-    def _score(
-        self,
-        layer: int,
-        ending: Ending,
-        window: Tensor | None,
-        k_pool: Tensor,
-        v_pool: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def _score(self, inputs: LayerInputs, ending: Ending, window: Tensor | None) -> Tensor:
         """``float32 [home heads, N - window]`` of a prompt."""
-        scorer, row = self.scorer, ending.span.row
-        values = v_pool.index_select(0, ending.slots) if scorer.needs_values else None
+        scorer, row, slots = self.scorer, ending.span.row, ending.slots
+        values = inputs.v_pool.index_select(0, slots) if scorer.needs_values else None
         return scorer.score_prompt(
             PromptTensors(
                 q=window,
-                k=k_pool.index_select(0, ending.slots),
-                scale=scale,
+                k=inputs.k_pool.index_select(0, slots),
+                scale=inputs.scale,
                 v=values,
-                layer=layer,
+                layer=inputs.layer,
                 heads=self.heads.home,
                 rope=self.rope,
-                seen=self.book.seen(row).pop(layer) if scorer.observes else None,
+                seen=self.book.seen(row).pop(inputs.layer) if scorer.observes else None,
             )
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairkv_sglang.attention.compress import PromptCompressor
+from fairkv_sglang.attention.compress import LayerInputs, PromptCompressor
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans
 from fairkv_sglang.attention.hand_over import Choice, HandOver, StoreBatch
@@ -78,18 +78,10 @@ class AllPromptsCompressor(PromptCompressor):
                 columns[layer, p, : len(of_lanes)] = of_lanes
         self._columns = to_device(torch.from_numpy(columns), device)
 
-    def _choices(
-        self,
-        layer: int,
-        windows: list[Tensor | None],
-        k_pool: Tensor,
-        v_pool: Tensor,
-        scale: float,
-    ) -> list[Choice]:
+    def _choices(self, inputs: LayerInputs, windows: list[Tensor | None]) -> list[Choice]:
         """See the base class."""
-        prompts = self._prompts
-        windows = [windows[number] for number in self._order]
-        scores = self._scores(layer, windows, k_pool, v_pool, scale)
+        prompts, layer = self._prompts, inputs.layer
+        scores = self._scores(inputs, [windows[number] for number in self._order])
         if prompts.total and self._exchange is not None and self._together:
             scores = self._exchange.table(scores)
         if prompts.total and self.scorer.spans_heads:
@@ -115,21 +107,14 @@ class AllPromptsCompressor(PromptCompressor):
             choices.append(Choice(Kept(mine[p], indices[p]), known, exact))
         return choices
 
-    def _scores(
-        self,
-        layer: int,
-        windows: list[Tensor | None],
-        k_pool: Tensor,
-        v_pool: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def _scores(self, inputs: LayerInputs, windows: list[Tensor | None]) -> Tensor:
         """``float32 [home heads, scored tokens of all prompts]``."""
         prompts, scorer = self._prompts, self.scorer
         if not prompts.total:
-            return k_pool.new_empty((k_pool.shape[1], 0), dtype=torch.float32)
+            return inputs.k_pool.new_empty((inputs.k_pool.shape[1], 0), dtype=torch.float32)
         if not scorer.batched:
             parts = [
-                self._score(layer, ending, window, k_pool, v_pool, scale)
+                self._score(inputs, ending, window)
                 for ending, window, scored in zip(
                     self._endings, windows, prompts.scored, strict=True
                 )
@@ -140,7 +125,7 @@ class AllPromptsCompressor(PromptCompressor):
         q = None
         if last[0] is not None:
             q = last[0][None] if len(last) == 1 else torch.stack(last)  # type: ignore[arg-type]
-        return scorer.score_all(q, k_pool, prompts, scale=scale)
+        return scorer.score_all(q, inputs.k_pool, prompts, scale=inputs.scale)
 
     def _counts(self, layer: int, scores: Tensor) -> Tensor:
         """``int64 [P, H]`` kept tokens, or of the home heads where others are not known."""
