@@ -80,11 +80,11 @@ def register_parent() -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    from fairkv_sglang.patches import draining, requests
+    from fairkv_sglang.patches import requests
 
     global _takes_requests
 
-    hooks = (*server.HOOKS, *draining.HOOKS, *requests.HOOKS)
+    hooks = (*server.HOOKS, *requests.HOOKS)
     if not _takes_requests:
         register(hooks)
         _takes_requests = True

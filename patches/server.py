@@ -8,6 +8,7 @@ Ctrl-C it leaves to its HTTP server, which waits for them, too, while the ranks 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -27,6 +28,8 @@ GRACE_SECONDS = 2.0
 """Requests may go on for so long after Ctrl-C. SGLang looks every 5 s whether they are done."""
 LAST_SECONDS = 8.5
 """A client that does not read its answer may hold up the end for so long."""
+LOOK_SECONDS = 0.5
+"""Between looks whether a server that is to stop is paused."""
 
 
 def before_launch(server_args: Any, *args: Any, **kwargs: Any) -> None:
@@ -59,7 +62,11 @@ def check_port(host: str, port: int) -> None:
 
 
 def after_handle_loop(result: None, manager: Any) -> None:
-    """Ctrl-C ends a server soon; an ``Engine`` leaves it to its program."""
+    """Ctrl-C ends a server soon; an ``Engine`` leaves it to its program.
+
+    SGLang asks for its loop at every request. The handler is set each time (some microseconds), as
+    the HTTP server sets its own at a moment of its choice.
+    """
     if manager._server_stop_hook is None or manager.event_loop is None:
         return
     if threading.current_thread() is threading.main_thread():
@@ -100,6 +107,30 @@ def _end_without_clients() -> None:
     logger.warning("FairKV: the server ends although clients hold their connections open")
     kill_process_tree(os.getpid(), include_parent=False)
     os._exit(0)
+
+
+async def around_sigterm_watchdog(original: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
+    """A server that is asked to stop does not stay paused.
+
+    SGLang ends when the last request has. While it is paused (``/pause_generation``) none can, and
+    those whose clients are gone are not even looked at, so it would wait for ever with all ranks
+    spinning.
+    """
+    resuming = asyncio.create_task(_resume(manager))
+    try:
+        await original(manager, *args, **kwargs)
+    finally:
+        resuming.cancel()
+
+
+async def _resume(manager: Any) -> None:
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput
+
+    while True:
+        if manager.gracefully_exit and manager.is_pause:
+            logger.warning("FairKV: asked to stop while paused, so generation goes on")
+            await manager.continue_generation(ContinueGenerationReqInput())
+        await asyncio.sleep(LOOK_SECONDS)
 
 
 def before_sigquit(handler: Any, *args: Any, **kwargs: Any) -> None:
@@ -150,6 +181,15 @@ HOOKS: tuple[Hook, ...] = (
         since="0.5.17",
         upstream="sglang/srt/managers/tokenizer_manager.py",
         test=_TEST,
+    ),
+    Hook(
+        target=f"{_MANAGER}.TokenizerManager.sigterm_watchdog",
+        kind="around",
+        function=around_sigterm_watchdog,
+        why="a paused server that is asked to stop would wait for its requests for ever",
+        since="0.5.17",
+        upstream="sglang/srt/managers/tokenizer_manager.py",
+        test="tests/patches/test_server.py",
     ),
     Hook(
         target=f"{_MANAGER}.SignalHandler.running_phase_sigquit_handler",

@@ -27,7 +27,6 @@ def row_groups() -> dict[str, tuple[Row, ...]]:
         all_overrides,
         cpu,
         cpu_overrides,
-        draining,
         measure,
         no_scheduler,
         processes,
@@ -42,7 +41,6 @@ def row_groups() -> dict[str, tuple[Row, ...]]:
         "(`patches/processes.py`)": processes.EARLY,
         "The process that takes requests, FairKV on": (
             *server.HOOKS,
-            *draining.HOOKS,
             *requests.HOOKS,
         ),
         "Every process on the CPU platform": (*cpu.HOOKS, *cpu_overrides()),
