@@ -27,6 +27,7 @@ import numpy as np
 
 from fairkv_sglang.bench import replan_model
 from fairkv_sglang.bench.engine.process import Call, EngineProcess
+from fairkv_sglang.bench.engine.run import ended_by_signal
 from fairkv_sglang.bench.stats import ratios, rotated, spread
 from fairkv_sglang.placement import CostModel, Planner
 
@@ -56,7 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("docs/results"))
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="fairkv-replan-") as name, Bench(options, name) as made:
+    with (
+        ended_by_signal(),
+        tempfile.TemporaryDirectory(prefix="fairkv-replan-") as name,
+        Bench(options, name) as made,
+    ):
         name, result = made.shift() if options.what == "shift" else made.start()
     file = options.out / f"replan-{name}.json"
     lines = [f'"{key}": {json.dumps(value)}' for key, value in result.items()]

@@ -46,7 +46,7 @@ def run_bench(settings: EngineSettings, folder: Path | None, progress: Progress)
     Raises:
         EngineFailed: when an engine does not start or answer.
     """
-    with _workplace(folder) as place, _ended_by_signal():
+    with _workplace(folder) as place, ended_by_signal():
         if settings.model_path is None:
             model = replace(settings.model, context=settings.context)
             path = build(model, place, getattr(torch, settings.dtype))
@@ -125,7 +125,7 @@ def _run_case(
 
 
 @contextmanager
-def _ended_by_signal() -> Iterator[None]:
+def ended_by_signal() -> Iterator[None]:
     """SIGTERM acts like Ctrl-C: frozen engines must not be left behind."""
 
     def interrupt(number: int, frame: object) -> None:
