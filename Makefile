@@ -37,11 +37,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Stamps: made anew when a list of packages changes. The package's own code is never copied.
-$(VENV)/installed: requirements/cpu.txt requirements/sglang.txt pyproject.toml setup.py | $(VENV)/bin/python
+$(VENV)/installed: requirements/cpu.txt requirements/sglang.txt pyproject.toml setup.py fairkv_sglang/torchvision_finder.py | $(VENV)/bin/python
 	@echo "Installing pinned packages into $(VENV): about 2.5 GB, once"
 	$(PIP) install -q --no-warn-conflicts -r requirements/cpu.txt
 	$(PIP) install -q --no-warn-conflicts --no-deps -r requirements/sglang.txt
 	$(PIP) install -q --no-warn-conflicts --no-deps --no-build-isolation -e .
+	$(BIN)/python fairkv_sglang/torchvision_finder.py  # the index has torchvision for CUDA
 	@touch $@
 
 $(VENV)/developing: requirements/dev.txt requirements/kvpress.txt $(VENV)/installed
@@ -79,7 +80,7 @@ engine: $(VENV)/developing $(WHEEL)  ## the tests of real engines
 	$(PYTEST) -m "engine and not sweep" $(PARALLEL)
 
 smoke: $(VENV)/developing $(WHEEL)  ## what each supported SGLang has to pass; for another version: SGLANG=0.5.23
-	$(PYTEST) -m smoke
+	$(PYTEST) -m smoke $(PARALLEL)
 
 sweep: $(VENV)/developing  ## the long tests: many placements, models and TP sizes
 	FAIRKV_SWEEP_REPORT=$(abspath docs/results) $(PYTEST) -m sweep

@@ -18,17 +18,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-
-from fairkv_sglang.cpu_environment import make_torchvision_importable
-
-make_torchvision_importable()  # transformers imports it, and beside a CPU torch that fails
-
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 # Behind everything else: the folder `kernels/` must not be taken for the package of that name.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from demo.prompts import RecallPrompt, is_exact, make_prompts  # noqa: E402
+from demo.prompts import RecallPrompt, is_exact, make_prompts
 
 HERE = Path(__file__).resolve().parent
 #: Any seed below ``FIRST_TRAINING_SEED`` gives prompts that training has not seen.

@@ -90,9 +90,7 @@ def _numbers(folder: Path, seed: int, count: int, tokens: int, facts: int) -> li
 
 def load_tokenizer(folder: Path) -> object:
     """The tokenizer of a checkpoint."""
-    from fairkv_sglang.cpu_environment import make_torchvision_importable
 
-    make_torchvision_importable()
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)

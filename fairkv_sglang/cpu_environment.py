@@ -1,20 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process needs before SGLang runs on a plain CPU: thread settings, and a torchvision that
-can be imported.
-"""
+"""What a process needs before SGLang runs on a plain CPU: thread settings, and memory by rank."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.machinery
-import importlib.util
 import os
-import sys
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
-from types import ModuleType
-
-_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 def has_accelerator() -> bool:
@@ -101,55 +93,3 @@ def thread_binding(tp_size: int, cores: Sequence[int] | None = None) -> str:
         each = len(cores) // tp_size
         groups = [cores[rank * each : (rank + 1) * each] for rank in range(tp_size)]
     return "|".join(",".join(str(core) for core in group) for group in groups)
-
-
-class TorchvisionFinder:
-    """Makes a CUDA build of torchvision importable beside a CPU build of torch.
-
-    SGLang imports torchvision through an image processor even for text models. Torchvision's
-    default wheel is a CUDA build: its operator library cannot be loaded without CUDA, and the
-    package then registers fake implementations for two operators that nobody has declared, which is
-    an error. This finder declares both at the first look-up of ``torchvision`` and leaves the
-    import itself to the finders after it. The operators then exist but cannot be called; transforms
-    work.
-    """
-
-    def __init__(self) -> None:
-        self._library: object | None = None  # torch drops the declarations with the last reference
-
-    def find_spec(
-        self, name: str, path: object = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """Declare the operators if ``name`` is ``torchvision``; always None, "not found here"."""
-        if name == "torchvision" and self._library is None:
-            sys.meta_path.remove(self)  # the look-up below must not come back here
-            try:
-                spec = importlib.util.find_spec(name)
-            finally:
-                sys.meta_path.insert(0, self)
-            if spec is not None and spec.origin is not None:
-                self._declare(Path(spec.origin).with_name("_C.so"))
-        return None
-
-    def _declare(self, operators: Path) -> None:
-        import torch
-
-        if torch.version.cuda is not None:
-            return
-        try:  # a CPU build of torchvision brings the operators with it
-            torch.ops.load_library(operators)
-            return
-        except OSError:
-            pass
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            library.define(operator + _SCHEMA)
-        self._library = library
-
-
-def make_torchvision_importable() -> None:
-    """Install :class:`TorchvisionFinder` once in this process."""
-    if "torchvision" in sys.modules:
-        return
-    if not any(isinstance(finder, TorchvisionFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, TorchvisionFinder())  # type: ignore[arg-type]

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import sys
 
-from fairkv_sglang.cpu_environment import has_accelerator, make_torchvision_importable
+from fairkv_sglang.cpu_environment import has_accelerator
+from fairkv_sglang.torchvision_finder import make_torchvision_importable
 
 make_torchvision_importable()
 if any("fairkv" in word.lower() for word in (*sys.argv, *os.environ)):

@@ -118,7 +118,7 @@ def _client(args: argparse.Namespace) -> tuple[Client, str, dict[str, Any]]:
 
 
 def _tokenizer(name: str) -> Any:
-    from fairkv_sglang.cpu_environment import make_torchvision_importable
+    from fairkv_sglang.torchvision_finder import make_torchvision_importable
 
     make_torchvision_importable()
     from transformers import AutoTokenizer

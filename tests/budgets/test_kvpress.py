@@ -27,7 +27,6 @@ from fairkv_sglang.budgets import (
 )
 from fairkv_sglang.budgets.scopes.base import SCOPES
 from fairkv_sglang.budgets.scorers.leverage import sketching
-from fairkv_sglang.cpu_environment import make_torchvision_importable
 
 DIM, HIDDEN, LAYERS, WINDOW = 16, 96, 2, 12
 SPLITS = {"2 x 3": (2, 3), "6 x 1": (6, 1), "1 x 6": (1, 6)}
@@ -36,7 +35,6 @@ SPLITS = {"2 x 3": (2, 3), "6 x 1": (6, 1), "1 x 6": (1, 6)}
 @pytest.fixture(scope="module")
 def kvpress() -> Iterator[Any]:
     """kvpress, without what its import does to transformers' attention in the whole process."""
-    make_torchvision_importable()
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     before = dict(ALL_ATTENTION_FUNCTIONS.items())

@@ -11,10 +11,6 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from fairkv_sglang.cpu_environment import make_torchvision_importable
-
-make_torchvision_importable()  # transformers imports it for its image processors
-
 Architecture = Literal["llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe"]
 
 EXPERTS = 4
