@@ -6,8 +6,12 @@
 
 from __future__ import annotations
 
-from fairkv_sglang.bench.engine.worker import work
-from fairkv_tests.engine_calls import CALLS
-
 if __name__ == "__main__":
+    from fairkv_tests import fork_server
+
+    fork_server.begin()
+
+    from fairkv_sglang.bench.engine.worker import work
+    from fairkv_tests.engine_calls import CALLS
+
     work(CALLS)
