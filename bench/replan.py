@@ -2,13 +2,14 @@
 """Re-planning while serving, on real engines: docs/replanning.md has the figures.
 
     python -m fairkv_sglang.bench.replan shift [--profile FILE] [--out FOLDER]
-    python -m fairkv_sglang.bench.replan start [--model demo|skewed] [--tp N] [--rounds N]
+    python -m fairkv_sglang.bench.replan start [--model demo|skewed] [--tp N] [--rounds N] [--pair]
 
 `shift`: task A's prompts, then task B's; balance by prompt beside an engine that never plans anew
 and one that starts with a plan made from B's counts. `start`: an engine without a profile serves 64
 prompts; then rounds side by side with engines that have the plan made from the same counts, without
-and with re-planning, and with plain tensor parallelism. Both write JSON to FOLDER, `shift` a
-picture. --profile: whose shares the skewed model's heads keep (without: log-normal ones).
+and with re-planning, and with plain tensor parallelism (--pair: beside the first of these alone,
+where memory is short). Both write JSON to FOLDER, `shift` a picture. --profile: whose shares the
+skewed model's heads keep (without: log-normal ones).
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=("demo", "skewed"), default="skewed")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--pair", action="store_true")
     parser.add_argument("--profile", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("docs/results"))
     options = parser.parse_args(arguments)
@@ -78,6 +80,7 @@ class Bench(contextlib.ExitStack):
     def __init__(self, options: argparse.Namespace, folder: str) -> None:
         super().__init__()
         self.tp, self.rounds, self.folder = options.tp, options.rounds, Path(folder)
+        self.pair = options.pair
         self.is_demo = options.what == "start" and options.model == "demo"
         self.ratio = 0.25 if self.is_demo else replan_model.RATIO
         self.model = ROOT / "demo" / "model"
@@ -169,15 +172,22 @@ class Bench(contextlib.ExitStack):
         """An engine without a profile after 64 prompts, beside a plan from the same counts."""
         following = self.engine("following")
         stream = {"new_tokens": [NEW] * AFTER, "at_once": AT_ONCE}
-        learned = following.call("serve", prompts=self.prompts(AFTER, 11), **stream)["fairkv"]
+        first = self.prompts(AFTER, 11)
+        learned = following.call("serve", prompts=first, **stream)["fairkv"]
         following.freeze()
         plan = self.plan(_kept(learned), learned)
         engines = {
             "re-planning": following,
             "offline": self.engine("offline", replan="off", plan=plan),
-            "offline, re-planning on": self.engine("both", plan=plan),
-            "plain TP": self.engine("plain", replan="off", placement="contiguous"),
         }
+        if not self.pair:
+            engines |= {
+                "offline, re-planning on": self.engine("both", plan=plan),
+                "plain TP": self.engine("plain", replan="off", placement="contiguous"),
+            }
+        for engine in list(engines.values())[1:]:  # pages in use become scattered in all of them
+            engine.call("serve", prompts=first, **stream)
+            engine.freeze()
         rounds: list[dict[str, Call]] = []
         for number in range(-SETS, self.rounds):  # the first ones fill the prefix caches
             prompts = self.prompts(BATCH, 100 + number % SETS)
