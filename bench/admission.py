@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
+from fairkv_sglang.budgets import BudgetScope, BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.cli.output import print_table
 from fairkv_sglang.kernels import HeadPages
 from fairkv_sglang.memory.demand import PageDemand
@@ -40,7 +40,7 @@ class Known(PageDemand):
 
     kept: NDArray[np.int64]
 
-    def _pages(self, prompt_len: int, mine: NDArray[np.bool_]) -> Pages:
+    def _pages(self, scope: BudgetScope, prompt_len: int, mine: NDArray[np.bool_]) -> Pages:
         pages: Pages = (-(-self.kept // PAGE_TOKENS)[:, None, :] * mine).sum(axis=(0, 2))
         return pages
 

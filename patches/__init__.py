@@ -15,9 +15,17 @@ __all__ = ["Hook", "HookError", "all_hooks", "all_overrides", "cpu_overrides", "
 
 def all_hooks() -> tuple[Hook, ...]:
     """The hooks of a serving rank, in ledger order (imports SGLang's scheduler)."""
-    from fairkv_sglang.patches import models, passes, pools, registries, scheduling, state
+    from fairkv_sglang.patches import (
+        models,
+        passes,
+        pools,
+        registries,
+        request_options,
+        scheduling,
+        state,
+    )
 
-    modules = (pools, models, registries, scheduling, passes, state)
+    modules = (pools, models, registries, request_options, scheduling, passes, state)
     return tuple(hook for module in modules for hook in module.HOOKS)
 
 

@@ -15,6 +15,7 @@ from fairkv_sglang.memory.admission import Asked
 from fairkv_sglang.memory.page_ledger import PAGE_TOKENS, Pages
 from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.patches.overrides import overrides
+from fairkv_sglang.patches.request_options import asked
 
 
 class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
@@ -82,15 +83,15 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
         slots = self.ceil_paged_tokens(extend_input_len) + self.page_size
         if slots > self.remaining_current:
             return False, None
-        asked = self.book.admission.ask(input_tokens)
-        if np.any(asked.charge > self._unpromised()):
+        needs = self.book.admission.ask(input_tokens, asked())
+        if np.any(needs.charge > self._unpromised()):
             return False, None
-        lasting = asked.lasting(max_new_tokens)
+        lasting = needs.lasting(max_new_tokens)
         # Alone on the server: nothing that could leave would ever make more room.
         alone = not len(self.book.ledger) and not self.promised.any()
         if not alone and np.any(lasting > self._left()):
             return False, None
-        self._candidate = asked, lasting
+        self._candidate = needs, lasting
         return True, chunk_limit
 
     def available_chunk_tokens(self, chunk_limit: int) -> int:
@@ -114,10 +115,10 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
         if is_chunked_continuation:  # its bound is charged; its output comes after the last chunk
             self.lasting = self.lasting + self.book.demand.growth(max_new_tokens)
         elif self._candidate is not None:
-            asked, lasting = self._candidate
-            self.promised = self.promised + asked.charge
+            needs, lasting = self._candidate
+            self.promised = self.promised + needs.charge
             self.lasting = self.lasting + lasting
-            self.book.admission.promise(asked)
+            self.book.admission.promise(needs)
             self._candidate = None
 
 

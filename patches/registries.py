@@ -51,7 +51,7 @@ def after_build_backend(result: Any, *, model_runner: Any, **kwargs: Any) -> Any
         exchange = HomeExchange(heads.homes, group)
         if book.pages.device.type == "cuda":
             transfer = torch.distributed.new_group(get_tp_group().ranks)
-    hand_over = HandOver(heads, rank.scope, book.pages, transfer)
+    hand_over = HandOver(heads, book.pages, transfer)
     rope = _rope(model_runner.model) if rank.scorer.needs_rope else None
     compressor = make_compressor(book, rank.scorer, hand_over, exchange, rope)
     if measure.is_asked_for():

@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
+from fairkv_sglang.config import RESOLVED_VARIABLE, from_environment
+from fairkv_sglang.config.request_options import KEY, read_request_options
 from fairkv_sglang.patches.ledger import Hook
 
 LARGEST_BIAS = 1e4
@@ -52,6 +57,51 @@ def check_request(
             )
 
 
+def after_create_tokenized(result: Any, manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
+    """SGLang has made what it sends to the ranks: FairKV's options become text.
+
+    Raises:
+        ValueError: SGLang answers it by status 400.
+    """
+    sampling = result.sampling_params
+    given = sampling.custom_params
+    if isinstance(given, dict) and given.get(KEY) is not None:
+        tokens = result.input_ids if result.input_ids is not None else obj.input_embeds
+        options = read_request_options(
+            given[KEY],
+            least_budget=_least_budget(os.environ.get(RESOLVED_VARIABLE)),
+            prompt_len=None if getattr(obj, "session_params", None) else len(tokens),
+        )
+        sampling.custom_params = {**given, KEY: options.to_text()}
+    check_types(sampling)
+
+
+@lru_cache
+def _least_budget(resolved: str | None) -> int:
+    config = from_environment({} if resolved is None else {RESOLVED_VARIABLE: resolved})
+    return 1 if config is None else config.make_scorer().least_budget
+
+
+def check_types(sampling: Any) -> None:
+    """Refuse sampling parameters that ranks could not read: one of another type ends them.
+
+    Args:
+        sampling: SGLang's sampling parameters, checked by SGLang for values only.
+
+    Raises:
+        ValueError: in one line.
+    """
+    import msgspec
+
+    try:
+        msgspec.msgpack.decode(msgspec.msgpack.encode(sampling), type=type(sampling))
+    except (msgspec.MsgspecError, TypeError, OverflowError) as error:
+        problem, _, place = str(error).partition(" - at ")
+        number = re.match(r"`\$\[(\d+)\]", place)
+        field = type(sampling).__struct_fields__[int(number[1])] + ": " if number else ""
+        raise ValueError(f"sampling_params: {field}{problem}.") from None
+
+
 HOOKS: tuple[Hook, ...] = (
     Hook(
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
@@ -61,5 +111,15 @@ HOOKS: tuple[Hook, ...] = (
         since="0.5.17",
         upstream="sglang/srt/managers/tokenizer_manager.py",
         test="tests/engine/test_server.py",
+    ),
+    Hook(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        kind="after",
+        function=after_create_tokenized,
+        why="a request's own options are checked and sent to the ranks; sampling parameters of "
+        "another type than SGLang's channel has would stop every rank",
+        since="0.5.17",
+        upstream="sglang/srt/managers/tokenizer_manager.py",
+        test="tests/engine/test_request_options.py",
     ),
 )

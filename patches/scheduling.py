@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from fairkv_sglang.budgets import Keep
 from fairkv_sglang.memory.page_ledger import PAGE_TOKENS
 from fairkv_sglang.patches.ledger import Hook
 from fairkv_sglang.patches.rank import Rank, this_rank
+from fairkv_sglang.patches.request_options import asked, asking, keep_of
 from fairkv_sglang.patches.versions import forgets_preempted
 
 
@@ -23,7 +25,8 @@ def after_alloc_for_extend(result: Any, batch: Any) -> None:
     for req in batch.reqs:
         setattr(req, SLOTS, req.kv.kv_allocated_len)
         setattr(req, HANDED_OVER, False)
-        new = book.admit(req.kv.req_pool_idx, len(req.full_untruncated_fill_ids))
+        length = len(req.full_untruncated_fill_ids)
+        new = book.admit(req.kv.req_pool_idx, length, keep_of(req))
         book.readmitted += new and req.retracted_stain
 
 
@@ -56,7 +59,7 @@ def around_create_prefill_budget(
 
 
 def around_add_request(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
-    """Admit by the budget alone.
+    """Admit by the budget alone, and tell it what the request wants kept.
 
     Without prefix caching SGLang asks, for a request that ignores the end of sequence, whether its
     output fits into the pool, too.
@@ -64,7 +67,8 @@ def around_add_request(original: Any, adder: Any, req: Any, *args: Any, **kwargs
     parameters = req.sampling_params
     ignores, parameters.ignore_eos = parameters.ignore_eos, False
     try:
-        return original(adder, req, *args, **kwargs)
+        with asking(keep_of(req)):
+            return original(adder, req, *args, **kwargs)
     finally:
         parameters.ignore_eos = ignores
 
@@ -121,28 +125,29 @@ def around_max_new_tokens(
     original: Any, allocator: Any, input_tokens: int, max_new_tokens: int, **kwargs: Any
 ) -> int | None:
     """Longest output of a request that has the server to itself; None if its prompt cannot fit."""
-    rank = this_rank()
+    rank, keep = this_rank(), asked()
     book, division = rank.book, rank.division
+    scope = keep.scope(rank.scope, input_tokens)
     if input_tokens + allocator.page_size + 1 > division.pool_tokens:
         return None
     # One page per lane more: a retracted request comes back with a longer prompt, rounded anew.
     # A new plan may come before it ends, and a retracted request is routed by the new one.
     lanes = book.demand.most_lanes
-    left = book.ledger.capacity - book.demand.under_any_plan(input_tokens) - lanes
+    left = book.ledger.capacity - book.demand.under_any_plan(input_tokens, scope) - lanes
     if np.any(left < 0):
         return None
     by_pages = int((left // np.maximum(lanes, 1)).min()) * PAGE_TOKENS
-    longest_head = int(rank.scope.per_head_bound(input_tokens).max())
+    longest_head = int(scope.per_head_bound(input_tokens).max())
     by_table = division.max_head_tokens - longest_head
     if by_table < 1:
         return None
     # A retracted request prefills its output again, in whole pages of the pool and one to spare.
     by_pool = division.pool_tokens - allocator.page_size - input_tokens
     longest = max(0, min(max_new_tokens, by_pages, by_table, by_pool))
-    return _longest_return(rank, input_tokens, longest)
+    return _longest_return(rank, keep, input_tokens, longest)
 
 
-def _longest_return(rank: Rank, input_tokens: int, longest: int) -> int:
+def _longest_return(rank: Rank, keep: Keep, input_tokens: int, longest: int) -> int:
     """Most output, up to ``longest``, with which a prompt can still be admitted anew.
 
     The bound of a compressed prompt may rise faster than the prompt, but not without end, so nearly
@@ -152,9 +157,10 @@ def _longest_return(rank: Rank, input_tokens: int, longest: int) -> int:
 
     def fits(output: int) -> bool:
         length = input_tokens + output
+        scope = keep.scope(rank.scope, length)
         return bool(
-            np.all(book.demand.under_any_plan(length) <= book.ledger.capacity)
-            and rank.scope.per_head_bound(length).max() <= most
+            np.all(book.demand.under_any_plan(length, scope) <= book.ledger.capacity)
+            and scope.per_head_bound(length).max() <= most
         )
 
     if fits(longest):
@@ -238,7 +244,8 @@ HOOKS: tuple[Hook, ...] = (
         target="sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
         kind="around",
         function=around_add_request,
-        why="outputs of requests that ignore the end of sequence take no slots of the pool",
+        why="outputs of requests that ignore the end of sequence take no slots of the pool; each "
+        "request is admitted by what it wants kept",
         since="0.5.17",
         upstream="sglang/srt/managers/schedule_policy.py (add_one_req_ignore_eos)",
         test="tests/patches/test_scheduling.py",

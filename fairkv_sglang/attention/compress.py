@@ -19,6 +19,7 @@ from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, IntArray, StoreBatch
 from fairkv_sglang.budgets import Kept, PromptTensors, Rope, Scorer, pick
+from fairkv_sglang.kernels.prompts import to_device
 from fairkv_sglang.memory.rows import RowBook
 
 
@@ -82,9 +83,23 @@ class PromptCompressor:
             owners = self.book.owners(span.row).astype(np.int64)
             slots = req_to_token[span.row, : span.prompt_len].long()
             sources = source[np.arange(source.shape[0])[None, :], owners]
-            self._endings.append(Ending(span, slots, owners, sources))
+            self._endings.append(self._ending(span, slots, owners, sources))
         if self.scorer.observes:
             self._computed = [req_to_token[s.row, : s.end].long() for s in spans.prompts]
+
+    def _ending(
+        self, span: PromptSpan, slots: Tensor, owners: IntArray, sources: IntArray
+    ) -> Ending:
+        keep, device = self.book.keep(span.row), slots.device
+        scope = keep.scope(self.scope, span.prompt_len)
+        ending = Ending(span, slots, owners, sources, scope)
+        if scope.protected:
+            scored = span.prompt_len - self.scope.window
+            protected = keep.positions(scored)
+            others = np.delete(np.arange(scored), protected)
+            ending.protected = to_device(torch.from_numpy(protected), device)
+            ending.unprotected = to_device(torch.from_numpy(others), device)
+        return ending
 
     def layer(
         self,
@@ -139,7 +154,8 @@ class PromptCompressor:
     def _observe(self, inputs: LayerInputs, q: Tensor, spans: ForwardSpans) -> None:
         """Shows the scorer the queries of this pass."""
         for span, slots in zip(spans.prompts, self._computed, strict=True):
-            if self.scope.budget(span.prompt_len) >= span.prompt_len:
+            scope = self.book.keep(span.row).scope(self.scope, span.prompt_len)
+            if scope.budget(span.prompt_len) >= span.prompt_len:
                 continue  # keeps everything
             seen = self.book.seen(span.row)
             k = inputs.k_pool.index_select(0, slots)
@@ -166,7 +182,7 @@ class PromptCompressor:
         scored: list[int] = []
         for number, ending in enumerate(self._endings):
             length = ending.span.prompt_len
-            if self.scope.budget(length) >= length:
+            if ending.scope.budget(length) >= length:
                 chosen[number] = self._everything(length)
             else:
                 scored.append(number)
@@ -188,8 +204,12 @@ class PromptCompressor:
 
     def _choose(self, layer: int, scores: Tensor, ending: Ending) -> Choice:
         """From ``scores`` of all heads ``[H, M]``, or of the home heads where that is enough."""
-        scope, length = self.scope, ending.span.prompt_len
+        scope, length = ending.scope, ending.span.prompt_len
         home = self.heads.home
+        unprotected = scores
+        if ending.protected is not None and ending.unprotected is not None:
+            scores = protect(scores, ending.protected)
+            unprotected = scores.index_select(1, ending.unprotected)
         if not scope.input_dependent:
             exact: IntArray | None = np.array(scope.expected(length)[layer])
             counts = torch.tensor(exact).to(scores.device, non_blocking=True)
@@ -199,22 +219,22 @@ class PromptCompressor:
                 every, size = range(scope.num_heads), scope.home_size
                 groups = [every[i : i + size] for i in range(0, scope.num_heads, size)]
             if scores.shape[0] < scope.num_heads:
-                mine = scope.counts(layer, home, scores, length)
-                return Choice(self._pick(layer, scores, mine, length, None), None, None)
+                mine = scope.counts(layer, home, unprotected, length)
+                return Choice(self._pick(layer, scores, mine, ending, None), None, None)
             counts = torch.cat(
-                [scope.counts(layer, g, scores[g[0] : g[-1] + 1], length) for g in groups]
+                [scope.counts(layer, g, unprotected[g[0] : g[-1] + 1], length) for g in groups]
             )
             exact = _on_host(counts)
         mine = scores if scores.shape[0] < scope.num_heads else scores[self._home]
-        kept = self._pick(layer, mine, counts[self._home], length, exact)
+        kept = self._pick(layer, mine, counts[self._home], ending, exact)
         return Choice(kept, counts, exact)
 
     def _pick(
-        self, layer: int, scores: Tensor, counts: Tensor, length: int, exact: IntArray | None
+        self, layer: int, scores: Tensor, counts: Tensor, ending: Ending, exact: IntArray | None
     ) -> Kept:
         """Positions of the home heads; their table is as wide as could be where nothing waits."""
-        home = list(self.heads.home)
-        most = self.scope.per_head_bound(length)[layer] if exact is None else exact
+        home, length = list(self.heads.home), ending.span.prompt_len
+        most = ending.scope.per_head_bound(length)[layer] if exact is None else exact
         return pick(scores, counts, length, min(int(most[home].max()), length))
 
     def _score(self, inputs: LayerInputs, ending: Ending, window: Tensor | None) -> Tensor:
@@ -244,6 +264,12 @@ class PromptCompressor:
                 kept = self._exchange.counts(kept)
             self.book.note_kept(ending.span.row, _to_host(kept))
         self._endings = []
+
+
+def protect(scores: Tensor, positions: Tensor) -> Tensor:
+    """``scores [n, M]`` with those of protected tokens above all others."""
+    # not even an infinite score stands beside them
+    return scores.clamp(max=torch.finfo(scores.dtype).max).index_fill(1, positions, torch.inf)
 
 
 def _on_host(counts: Tensor) -> IntArray | None:

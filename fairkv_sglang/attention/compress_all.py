@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairkv_sglang.attention.compress import LayerInputs, PromptCompressor
+from fairkv_sglang.attention.compress import LayerInputs, PromptCompressor, protect
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans
 from fairkv_sglang.attention.hand_over import Choice, HandOver, StoreBatch
@@ -47,25 +47,33 @@ class AllPromptsCompressor(PromptCompressor):
         if not self._endings:
             return
         scope, window = self.scope, self.scope.window
-        kept = [scope.budget(ending.span.prompt_len) for ending in self._endings]
-        everything = [n >= e.span.prompt_len for n, e in zip(kept, self._endings, strict=True)]
-        self._order = sorted(range(len(kept)), key=lambda number: everything[number])
+        everything = [e.scope.budget(e.span.prompt_len) >= e.span.prompt_len for e in self._endings]
+        self._order = sorted(range(len(everything)), key=lambda number: everything[number])
         self._endings = [self._endings[number] for number in self._order]
+        scopes = [ending.scope for ending in self._endings]
         lengths = [ending.span.prompt_len for ending in self._endings]
-        budgets = [scope.budget(n) for n in lengths]
+        each = list(zip(scopes, lengths, strict=True))
+        budgets = [own.budget(n) for own, n in each]
         self._prompts = PromptBatch.create(
             [ending.span.row for ending in self._endings],
             lengths,
             [max(n - window, 0) if b < n else 0 for n, b in zip(lengths, budgets, strict=True)],
             req_to_token,
             [max(b - window, 0) for b in budgets],
-            [scope.floor(n) for n in lengths] if isinstance(scope, Pooled) else (),
+            [own.protected + own.floor(n) for own, n in each if isinstance(own, Pooled)],
         )
+        starts = self._prompts.starts
+        protected = [
+            ending.protected + starts[p]
+            for p, ending in enumerate(self._endings)
+            if ending.protected is not None and self._prompts.scored[p]
+        ]
+        self._protected = torch.cat(protected) if protected else None
         layers, device = self.scope.num_layers, req_to_token.device
-        bounds = [scope.per_head_bound(n)[:, self._mine].max(axis=1) for n in lengths]
+        bounds = [own.per_head_bound(n)[:, self._mine].max(axis=1) for own, n in each]
         self._widths = np.minimum(np.stack(bounds), np.array(lengths)[:, None]).max(axis=0)
         # [P, L, H] on the host; on the device for static scopes, whose counts these are.
-        self._expected = np.stack([scope.expected(n) for n in lengths])
+        self._expected = np.stack([own.expected(n) for own, n in each])
         if not scope.input_dependent:
             self._static = to_device(torch.from_numpy(self._expected), device)
         every = np.repeat(np.array(lengths)[:, None], scope.num_heads, axis=1)
@@ -88,6 +96,8 @@ class AllPromptsCompressor(PromptCompressor):
             widths = [scored for scored in prompts.scored if scored]  # those come first
             tables = [self.scorer.combine(table) for table in scores.split(widths, dim=1)]
             scores = torch.cat(tables, dim=1)
+        if self._protected is not None:
+            scores = protect(scores, self._protected)
         counts = self._counts(layer, scores)
         complete = counts.shape[1] == self.scope.num_heads
         mine = counts[:, self._mine] if complete else counts
@@ -140,10 +150,12 @@ class AllPromptsCompressor(PromptCompressor):
         heads = range(rows) if rows == scope.num_heads else self.heads.home
         found = []
         for p, (length, scored) in enumerate(zip(prompts.lengths, prompts.scored, strict=True)):
-            at = prompts.starts[p]
+            at, ending = prompts.starts[p], self._endings[p]
             table = scores[:, at : at + scored]
+            if ending.unprotected is not None and scored:
+                table = table.index_select(1, ending.unprotected)
             found.append(
-                scope.counts(layer, heads, table, length)
+                ending.scope.counts(layer, heads, table, length)
                 if scored
                 else torch.full((rows,), length, dtype=torch.int64, device=scores.device)
             )

@@ -46,6 +46,10 @@ class Ending:
         slots: ``int64 [N]`` pool slots of the prompt.
         owners: ``[L, H]`` owner of each head.
         sources: ``[L, H]`` home from which the owner gets the head's rows.
+        scope: The budget scope, with the request's own budget.
+        protected: ``int64`` positions before the window that every head keeps; None if there are
+            none.
+        unprotected: ``int64`` the other positions before the window; None if those are all.
         counts: Per layer kept counts, ``[H]``, or of the home heads where others are not known.
     """
 
@@ -53,6 +57,9 @@ class Ending:
     slots: Tensor
     owners: IntArray
     sources: IntArray
+    scope: BudgetScope
+    protected: Tensor | None = None
+    unprotected: Tensor | None = None
     counts: list[Tensor] = field(default_factory=list)
 
 
@@ -103,7 +110,6 @@ class HandOver:
 
     Args:
         heads: This rank's heads.
-        scope: Budget scope, for bounds of what is not known yet.
         pages: This rank's head pages.
         group: Process group of the ranks; None at TP 1. Where the exchange overlaps it is not the
             group of SGLang's all-reduces, which would queue up behind it.
@@ -112,12 +118,10 @@ class HandOver:
     def __init__(
         self,
         heads: RankHeads,
-        scope: BudgetScope,
         pages: HeadPages,
         group: dist.ProcessGroup | None,
     ) -> None:
         self.heads = heads
-        self.scope = scope
         self.pages = pages
         self.group = group
         self.overlaps = pages.device.type != "cpu"  # with the computation of the next layer
@@ -282,7 +286,7 @@ class HandOver:
             return sizes
         for source, owner in {(int(sources[h]), int(owners[h])) for h in moved}:
             heads = self._moving(layer, ending, source, owner).tolist()
-            sizes[source, owner] = self.scope.most(layer, ending.span.prompt_len, heads)
+            sizes[source, owner] = ending.scope.most(layer, ending.span.prompt_len, heads)
         return sizes
 
     def _pack(
@@ -343,7 +347,7 @@ class HandOver:
             columns = np.array([order.index(h) if h in order else -1 for h in lane_heads])
             counts = choice.counts[self._device(np.array(order))]
             if choice.exact is None:
-                width = int(self.scope.per_head_bound(ending.span.prompt_len)[layer].max())
+                width = int(ending.scope.per_head_bound(ending.span.prompt_len)[layer].max())
             else:
                 width = int(choice.exact[order].max())
             places = torch.cat(starts)[:, None] + torch.arange(width, device=counts.device)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from fairkv_sglang.budgets.keep import AS_SERVER, Keep
 from fairkv_sglang.budgets.prompt_tensors import PromptTensors
 from fairkv_sglang.budgets.rope import Rope
 from fairkv_sglang.budgets.scopes import SCOPES, BudgetScope, BudgetSpec, make_scope
@@ -10,10 +11,12 @@ from fairkv_sglang.budgets.scorers import SCORERS, Scorer, make_scorer
 from fairkv_sglang.budgets.selection import Kept, pick
 
 __all__ = [
+    "AS_SERVER",
     "SCOPES",
     "SCORERS",
     "BudgetScope",
     "BudgetSpec",
+    "Keep",
     "Kept",
     "PromptTensors",
     "Rope",

@@ -15,7 +15,7 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from fairkv_sglang.budgets import BudgetScope
+from fairkv_sglang.budgets import AS_SERVER, BudgetScope, Keep
 from fairkv_sglang.memory.demand import PageDemand
 from fairkv_sglang.memory.page_ledger import PAGE_TOKENS, Pages
 from fairkv_sglang.placement import Router
@@ -35,6 +35,7 @@ class Asked:
         expected: ``[L, H]`` tokens that it is expected to keep.
         bound: ``[R]`` pages that its kept tokens cannot exceed.
         lanes: ``[R]`` heads that it has on each rank.
+        keep: What it wants kept.
     """
 
     prompt_len: int
@@ -42,6 +43,7 @@ class Asked:
     expected: NDArray[np.number]
     bound: Pages
     lanes: Pages
+    keep: Keep = AS_SERVER
 
     @property
     def charge(self) -> Pages:
@@ -75,13 +77,14 @@ class Admission:
         self._promised: deque[tuple[int, Asked]] = deque()
         self._keys = count(-1, -1)  # of promised prompts in the router; rows are positive
 
-    def ask(self, prompt_len: int) -> Asked:
+    def ask(self, prompt_len: int, keep: Keep = AS_SERVER) -> Asked:
         """What a prompt of ``prompt_len`` tokens needs; nothing is remembered."""
-        expected = self._expected(prompt_len)
+        scope = keep.scope(self._scope, prompt_len)
+        expected = self._expected(scope, prompt_len)
         owners = self._router.choose(expected)
-        bound = self._demand.with_owners(prompt_len, owners)
+        bound = self._demand.with_owners(prompt_len, owners, scope)
         lanes = np.bincount(owners.ravel(), minlength=len(bound))
-        return Asked(prompt_len, owners, expected, bound, lanes)
+        return Asked(prompt_len, owners, expected, bound, lanes, keep)
 
     def promise(self, asked: Asked) -> None:
         """The prompt is in the pass that is being put together."""
@@ -95,7 +98,7 @@ class Admission:
             self._router.release(key)
         self._promised.clear()
 
-    def take(self, row: int, prompt_len: int) -> Asked:
+    def take(self, row: int, prompt_len: int, keep: Keep = AS_SERVER) -> Asked:
         """The next prompt has its row: what it was promised, or what it needs now.
 
         Raises:
@@ -103,20 +106,21 @@ class Admission:
                 pages twice.
         """
         if not self._promised:
-            self.promise(self.ask(prompt_len))
+            self.promise(self.ask(prompt_len, keep))
         key, asked = self._promised.popleft()
-        if asked.prompt_len != prompt_len:
+        if (asked.prompt_len, asked.keep) != (prompt_len, keep):
             raise RuntimeError(
                 f"FairKV: row {row} has a prompt of {prompt_len} tokens, the next one that was "
-                f"promised its pages has {asked.prompt_len}"
+                f"promised its pages has {asked.prompt_len} ({keep}, {asked.keep})"
             )
         self._router.rename(key, row)
         return asked
 
-    def _expected(self, prompt_len: int) -> NDArray[np.number]:
+    def _expected(self, scope: BudgetScope, prompt_len: int) -> NDArray[np.number]:
         """``[L, H]`` tokens that a prompt is expected to keep: each layer's by the last prompts."""
-        expected = self._scope.expected(prompt_len)
-        if not self._scope.input_dependent or self._recorder.prompts < LEAST_RECORDED:
+        expected = scope.expected(prompt_len)
+        known = not scope.input_dependent or scope.budget(prompt_len) >= prompt_len
+        if known or self._recorder.prompts < LEAST_RECORDED:
             return expected
         seen = self._recorder.mean()
         return expected.sum(axis=1, keepdims=True) * (seen / seen.sum(axis=1, keepdims=True))

@@ -43,12 +43,17 @@ class PageDemand:
 
     def _any_owner(self, prompt_len: int) -> Pages:
         """``[R]`` pages of a prompt of ``prompt_len`` tokens whoever owns its copied heads."""
-        return self._pages(prompt_len, self._served)
+        return self._pages(self.scope, prompt_len, self._served)
 
-    def with_owners(self, prompt_len: int, owners: NDArray[np.integer]) -> Pages:
-        """``[R]`` pages of a prompt of ``prompt_len`` tokens with ``owners [L, H]``."""
+    def with_owners(
+        self, prompt_len: int, owners: NDArray[np.integer], scope: BudgetScope | None = None
+    ) -> Pages:
+        """``[R]`` pages of a prompt of ``prompt_len`` tokens with ``owners [L, H]``.
+
+        ``scope``: of a request with a budget of its own.
+        """
         ranks = np.arange(self._served.shape[1])[None, :, None]
-        return self._pages(prompt_len, owners[:, None, :] == ranks)
+        return self._pages(scope or self.scope, prompt_len, owners[:, None, :] == ranks)
 
     def lone_request(self, prompt_len: int) -> Pages:
         """``[R]`` pages charged to an otherwise idle server for a prompt, spare pages included."""
@@ -61,17 +66,22 @@ class PageDemand:
         growth: Pages = pages.astype(np.int64)
         return growth
 
-    def _under_any_plan(self, prompt_len: int) -> Pages:
-        """``[R]`` as :meth:`lone_request`, for whichever lanes the slots may come to hold."""
+    def _under_any_plan(self, prompt_len: int, scope: BudgetScope | None = None) -> Pages:
+        """``[R]`` as :meth:`lone_request`, for whichever lanes the slots may come to hold.
+
+        ``scope``: of a request with a budget of its own.
+        """
+        scope = scope or self.scope
         if self.capacity is None:
-            return self.lone_request(prompt_len)
+            alone: Pages = self._pages(scope, prompt_len, self._served) + self.lanes
+            return alone
         # The heads that could take most, as many as there are slots; of equal ones those that do
         # not share a budget (scope rank: heads at home on one rank do).
-        caps = self.scope.per_head_bound(prompt_len)
-        group = np.arange(caps.shape[1]) % self.scope.home_size
+        caps = scope.per_head_bound(prompt_len)
+        group = np.arange(caps.shape[1]) % scope.home_size
         order = np.lexsort((np.broadcast_to(group, caps.shape), -caps), axis=1)
         place = np.argsort(order, axis=1)  # [L, H]
-        pages: Pages = self._pages(prompt_len, place[:, None, :] < self.capacity[:, :, None])
+        pages: Pages = self._pages(scope, prompt_len, place[:, None, :] < self.capacity[:, :, None])
         return pages + self.most_lanes
 
     @property
@@ -83,14 +93,14 @@ class PageDemand:
         most: Pages = np.minimum(self.capacity, heads).sum(axis=0).astype(np.int64)
         return most
 
-    def _pages(self, prompt_len: int, mine: NDArray[np.bool_]) -> Pages:
-        caps = self.scope.per_head_bound(prompt_len)  # [L, H]
+    def _pages(self, scope: BudgetScope, prompt_len: int, mine: NDArray[np.bool_]) -> Pages:
+        caps = scope.per_head_bound(prompt_len)  # [L, H]
         each = (-(-caps // PAGE_TOKENS))[:, None, :] * mine  # [L, R, H]
         pages = each.sum(axis=2)
-        if self.scope.input_dependent:
+        if scope.input_dependent:
             for rank in range(mine.shape[1]):
                 heads = [np.flatnonzero(row).tolist() for row in mine[:, rank]]
-                tokens = self.scope.bound(prompt_len, heads)
+                tokens = scope.bound(prompt_len, heads)
                 count = mine[:, rank].sum(axis=1)
                 total = (tokens + (PAGE_TOKENS - 1) * count) // PAGE_TOKENS
                 pages[:, rank] = np.minimum(pages[:, rank], total)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fairkv_sglang.budgets import BudgetScope
+from fairkv_sglang.budgets import AS_SERVER, BudgetScope, Keep
 from fairkv_sglang.kernels.pages import HeadPages, describe_error
 from fairkv_sglang.kernels.prompts import to_device
 from fairkv_sglang.memory.admission import Admission
@@ -38,6 +38,7 @@ from fairkv_sglang.profiles.recorder import Recorder
 class _Life:
     prompt_len: int
     owned: torch.Tensor  # uint8 [lanes], host
+    keep: Keep
     stored: bool = False  # the device holds (or will hold) pages of this row
     kept: torch.Tensor | None = None  # int64 [L, H] host, filled by the prompt's last forward
     tails: dict[int, torch.Tensor] = field(default_factory=dict)  # see RowBook.tails
@@ -99,24 +100,29 @@ class RowBook:
 
     # -- admission ------------------------------------------------------------------------------
 
-    def admit(self, row: int, prompt_len: int) -> bool:
+    def admit(self, row: int, prompt_len: int, keep: Keep = AS_SERVER) -> bool:
         """Fix the owners of a request and charge its pages; False for a row in a later chunk."""
         if row in self._lives:
             return False
-        asked = self.admission.take(row, prompt_len)
+        asked = self.admission.take(row, prompt_len, keep)
         owners = asked.owners
         self.residents.admit(row, owners)
         self.ledger.admit(row, owners, asked.bound)
-        self._lives[row] = _Life(prompt_len, torch.from_numpy(self.heads.owned(owners)))
-        self.log.add("admit", row, prompt_len.to_bytes(8, "little") + owners.tobytes())
+        self._lives[row] = _Life(prompt_len, torch.from_numpy(self.heads.owned(owners)), keep)
+        said = prompt_len.to_bytes(8, "little") + owners.tobytes() + repr(keep).encode()
+        self.log.add("admit", row, said)
         if not self.scope.input_dependent:
-            self._settle(row, self.scope.expected(prompt_len))
+            self._settle(row, keep.scope(self.scope, prompt_len).expected(prompt_len))
         self._note_peak()
         return True
 
     def owners(self, row: int) -> NDArray[np.int16]:
         """``[L, H]`` owner of each head for the row."""
         return self.ledger.owners(row)
+
+    def keep(self, row: int) -> Keep:
+        """What the request wants kept."""
+        return self._lives[row].keep
 
     # -- forward --------------------------------------------------------------------------------
 
@@ -194,10 +200,14 @@ class RowBook:
         self.ledger.settle(row, counts)
         self.router.update(row, counts)
         self.residents.settle(row, counts)
-        self.recorder.add(counts, self._lives[row].prompt_len)
+        life = self._lives[row]
+        # What is expected of the next prompts, and planned for: those with the server's budget. One
+        # that keeps everything would weigh as much as many of them, with nothing to tell heads by.
+        if life.keep.spec is None:
+            self.recorder.add(counts, life.prompt_len)
         self.kept_sum += counts
         self.kept_prompts += 1
-        self.kept_prompt_tokens += self._lives[row].prompt_len
+        self.kept_prompt_tokens += life.prompt_len
         self.log.add("settle", row, counts.tobytes())
 
     # -- SGLang's auxiliary-cache interface -----------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 
 import fairkv_sglang.patches.rank
 from fairkv_sglang.attention.compress_all import AllPromptsCompressor
+from fairkv_sglang.budgets import BudgetSpec, Keep
 from fairkv_sglang.budgets.scorers.tova import TOVA
 from fairkv_sglang.budgets.selection import picked, pooled_counts
 from fairkv_sglang.kernels import HeadPages
@@ -106,6 +107,35 @@ def test_one_rank_keeps_what_the_papers_say_in_few_launches(
         assert made.waits == []
         if scorer == "snapkv":
             assert made.count <= MOST_LAUNCHES, made
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("scope", ["uniform", "head", "layer", "rank", "threshold", "pyramid"])
+def test_each_request_has_its_own_budget_and_protected_tokens(
+    tmp_path: Path, scope: str, tp_size: int, request: pytest.FixtureRequest
+) -> None:
+    """In one pass, beside a prompt with the server's budget and one that keeps everything."""
+    counted = (
+        request.getfixturevalue("counted") if tp_size == 1 else []
+    )  # on a CPU hand-over copies
+    rng, model = np.random.default_rng(tp_size), Model()
+    plan = random_plan(rng, LAYERS, tp_size, model.heads)
+    config = settle(tmp_path, model, plan, scope=scope, ratio=0.4, scorer="snapkv")
+    prompts = random_prompts(rng, [[21, 40], [16, 45], [3, 58], [21, 20], [9, 41]])
+    keeps = [
+        Keep(),
+        Keep(BudgetSpec(tokens=13)),
+        Keep(BudgetSpec(ratio=1.0), ((4, 9),)),
+        Keep(None, ((0, 2), (15, 26), (30, 80))),
+        Keep(BudgetSpec(tokens=10), ((0, 20),)),
+    ]
+    for prompt, keep in zip(prompts, keeps, strict=True):
+        prompt.keep = keep
+    extreme_scores(rng, prompts[:1])
+    ranks, _ = run_ranks(config, model, tp_size, lambda rank: rank.run(prompts), bounded=True)
+    assert type(ranks[0].compressor) is AllPromptsCompressor
+    check(ranks, config, prompts)
+    assert all(made.waits == [] for made in counted)
 
 
 def test_heads_are_combined_prompt_by_prompt(

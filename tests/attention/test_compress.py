@@ -5,6 +5,7 @@ TP and plan; and no more travels than has to.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 
 import fairkv_sglang.patches.rank
 from fairkv_sglang.attention.compress import PromptCompressor
+from fairkv_sglang.budgets import BudgetSpec, Keep
+from fairkv_sglang.budgets.keep import merged
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.placement import Plan
 from fairkv_tests.compress_cases import (
@@ -251,6 +254,59 @@ def test_any_plan_and_observation_window(
     cached = [0 if scorer in OBSERVERS else p[0] for p in prompts]
     made = random_prompts(rng, [p[1] for p in prompts], cached, model)
     compress(config, model, tp_size, made, bounded=bounded)
+
+
+@st.composite
+def keeps(draw: st.DrawFn) -> Keep:
+    """A budget, or the server's, or all; protected tokens also in the window and beyond the end."""
+    some = [None, BudgetSpec(tokens=12), BudgetSpec(tokens=25), BudgetSpec(ratio=0.6)]
+    spec = draw(st.sampled_from([*some, BudgetSpec(ratio=1.0)]))
+    numbers = draw(st.lists(st.integers(0, 70), max_size=6))
+    return Keep(spec, merged((min(pair), max(pair)) for pair in itertools.pairwise(numbers)))
+
+
+@settings(QUICK, max_examples=120)
+@given(
+    seed=seeds,
+    split=st.sampled_from(SPLITS),
+    scope=st.sampled_from(SCOPES),
+    scorer=st.sampled_from(["snapkv", "streaming", "compactor", "tova", "first number"]),
+    prompts=chunked(),
+    wanted=st.lists(keeps(), min_size=4, max_size=4),
+    bounded=st.booleans(),
+)
+def test_each_request_has_its_own_budget_and_protected_tokens(
+    folder: Path,
+    seed: int,
+    split: tuple[int, int, int],
+    scope: str,
+    scorer: str,
+    prompts: list[tuple[int, list[int]]],
+    wanted: list[Keep],
+    bounded: bool,
+) -> None:
+    """In one pass, with cached prefixes and borders of chunks inside of spans; digests agree."""
+    heads, group, tp_size = split
+    model, rng = Model(heads, group), np.random.default_rng(seed)
+    plan = random_plan(rng, LAYERS, tp_size, heads)
+    first_number = scorer == "first number"
+    options = (
+        {"scorer": "streaming"}
+        if first_number
+        else (SCORERS | IN_TORCH).get(scorer, {"scorer": scorer})
+    )
+    assume(heads >= tp_size or scorer not in NO_REPLICAS)
+    config = settle(folder, model, plan, scope=scope, ratio=0.35, **options)
+    cached = [0 if scorer in OBSERVERS else p[0] for p in prompts]
+    made = random_prompts(rng, [p[1] for p in prompts], cached, model)
+    if first_number:
+        extreme_scores(rng, made)
+    for prompt, keep in zip(made, wanted, strict=False):
+        prompt.keep = keep
+    everything = compress(config, model, tp_size, made, bounded=bounded, first_number=first_number)
+    for prompt, kept in zip(made, everything, strict=True):
+        named = {t for a, b in prompt.keep.spans for t in range(a, min(b, prompt.length))}
+        assert all(named <= set(row) for layer in kept for row in layer)
 
 
 @pytest.mark.parametrize("split", SPLITS[1:], ids=str)

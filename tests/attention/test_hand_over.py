@@ -86,7 +86,7 @@ def hand_over_of(
 ) -> HandOver:
     heads = RankHeads(plan, rank, 1)
     pages = HeadPages.create(800, 6, heads.num_lanes, 8, DIM, dtype)
-    over = HandOver(heads, AnyScope(plan.num_kv_heads), pages, group)  # type: ignore[arg-type]
+    over = HandOver(heads, pages, group)  # type: ignore[arg-type]
     over.overlaps = True  # as on CUDA; compress_cases has both
     return over
 
@@ -106,7 +106,8 @@ def run(case: Case, bounded: list[bool]) -> tuple[list[HandOver], Collectives]:
             source = over.heads.homes.source
             sources = source[np.arange(len(source))[None], owners]
             span = PromptSpan(row, 0, length, length, length)
-            endings.append(Ending(span, case.slots[number], owners, sources))
+            scope = AnyScope(case.plan.num_kv_heads)
+            endings.append(Ending(span, case.slots[number], owners, sources, scope))  # type: ignore[arg-type]
         for layer in range(LAYERS):
             choices = [case.choice(i, layer, home, loose) for i, loose in enumerate(bounded)]
             over.finish()
@@ -198,7 +199,7 @@ def test_bytes_of_a_row_are_those_of_the_pages() -> None:
     plan = Plan.from_shares(np.ones((LAYERS, 1, 2)), "one")
     for dtype in (torch.float32, torch.bfloat16):
         pages = HeadPages.create(4, 2, 4, 2, DIM, dtype)
-        over = HandOver(RankHeads(plan, 0, 1), AnyScope(2), pages, None)  # type: ignore[arg-type]
+        over = HandOver(RankHeads(plan, 0, 1), pages, None)
         assert over.row_bytes * 16 == pages.page_bytes
 
 
@@ -209,7 +210,8 @@ def test_a_move_needs_an_owner_away_from_home() -> None:
 
     def ending(layers: list[list[int]]) -> Ending:
         owners = np.array(layers)
-        return Ending(SimpleNamespace(), torch.empty(0), owners, source[np.arange(2)[None], owners])  # type: ignore[arg-type]
+        sources = source[np.arange(2)[None], owners]
+        return Ending(SimpleNamespace(), torch.empty(0), owners, sources, AnyScope(2))  # type: ignore[arg-type]
 
     at_home = ending([[0, 2], [1, 3]])
     away = ending([[1, 3], [2, 2]])

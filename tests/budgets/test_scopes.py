@@ -37,7 +37,10 @@ def cases(draw, names=tuple(SCOPES)):
     options = {key: value for key, value in values.items() if key in SCOPES.options(name)}
     scope = SCOPES.make(name, spec, LAYERS, heads, window, profile, **options)
     scope.home_size = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
-    m = max(total - window, 0)
+    if draw(st.booleans()):  # as a request has it: another budget, protected tokens
+        own = draw(st.sampled_from([None, BudgetSpec(tokens=window + 9), BudgetSpec(ratio=0.4)]))
+        scope = scope.variant(own, draw(st.integers(0, max(total - window, 0))))
+    m = max(total - scope.window, 0)
     if draw(st.booleans()):
         scores = rng.integers(0, 4, (heads, m)).astype(np.float32)
     else:
@@ -230,6 +233,8 @@ def test_rank_at_tp_1_equals_layer(case):
         scope.num_heads,
         scope.window,
         scope.profile,
+        scope.sink,
+        scope.protected,
         floor_alpha=scope.floor_alpha,
     )
     assert rank.home_size == scope.num_heads  # until a rank says what is at home on it
@@ -239,6 +244,39 @@ def test_rank_at_tp_1_equals_layer(case):
     assert _rows(select(rank, 0, heads, scores, total)) == (
         _rows(select(scope, 0, heads, scores, total))
     )
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_a_budget_holds_the_protected_tokens_and_rises_where_it_cannot(name):
+    profile = HeadProfile(None, np.random.default_rng(0).random((LAYERS, 4)) + 0.1)
+    scope = SCOPES.make(name, BudgetSpec(tokens=20), LAYERS, 4, 8, profile, 3)
+    assert scope.variant() is scope
+    assert scope.variant(None, 5) is scope.variant(scope.spec, 5)
+    budgets = {p: scope.variant(None, p).budget(100) for p in (0, 5, 9, 10, 60, 89, 92)}
+    # Window 8 and sink 3 need 11 tokens beside the protected ones.
+    assert budgets == {0: 20, 5: 20, 9: 20, 10: 21, 60: 71, 89: 100, 92: 100}
+    for protected in (5, 60):
+        own = scope.variant(None, protected)
+        assert own.expected(100).min() >= protected + 8
+        assert (own.per_head_bound(100) >= own.expected(100)).all()
+    with pytest.raises(ValueError, match=r"10 tokens is below window 8 .* sink 3: use at least 11"):
+        scope.variant(BudgetSpec(tokens=10), 5)
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_a_variant_is_a_scope_made_with_its_budget(name):
+    """And has the homes of the rank."""
+    profile = HeadProfile(None, np.random.default_rng(1).random((LAYERS, 4)) + 0.1)
+    spec = BudgetSpec(ratio=0.3)
+    scope, other = (SCOPES.make(name, x, LAYERS, 4, 8, profile) for x in (BudgetSpec(40), spec))
+    scope.home_size = other.home_size = 2
+    variant = scope.variant(spec)
+    assert variant is scope.variant(BudgetSpec(ratio=0.3))
+    for total in (5, 30, 200):
+        assert np.array_equal(variant.expected(total), other.expected(total))
+        assert np.array_equal(variant.per_head_bound(total), other.per_head_bound(total))
+        heads = [[0, 3], [1, 2]]
+        assert np.array_equal(variant.bound(total, heads), other.bound(total, heads))
 
 
 @pytest.mark.parametrize("name", ["layer", "rank"])

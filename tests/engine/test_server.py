@@ -62,6 +62,12 @@ FATAL: list[dict[str, Any]] = [
     {"input_ids": [5, 6], "return_logprob": True, "token_ids_logprob": [1_000_000]},
     {"input_ids": [5, 6], "return_logprob": True, "top_logprobs_num": [3]},
     {"input_ids": [5, 6], "sampling_params": {"logit_bias": [7]}},
+    {"input_ids": [5, 6], "sampling_params": {"custom_params": {"other": [[1]]}}},
+    {"input_ids": [5, 6], "sampling_params": {"skip_special_tokens": "yes"}},
+    *(
+        {"input_ids": [5, 6], "sampling_params": {"custom_params": {"fairkv": fairkv}}}
+        for fairkv in (3, {"budgt": 64}, {"budget": 32}, {"ratio": 2}, {"protect": [[0, 3]]})
+    ),
 ]
 HARMLESS: list[dict[str, Any]] = [
     {"input_ids": [5, 6], "sampling_params": {"temperature": 1e-30, "max_new_tokens": 2}},

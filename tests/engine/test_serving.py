@@ -127,6 +127,39 @@ def test_openai_client(server: ServerProcess) -> None:
     assert text == chat.choices[0].message.content
 
 
+def test_openai_client_with_options_of_its_own(server: ServerProcess) -> None:
+    """As the client sends what SGLang adds to OpenAI's interface; what is wrong gets status 400."""
+    import openai
+
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    messages: Any = [{"role": "user", "content": "a long enough prompt, " * 20}]
+
+    def chat(**fairkv: Any) -> tuple[int, int]:
+        """Prompt tokens, and tokens that were kept of them."""
+        before = _fairkv(server)["kept_tokens"]
+        answer = client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=4, temperature=0,
+            extra_body={"custom_params": {"fairkv": fairkv}},
+        )  # fmt: skip
+        assert answer.usage is not None
+        kept = _fairkv(server)["kept_tokens"] - before
+        return answer.usage.prompt_tokens, kept // (MODEL["layers"] * MODEL["kv_heads"])
+
+    length, kept = chat(budget=40)
+    assert kept == 40 < length
+    assert chat(compress=False) == (length, length)
+    assert chat(ratio=0.5) == (length, -(-length // 2))
+    with pytest.raises(openai.BadRequestError, match=r"fairkv\.budget: 32 tokens are too few"):
+        chat(budget=32)
+    completion = client.completions.create(
+        model="tiny", prompt="some words " * 40, max_tokens=4,
+        extra_body={"custom_params": {"fairkv": {"ratio": 0.5, "protect": [[0, 9]]}}},
+    )  # fmt: skip
+    assert completion.choices[0].finish_reason == "length"
+    state = _fairkv(server)
+    assert state["decisions_agree"] and state["enabled"]
+
+
 def test_server_info_says_what_is_on(server: ServerProcess) -> None:
     """The stable names, all ranks, all hooks."""
     state = _fairkv(server)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar, ParamSpec
 
@@ -19,6 +19,9 @@ from fairkv_sglang.registry import Registry, option
 
 P = ParamSpec("P")
 CACHED_LENGTHS = 4096
+"""Prompt lengths whose tables a scope remembers."""
+CACHED_VARIANTS, LENGTHS_OF_VARIANT = 64, 256
+"""Budgets of requests that a scope remembers, and prompt lengths of each."""
 Heads = tuple[tuple[int, ...], ...]
 
 
@@ -89,9 +92,12 @@ class BudgetScope:
     Args:
         spec: The budget.
         num_layers, num_heads: Layers and KV heads of the whole model.
-        window: Last tokens that every head keeps (the scorer's).
+        window: Tokens that every head keeps without asking for their scores: the last ones (the
+            scorer's window) and, in a variant, protected ones.
         profile: Expected shares; required by scope ``head``.
         sink: First tokens for which each budget must have room (the scorer's).
+        protected: How many of the ``window`` are protected tokens; a budget need not hold those, it
+            rises where they leave too little of it.
 
     Raises:
         ValueError: Budget below window + sink; profile missing or of another model.
@@ -111,6 +117,7 @@ class BudgetScope:
     window: int
     profile: HeadProfile | None = None
     sink: int = 0
+    protected: int = 0
 
     def __post_init__(self) -> None:
         # Neighbouring heads that are at home on one rank; all of them until a rank says otherwise.
@@ -120,16 +127,45 @@ class BudgetScope:
             raise ValueError(profile_needed(self.name))
         if self.profile is not None:
             self.profile.require_shape(self.num_layers, self.num_heads)
-        tokens = self.spec.most_tokens
-        if tokens is not None and tokens < self.least:
+        tokens, least = self.spec.most_tokens, self.least - self.protected
+        if tokens is not None and tokens < least:
             raise ValueError(
-                f"a budget of {tokens} tokens is below window {self.window} + sink "
-                f"{max(self.sink, 1)}: use at least {self.least}, or a smaller window"
+                f"a budget of {tokens} tokens is below window {self.window - self.protected} + "
+                f"sink {max(self.sink, 1)}: use at least {least}, or a smaller window"
             )
+        self._remember(CACHED_LENGTHS)
+        self._variant_cached = lru_cache(CACHED_VARIANTS)(self._variant)
+
+    def _remember(self, lengths: int) -> None:
         # Per instance, so that a scope that is dropped takes its caches along.
-        self._expected_cached = lru_cache(CACHED_LENGTHS)(_read_only(self._expected))
-        self._per_head_cached = lru_cache(CACHED_LENGTHS)(_read_only(self._per_head_bound))
-        self._bound_cached = lru_cache(CACHED_LENGTHS)(_read_only(self._bound))
+        self._expected_cached = lru_cache(lengths)(_read_only(self._expected))
+        self._per_head_cached = lru_cache(lengths)(_read_only(self._per_head_bound))
+        self._bound_cached = lru_cache(lengths)(_read_only(self._bound))
+
+    def variant(self, spec: BudgetSpec | None = None, protected: int = 0) -> BudgetScope:
+        """This scope for a request with a budget or protected tokens of its own; cached.
+
+        Protected tokens are kept by every head and counted inside of the budget, as the window is:
+        the variant's :attr:`window` has them, and its ``counts`` takes the scores of the others
+        alone. Where they leave a budget less than max(sink, 1) tokens, it is raised to that.
+
+        Args:
+            spec: The budget; None: this scope's own.
+            protected: Protected tokens of the prompt before the scorer's window.
+
+        Raises:
+            ValueError: Budget below window + sink.
+        """
+        if spec is None and not protected:
+            return self
+        return self._variant_cached(self.spec if spec is None else spec, protected)
+
+    def _variant(self, spec: BudgetSpec, protected: int) -> BudgetScope:
+        """See ``variant``."""
+        made = replace(self, spec=spec, window=self.window + protected, protected=protected)
+        made.home_size = self.home_size
+        made._remember(LENGTHS_OF_VARIANT)
+        return made
 
     def budget(self, prompt_len: int) -> int:
         """B(N): mean kept tokens per head, window included."""

@@ -44,6 +44,23 @@ TIGHT = (
 )
 """Memory for a few requests at a time and optimistic admission: requests are retracted."""
 
+
+def options_of(**fairkv: Any) -> dict[str, Any]:
+    """Options of a request of its own."""
+    return {"sampling_params": {"custom_params": {"fairkv": fairkv}}}
+
+
+OPTIONS: tuple[dict[str, Any] | None, ...] = (
+    None,
+    None,
+    None,
+    {"budget": 60},
+    {"ratio": 0.6},
+    {"compress": False},
+    {"ratio": 0.1, "protect": [[0, 1]]},
+)
+"""What requests want kept of their prompts."""
+
 MALFORMED: tuple[tuple[str, bytes], ...] = tuple(
     (path, body if isinstance(body, bytes) else json.dumps(body).encode())
     for path, body in (
@@ -58,6 +75,8 @@ MALFORMED: tuple[tuple[str, bytes], ...] = tuple(
         ("/generate", {"input_ids": [1, 2], "sampling_params": {"top_p": 5}}),
         ("/generate", {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": -4}}),
         ("/generate", {"input_ids": [1, 2], "sampling_params": {"logit_bias": {"7": 3e38}}}),
+        ("/generate", {"input_ids": [1, 2], **options_of(budget=5)}),
+        ("/generate", {"input_ids": [1, 2], **options_of(protect=[[0, 3]])}),
         ("/v1/chat/completions", {"model": "tiny", "messages": "hello"}),
         ("/v1/completions", {"model": "tiny"}),
         ("/v1/completions", b"not json"),
@@ -93,7 +112,7 @@ class Chaos:
         lengths = [self._length(LONGEST_PROMPT) for _ in range(WITNESSES)]
         self.prefixes = random_prompts([90, 200, 640], VOCABULARY, seed)
         self.witnesses = [
-            (self._prefixed(prompt), self.rng.choice([2, 8, 24, 60]))
+            (self._prefixed(prompt), self.rng.choice([2, 8, 24, 60]), self.rng.choice(OPTIONS))
             for prompt in random_prompts(lengths, VOCABULARY, seed + 1)
         ]
         self.calm: list[list[int]] = []
@@ -125,8 +144,8 @@ class Chaos:
 
     async def _all_witnesses(self) -> list[list[int]]:
         outputs = []
-        for prompt, new_tokens in self.witnesses:
-            status, answer = await self._post("/generate", self._greedy(prompt, new_tokens))
+        for witness in self.witnesses:
+            status, answer = await self._post("/generate", self._greedy(*witness))
             if status != 200:
                 raise ChaosFailed(f"a calm request was answered {status}: {answer}")
             outputs.append(answer["output_ids"])
@@ -202,7 +221,7 @@ class Chaos:
             self.counts["equal witnesses"] += 1
 
     async def _sampled(self) -> None:
-        options = {
+        options: Body = {
             "temperature": self.rng.choice([0, 0.5, 1.0]),
             "top_p": self.rng.choice([0.9, 1.0]),
             "top_k": self.rng.choice([-1, 20]),
@@ -212,6 +231,7 @@ class Chaos:
             "min_new_tokens": self.rng.choice([0, 1]),
         }
         body = {"input_ids": self._prompt(), "sampling_params": options}
+        options["custom_params"] = {"fairkv": self.rng.choice(OPTIONS)}
         if self.rng.random() < 0.2:
             body |= {"return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": 2}
         await self._answered("sampled", body)
@@ -309,8 +329,10 @@ class Chaos:
         return self.rng.choice(self.prefixes) + prompt if self.rng.random() < 0.4 else prompt
 
     @staticmethod
-    def _greedy(prompt: list[int], new_tokens: int) -> Body:
-        options = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    def _greedy(prompt: list[int], new_tokens: int, fairkv: dict[str, Any] | None = None) -> Body:
+        options: Body = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        if fairkv is not None:
+            options["custom_params"] = {"fairkv": fairkv}
         return {"input_ids": prompt, "sampling_params": options}
 
     async def _post(self, path: str, body: Body) -> tuple[int, Any]:

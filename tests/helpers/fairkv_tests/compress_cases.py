@@ -5,9 +5,11 @@ papers' formulae.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from unittest import mock
 
@@ -19,7 +21,7 @@ from fairkv_sglang.attention.compress_all import make_compressor
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import HandOver
-from fairkv_sglang.budgets import Scorer
+from fairkv_sglang.budgets import AS_SERVER, Keep, Scorer
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.kernels import torch_decode
 from fairkv_sglang.memory import MemoryDivision
@@ -63,6 +65,7 @@ class Prompt:
     k: torch.Tensor  # [L, N, H, D]
     v: torch.Tensor
     slots: torch.Tensor  # int64 [N]
+    keep: Keep = AS_SERVER
 
     @property
     def length(self) -> int:
@@ -142,7 +145,7 @@ class Rank:
             verbose=config.debug.log_decisions,
         )
         exchange = None if group is None else HomeExchange(state.heads.homes, group)  # type: ignore[arg-type]
-        hand_over = HandOver(state.heads, state.scope, self.book.pages, group)  # type: ignore[arg-type]
+        hand_over = HandOver(state.heads, self.book.pages, group)  # type: ignore[arg-type]
         rope = scorer_references.rope(CONTEXT, DIM)
         self.compressor = make_compressor(self.book, state.scorer, hand_over, exchange, rope)
         self.heads = [list(row) for row in state.heads.heads]
@@ -163,7 +166,7 @@ class Rank:
                 pool[prompt.slots[start:end]] = source[layer, start:end][:, self.home]
 
     def admit(self, prompt: Prompt) -> None:
-        self.book.admit(prompt.row, prompt.length)
+        self.book.admit(prompt.row, prompt.length, prompt.keep)
         self.table[prompt.row, : prompt.length] = prompt.slots.int()
         self.write(prompt, 0, prompt.prefix)
 
@@ -272,14 +275,21 @@ def scores_of(config: FairKVConfig, first_number: bool, prompt: Prompt, layer: i
 def expected_kept(rank: Rank, config: FairKVConfig, prompt: Prompt) -> list:
     """[layer][head] -> kept positions, by the papers' formulae."""
     state, total = rank.state, prompt.length
-    window, budget = config.window, state.scope.budget(total)
+    scored = range(max(total - config.window, 0))
+    named = {t for start, end in prompt.keep.spans for t in range(start, end)}
+    free = [t for t in scored if t not in named]  # the others are kept like the window
+    order = [*free, *(t for t in range(total) if t not in free)]
+    window, budget = total - len(free), expected_budget(rank, prompt, total - len(free))
     heads, tp_size = state.heads.plan.num_kv_heads, state.tp_size
     size = max(1, heads // tp_size) if config.scope == "rank" else heads
     result = []
     for layer in range(LAYERS):
         scores = scores_of(config, isinstance(rank.compressor.scorer, FirstNumber), prompt, layer)
+        scores = [[row[t] for t in free] for row in scores]
         if not state.scope.input_dependent:
-            counts = state.scope.expected(total)[layer].tolist()
+            scope = prompt.keep.scope(state.scope, total)
+            assert scope.budget(total) == budget
+            counts = scope.expected(total)[layer].tolist()
             result.append(static_kept(scores, counts, total))
             continue
         if config.scope == "threshold":
@@ -292,7 +302,15 @@ def expected_kept(rank: Rank, config: FairKVConfig, prompt: Prompt) -> list:
             rows = [scores[h] for h in group]
             kept += ada_kv_kept(rows, group, budget, window, config.floor_alpha, total)
         result.append(kept)
-    return result
+    return [[sorted(order[t] for t in row) for row in layer] for layer in result]
+
+
+def expected_budget(rank: Rank, prompt: Prompt, always: int) -> int:
+    """B(N) of a prompt of which ``always`` tokens are in the window or protected."""
+    spec, total = prompt.keep.spec or rank.state.scope.spec, prompt.length
+    share = math.ceil(Fraction(str(spec.ratio or 0)) * total)
+    least = always + max(rank.state.scorer.sink, 1)
+    return min(max(spec.tokens or share, least), total)
 
 
 def check(ranks: list[Rank], config: FairKVConfig, prompts: list[Prompt]) -> list:
@@ -357,7 +375,8 @@ def check_traffic(
     exchanges, gathers = 0, 0
     rows = [0] * homes.tp_size
     for ending in ranks[0].passes:
-        compressed = [p for p in ending if scope.budget(p.length) < p.length]
+        own = {p.row: p.keep.scope(scope, p.length) for p in ending}
+        compressed = [p for p in ending if own[p.row].budget(p.length) < p.length]
         for layer in range(LAYERS):
             moved: dict[tuple[int, int, int], list[int]] = {}
             for number, prompt in enumerate(ending):
@@ -373,7 +392,7 @@ def check_traffic(
             for (number, source, _), heads in moved.items():
                 prompt = ending[number]
                 exact = sum(len(everything[prompt.row][layer][h]) for h in heads)
-                most = scope.most(layer, prompt.length, heads)
+                most = own[prompt.row].most(layer, prompt.length, heads)
                 assert exact <= most
                 loose = bounded and scope.input_dependent and prompt in compressed
                 rows[source] += most if loose else exact

@@ -8,8 +8,9 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from fairkv_sglang.budgets import AS_SERVER, BudgetScope, BudgetSpec, Keep, make_scope, make_scorer
 from fairkv_sglang.budgets import SCOPES as BUDGET_SCOPES
-from fairkv_sglang.budgets import BudgetScope, BudgetSpec, make_scope, make_scorer
+from fairkv_sglang.budgets.keep import merged
 from fairkv_sglang.memory import PAGE_TOKENS, PageDemand, PageLedger
 from fairkv_sglang.parallel import LaneTable, RankHeads
 from fairkv_sglang.placement import Plan, Router
@@ -91,6 +92,20 @@ def random_scope(
     scope = make_scope(name, spec, layers, heads, scorer, profile, **options)
     scope.home_size = Homes(heads, ranks).per_rank
     return scope
+
+
+def random_keep(rng: np.random.Generator, scope: BudgetScope) -> Keep:
+    """What a request wants: nothing of its own, a budget, everything, protected tokens."""
+    if rng.random() < 0.5:
+        return AS_SERVER
+    spec = [
+        None,
+        BudgetSpec(tokens=scope.least + int(rng.integers(60))),
+        BudgetSpec(ratio=float(rng.uniform(0.05, 1.0))),
+        BudgetSpec(ratio=1.0),
+    ][int(rng.integers(4))]
+    ends = np.sort(rng.integers(0, 120, (int(rng.integers(3)), 2)), axis=1).tolist()
+    return Keep(spec, merged((start, end) for start, end in ends))
 
 
 def random_scores(

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 import fairkv_sglang.patches.rank
-from fairkv_sglang.budgets import BudgetScope, pick
+from fairkv_sglang.budgets import AS_SERVER, BudgetScope, Keep, pick
 from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.patches import scheduling
 from fairkv_sglang.patches.prefill_budget import FairKVPrefillBudget
+from fairkv_sglang.patches.request_options import asking
 from fairkv_sglang.placement import Plan
-from fairkv_tests.core_cases import kept_counts, make_books, random_scores
+from fairkv_tests.core_cases import kept_counts, make_books, random_keep, random_scores
 
 ROWS, MAX_HEAD_TOKENS, POOL = 7, 420, 460
 
@@ -30,6 +31,7 @@ ROWS, MAX_HEAD_TOKENS, POOL = 7, 420, 460
 class Request:
     prompt: int  # tokens to prefill: the prompt, after a retraction with the output so far
     want: int  # tokens of output
+    keep: Keep = AS_SERVER
     outputs: int = 0
     prefilled: int = 0  # tokens of output that are part of ``prompt``
     row: int = 0
@@ -103,6 +105,7 @@ class Engine:
         rng = self.rng
         prompt = int(rng.choice([1, 3, 17, 40, 90, 200]) + rng.integers(0, 16))
         want = int(rng.choice([1, 2, 10, 40, 1 << 30]))
+        keep = random_keep(rng, self.scope)
         rank = SimpleNamespace(
             book=self.books[0],
             scope=self.scope,
@@ -111,10 +114,10 @@ class Engine:
                 max_head_tokens=MAX_HEAD_TOKENS,
             ),
         )
-        with mock.patch.object(fairkv_sglang.patches.rank, "_rank", rank):
+        with mock.patch.object(fairkv_sglang.patches.rank, "_rank", rank), asking(keep):
             clipped = scheduling.around_max_new_tokens(None, self.allocator, prompt, want)
         if clipped is not None:
-            self.waiting.append(Request(prompt, clipped))
+            self.waiting.append(Request(prompt, clipped, keep))
 
     @property
     def page_size(self) -> int:
@@ -196,18 +199,19 @@ class Engine:
         for request in list(self.waiting):
             if left <= 0 or len(chosen) >= len(self.free_rows):
                 break
-            fits = same(
-                budget.has_capacity()
-                and budget.check_prefill(
-                    extend_input_len=request.prompt,
-                    total_tokens=request.prompt,
-                    max_new_tokens=max(request.want - request.outputs, 0),
-                    input_tokens=request.prompt,
-                    swa_host_hit_length=0,
-                    chunk_limit=left,
-                )[0]
-                for budget in budgets
-            )
+            with asking(request.keep):
+                fits = same(
+                    budget.has_capacity()
+                    and budget.check_prefill(
+                        extend_input_len=request.prompt,
+                        total_tokens=request.prompt,
+                        max_new_tokens=max(request.want - request.outputs, 0),
+                        input_tokens=request.prompt,
+                        swa_host_hit_length=0,
+                        chunk_limit=left,
+                    )[0]
+                    for budget in budgets
+                )
             if not fits:
                 alone = not (self.alive or self.pending or self.running or chosen)
                 assert not alone, f"{request} can never be admitted"
@@ -232,7 +236,7 @@ class Engine:
             request.slots += take
             assert self.allocator.available_size() >= 0, "prefill pool overcommitted"
             for book in self.books:
-                book.admit(request.row, request.prompt)
+                book.admit(request.row, request.prompt, request.keep)
             if request.done == request.prompt:
                 batch.ended.append((request, request.life))
             else:
@@ -279,7 +283,8 @@ class Engine:
             assert book.pages.num_used <= book.ledger.held[rank]
 
     def store(self, request: Request) -> None:
-        plan, scope, total = self.plan, self.scope, request.prompt
+        plan, total = self.plan, request.prompt
+        scope = request.keep.scope(self.scope, total)
         scores = [
             random_scores(self.rng, plan.num_kv_heads, total, scope.window)
             for _ in range(plan.num_layers)

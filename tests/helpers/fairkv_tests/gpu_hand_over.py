@@ -26,7 +26,7 @@ from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import HandOver
 from fairkv_sglang.bench.gpu.report import need
-from fairkv_sglang.budgets import BudgetSpec, Scorer, make_scope, pick
+from fairkv_sglang.budgets import AS_SERVER, BudgetSpec, Scorer, make_scope, pick
 from fairkv_sglang.budgets.scorers.snapkv import SnapKV
 from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages
 from fairkv_sglang.parallel import RankHeads
@@ -164,10 +164,10 @@ class Pass:
         book: Any = SimpleNamespace(
             heads=heads, scope=self.scope, pages=pages,
             owners=lambda row: self.owners[row - 1], note_kept=lambda row, kept: None,
-            tails=lambda row: {},
+            tails=lambda row: {}, keep=lambda row: AS_SERVER,
         )  # fmt: skip
         group: Any = (heads.rank, heads.plan.tp_size)
-        hand_over = HandOver(heads, self.scope, pages, group)
+        hand_over = HandOver(heads, pages, group)
         exchange = HomeExchange(heads.homes, group)
         return SimpleNamespace(
             heads=heads, pages=pages, pools=self.kv[:, :, :, list(heads.home)].to(device),

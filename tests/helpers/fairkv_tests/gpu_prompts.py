@@ -20,7 +20,7 @@ from fairkv_sglang.attention.compress_all import make_compressor
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver
 from fairkv_sglang.bench.gpu.report import NotRun, need
-from fairkv_sglang.budgets import BudgetSpec, Kept, make_scope
+from fairkv_sglang.budgets import AS_SERVER, BudgetSpec, Kept, make_scope
 from fairkv_sglang.budgets.scorers.snapkv import SnapKV
 from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages
 from fairkv_sglang.parallel import RankHeads
@@ -57,8 +57,9 @@ def compressed(
     book: Any = SimpleNamespace(
         heads=own, scope=scope, pages=pages, note_kept=lambda row, counts: noted.append(counts),
         owners=lambda row: np.zeros((layers, HEADS), dtype=np.int16), tails=lambda row: {},
+        keep=lambda row: AS_SERVER,
     )  # fmt: skip
-    compressor = make_compressor(book, scorer, HandOver(own, scope, pages, None))
+    compressor = make_compressor(book, scorer, HandOver(own, pages, None))
     make = torch.Generator(device).manual_seed(0)
     pool = torch.randn((2, tokens, HEADS, dim), generator=make, device=device).bfloat16()
     last = min(CHUNK, tokens)  # tokens of the last chunk
@@ -134,7 +135,7 @@ def one_layer(clock: Clock, tokens: int = 8192, kept: int = 2048, dim: int = 128
     pools = torch.randn((2, tokens, n, dim), device=device).bfloat16()
     span = PromptSpan(1, 0, tokens, tokens, tokens)
     sources = own.homes.source[np.arange(HEADS), owners]
-    ending = Ending(span, torch.randperm(tokens).to(device), owners, sources)
+    ending = Ending(span, torch.randperm(tokens).to(device), owners, sources, scope)
     counts, free = torch.full((HEADS,), kept, device=device), pages.free_count.clone()
     indices = torch.full((n, int(scope.per_head_bound(tokens)[0].max())), -1)
     indices[:, :kept] = torch.rand((n, tokens)).argsort()[:, :kept].sort().values
@@ -142,7 +143,7 @@ def one_layer(clock: Clock, tokens: int = 8192, kept: int = 2048, dim: int = 128
     stored, result = n * kept, dict[str, Any]()
     with group_of_one(device), patched(Mirror()):
         for name, exact in (("known", np.full(HEADS, kept)), ("bounded", None)):
-            over = HandOver(own, scope, pages, 0)  # type: ignore[arg-type]
+            over = HandOver(own, pages, 0)  # type: ignore[arg-type]
             over.overlaps = True  # on the CPU, too
             choice = Choice(Kept(counts[:n], indices), counts, exact)
 
