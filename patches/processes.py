@@ -80,11 +80,11 @@ def register_parent() -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    from fairkv_sglang.patches import requests
+    from fairkv_sglang.patches import requests, system_prompt
 
     global _takes_requests
 
-    hooks = (*server.HOOKS, *requests.HOOKS)
+    hooks = (*server.HOOKS, *requests.HOOKS, *system_prompt.HOOKS)
     if not _takes_requests:
         register(hooks)
         _takes_requests = True

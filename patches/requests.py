@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from fairkv_sglang.config import RESOLVED_VARIABLE, from_environment
-from fairkv_sglang.config.request_options import KEY, read_request_options
+from fairkv_sglang.config import RESOLVED_VARIABLE, FairKVConfig, from_environment
+from fairkv_sglang.config.request_options import KEY, RequestOptions, read_request_options
 from fairkv_sglang.patches.ledger import Hook
+from fairkv_sglang.patches.system_prompt import SYSTEM_TOKENS
 
 LARGEST_BIAS = 1e4
 """OpenAI's interface ends at 100. Divided by SGLang's lowest temperature this is finite."""
@@ -64,22 +65,45 @@ def after_create_tokenized(result: Any, manager: Any, obj: Any, *args: Any, **kw
         ValueError: SGLang answers it by status 400.
     """
     sampling = result.sampling_params
-    given = sampling.custom_params
-    if isinstance(given, dict) and given.get(KEY) is not None:
+    if isinstance(sampling.custom_params, dict):
+        given = dict(sampling.custom_params)
         tokens = result.input_ids if result.input_ids is not None else obj.input_embeds
-        options = read_request_options(
-            given[KEY],
-            least_budget=_least_budget(os.environ.get(RESOLVED_VARIABLE)),
-            prompt_len=None if getattr(obj, "session_params", None) else len(tokens),
-        )
-        sampling.custom_params = {**given, KEY: options.to_text()}
+        whole = not getattr(obj, "session_params", None)  # a turn is but a part of its prompt
+        prompt_len = len(tokens) if whole and tokens is not None else None
+        system = given.pop(SYSTEM_TOKENS, 0)
+        system = system if isinstance(system, int) else 0  # a client may have sent it
+        options = options_of(given.pop(KEY, None), max(system, 0), prompt_len)
+        sampling.custom_params = given if options is None else {**given, KEY: options.to_text()}
     check_types(sampling)
 
 
+def options_of(values: Any, system_tokens: int, prompt_len: int | None) -> RequestOptions | None:
+    """Options of a request, its system prompt among what it protects; None if it has none.
+
+    Args:
+        values: As they came.
+        system_tokens: Tokens of its system prompt.
+        prompt_len: As :func:`read_request_options` has it.
+
+    Raises:
+        ValueError: in one line.
+    """
+    config = _configuration(os.environ.get(RESOLVED_VARIABLE))
+    options = None
+    if values is not None:
+        least = config.make_scorer().least_budget
+        options = read_request_options(values, least_budget=least, prompt_len=prompt_len)
+    if system_tokens and prompt_len and config.protect_system:
+        options = options or RequestOptions()
+        spans = [[0, min(system_tokens, prompt_len)], *(options.protect or [])]
+        options = options.model_copy(update={"protect": spans})
+    return options
+
+
 @lru_cache
-def _least_budget(resolved: str | None) -> int:
-    config = from_environment({} if resolved is None else {RESOLVED_VARIABLE: resolved})
-    return 1 if config is None else config.make_scorer().least_budget
+def _configuration(resolved: str | None) -> FairKVConfig:
+    environment = {} if resolved is None else {RESOLVED_VARIABLE: resolved}
+    return from_environment(environment) or FairKVConfig()
 
 
 def check_types(sampling: Any) -> None:

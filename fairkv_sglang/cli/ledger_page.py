@@ -32,6 +32,7 @@ def row_groups() -> dict[str, tuple[Row, ...]]:
         processes,
         requests,
         server,
+        system_prompt,
     )
     from fairkv_sglang.patches.server_args import flag_hooks
 
@@ -42,6 +43,7 @@ def row_groups() -> dict[str, tuple[Row, ...]]:
         "The process that takes requests, FairKV on": (
             *server.HOOKS,
             *requests.HOOKS,
+            *system_prompt.HOOKS,
         ),
         "Every process on the CPU platform": (*cpu.HOOKS, *cpu_overrides()),
         "Ranks on the CPU platform": tuple(cpu.RANK_HOOKS),

@@ -85,6 +85,11 @@ class FairKVConfig(Options):
     budget_most: int | None = Field(
         None, gt=0, description="Tokens that a budget given as a share is never above."
     )
+    protect_system: bool = Field(
+        True,
+        description="Keep the system prompt of chat requests whole in every head, inside of the "
+        "budget.",
+    )
     scorer: str = Field("snapkv", description="What a token is worth")
     scope: str = Field("layer", description="Over what a budget is shared")
     profile: Path | None = Field(

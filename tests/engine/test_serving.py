@@ -151,6 +151,11 @@ def test_openai_client_with_options_of_its_own(server: ServerProcess) -> None:
     assert chat(ratio=0.5) == (length, -(-length // 2))
     with pytest.raises(openai.BadRequestError, match=r"fairkv\.budget: 32 tokens are too few"):
         chat(budget=32)
+    messages.insert(0, {"role": "system", "content": "s" * 99})
+    # The system prompt, here 99 bytes and the template's line feed, is more than the budget.
+    length, kept = chat(budget=40)
+    assert kept == 99 + 1 + 32 + 1
+    assert chat(ratio=0.5) == (length, -(-length // 2))
     completion = client.completions.create(
         model="tiny", prompt="some words " * 40, max_tokens=4,
         extra_body={"custom_params": {"fairkv": {"ratio": 0.5, "protect": [[0, 9]]}}},
