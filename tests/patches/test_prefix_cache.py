@@ -23,7 +23,9 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from fairkv_sglang.budgets import AS_SERVER, BudgetSpec, Keep
 from fairkv_sglang.patches.prefix_cache import FairKVRadixCache
+from fairkv_sglang.patches.request_options import asked
 from fairkv_sglang.patches.scheduling import around_add_request
 
 POLICIES = [*CacheAwarePolicy, *CacheAgnosticPolicy]
@@ -82,22 +84,23 @@ def test_every_scheduling_policy_orders_requests(policy: Any, disable: bool, pro
 
 
 def test_a_fixed_output_is_admitted_like_any_other() -> None:
-    """Without a tree SGLang would keep slots of the pool for it."""
-    parameters = SimpleNamespace(ignore_eos=True)
+    """Without a tree SGLang would keep slots of the pool for it. And by what it wants kept."""
+    parameters = SimpleNamespace(ignore_eos=True, custom_params={"fairkv": '{"budget": 50}'})
     req = SimpleNamespace(sampling_params=parameters)
     seen: list[Any] = []
 
     def add(adder: Any, req: Any, **kwargs: Any) -> str:
-        seen.append((adder, req.sampling_params.ignore_eos, kwargs))
+        seen.append((adder, req.sampling_params.ignore_eos, kwargs, asked()))
         return "admitted"
 
     assert around_add_request(add, "adder", req, has_chunked_req=False) == "admitted"
-    assert seen == [("adder", False, {"has_chunked_req": False})]
-    assert parameters.ignore_eos
+    wanted = Keep(BudgetSpec(tokens=50))
+    assert seen == [("adder", False, {"has_chunked_req": False}, wanted)]
+    assert parameters.ignore_eos and asked() == AS_SERVER
 
     def fail(*args: Any) -> None:
         raise RuntimeError("no room")
 
     with pytest.raises(RuntimeError, match="no room"):
         around_add_request(fail, "adder", req)
-    assert parameters.ignore_eos
+    assert parameters.ignore_eos and asked() == AS_SERVER

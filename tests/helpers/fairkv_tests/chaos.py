@@ -50,16 +50,15 @@ def options_of(**fairkv: Any) -> dict[str, Any]:
     return {"sampling_params": {"custom_params": {"fairkv": fairkv}}}
 
 
-OPTIONS: tuple[dict[str, Any] | None, ...] = (
-    None,
+SMALL: tuple[dict[str, Any] | None, ...] = (
     None,
     None,
     {"budget": 60},
-    {"ratio": 0.6},
-    {"compress": False},
     {"ratio": 0.1, "protect": [[0, 1]]},
 )
-"""What requests want kept of their prompts."""
+LARGE: tuple[dict[str, Any] | None, ...] = ({"ratio": 0.6}, {"compress": False})
+"""What requests want kept of their prompts; long ones would not fit with the larger ones."""
+LONG_PROMPT = 400
 
 MALFORMED: tuple[tuple[str, bytes], ...] = tuple(
     (path, body if isinstance(body, bytes) else json.dumps(body).encode())
@@ -111,9 +110,9 @@ class Chaos:
         self.wrong: list[str] = []
         lengths = [self._length(LONGEST_PROMPT) for _ in range(WITNESSES)]
         self.prefixes = random_prompts([90, 200, 640], VOCABULARY, seed)
+        prompts = map(self._prefixed, random_prompts(lengths, VOCABULARY, seed + 1))
         self.witnesses = [
-            (self._prefixed(prompt), self.rng.choice([2, 8, 24, 60]), self.rng.choice(OPTIONS))
-            for prompt in random_prompts(lengths, VOCABULARY, seed + 1)
+            (prompt, self.rng.choice([2, 8, 24, 60]), self._wanted(prompt)) for prompt in prompts
         ]
         self.calm: list[list[int]] = []
         self._number = 0
@@ -230,8 +229,9 @@ class Chaos:
             "stop_token_ids": [self.rng.randrange(VOCABULARY)],
             "min_new_tokens": self.rng.choice([0, 1]),
         }
-        body = {"input_ids": self._prompt(), "sampling_params": options}
-        options["custom_params"] = {"fairkv": self.rng.choice(OPTIONS)}
+        prompt = self._prompt()
+        options["custom_params"] = {"fairkv": self._wanted(prompt)}
+        body = {"input_ids": prompt, "sampling_params": options}
         if self.rng.random() < 0.2:
             body |= {"return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": 2}
         await self._answered("sampled", body)
@@ -327,6 +327,10 @@ class Chaos:
 
     def _prefixed(self, prompt: list[int]) -> list[int]:
         return self.rng.choice(self.prefixes) + prompt if self.rng.random() < 0.4 else prompt
+
+    def _wanted(self, prompt: list[int]) -> dict[str, Any] | None:
+        """Options for a prompt."""
+        return self.rng.choice(SMALL if len(prompt) > LONG_PROMPT else SMALL + LARGE)
 
     @staticmethod
     def _greedy(prompt: list[int], new_tokens: int, fairkv: dict[str, Any] | None = None) -> Body:
