@@ -75,6 +75,8 @@ def never_fits(allocator: Any, keep: Keep, prompt_len: int) -> str | None:
     # The least that a request may ask for is raised to hold its protected tokens.
     wanted, low = scope.budget(prompt_len), scope.least - scope.protected
     said = f"fairkv: the options of this request keep {wanted} of {prompt_len} tokens in each head"
+    if scope.protected:
+        said += f", {scope.protected} of them protected"
     if low >= wanted or not fits(low):
         return f"{said}, which this server has no room for." if keep.spans else None
     high = wanted  # does not fit

@@ -163,7 +163,10 @@ def test_a_request_that_never_fits_is_told_what_does() -> None:
     assert [request.to_finish for request in most] == [None] * 3
     assert scheduler.arrives(Keep(BudgetSpec(tokens=161)), 400).to_finish is not None
     text = scheduler.arrives(Keep(None, ((0, 300),)), 400).to_finish
-    assert "keep 333 of 400" in text and text.endswith("which this server has no room for.")
+    assert text.endswith(
+        "keep 333 of 400 tokens in each head, 300 of them protected, which this server has no room "
+        "for."
+    )
     # Not a matter of its options: the prefill pool is too small.
     assert "exceeds" in scheduler.arrives(Keep(BudgetSpec(tokens=50)), 1000).to_finish
 
