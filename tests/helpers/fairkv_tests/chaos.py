@@ -53,8 +53,8 @@ def options_of(**fairkv: Any) -> dict[str, Any]:
 SMALL: tuple[dict[str, Any] | None, ...] = (
     None,
     None,
-    {"budget": 60},
-    {"ratio": 0.1, "protect": [[0, 1]]},
+    {"budget": 300},
+    {"ratio": 0.3, "protect": [[0, 1]]},
 )
 LARGE: tuple[dict[str, Any] | None, ...] = ({"ratio": 0.6}, {"compress": False})
 """What requests want kept of their prompts; long ones would not fit with the larger ones."""
