@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from .layout import UNLIMITED
+
 if TYPE_CHECKING:
     from .layout import PageTensors
     from .prompts import PromptBatch
@@ -91,10 +93,13 @@ class Kernels(Protocol):
     prompts: PromptKernels | None
     """Operations on all prompts of a pass, if compression is to use them."""
 
-    def set_owned(self, pages: PageTensors, row: int, owned: torch.Tensor) -> None:
+    def set_owned(
+        self, pages: PageTensors, row: int, owned: torch.Tensor, room: int = UNLIMITED
+    ) -> None:
         """At admission: which lanes this rank serves for the request in `row`.
 
-        owned: uint8 or bool [lanes]. The row must hold no pages and must not be the padding row 0.
+        owned: uint8 or bool [lanes]. room: pages that its prompt may take, see `store_kept`. The
+        row must hold no pages and must not be the padding row 0.
         """
 
     def grow(self, pages: PageTensors, rows: torch.Tensor, slots: torch.Tensor) -> None:
@@ -137,6 +142,9 @@ class Kernels(Protocol):
 
         Nothing happens for a lane that `row` does not own or whose columns[j] is negative. A column
         that no other lane takes needs no pages, and its row of kept_idx and of counts is not read.
+
+        If the lanes together need more pages than `room[row]`, nothing is stored, and nothing of
+        the prompt from then on: who gave it that room knows by the counts. That is no error.
         """
 
     def append(

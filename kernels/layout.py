@@ -33,6 +33,9 @@ PAGE_TOKENS = 16
 RUN_PAGES = 16
 """Pages of a *run*: neighbouring pages of one (row, lane), named by the first of them."""
 
+UNLIMITED = 1 << 62
+"""Pages of a prompt that may take as many as it needs."""
+
 PADDING_ROW = 0
 """The engine pads batches with this row: it owns no lane and never holds a page."""
 
@@ -101,6 +104,7 @@ class PageTensors:
     runs: torch.Tensor  # int32 [num_pages, 16], pages of the run that begins with this page
     lens: torch.Tensor  # int32 [rows, lanes], tokens held
     owned: torch.Tensor  # uint8 [rows, lanes], 1 where this rank serves the lane for the row
+    room: torch.Tensor  # int64 [rows], pages that the row's prompt may still take
     free_pages: torch.Tensor  # int32 [num_pages], a stack
     free_count: torch.Tensor  # int64 [1], top of the stack
     error: torch.Tensor  # int32 [1], bits set by device kernels

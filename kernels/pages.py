@@ -13,13 +13,14 @@ from .layout import (
     PADDING_ROW,
     PAGE_TOKENS,
     RUN_PAGES,
+    UNLIMITED,
     PageTensors,
     describe_error,
     huge,
     key_shape,
 )
 
-__all__ = ["PADDING_ROW", "PAGE_TOKENS", "RUN_PAGES", "HeadPages", "describe_error"]
+__all__ = ["PADDING_ROW", "PAGE_TOKENS", "RUN_PAGES", "UNLIMITED", "HeadPages", "describe_error"]
 
 
 @dataclass(kw_only=True)
@@ -83,6 +84,7 @@ class HeadPages(PageTensors):
             runs=zeros((num_pages, RUN_PAGES), torch.int32),
             lens=zeros((rows, lanes), torch.int32),
             owned=zeros((rows, lanes), torch.uint8),
+            room=torch.full((rows,), UNLIMITED, dtype=torch.int64, device=device),
             free_pages=free,
             free_count=torch.full((1,), num_pages, dtype=torch.int64, device=device),
             error=zeros((1,), torch.int32),

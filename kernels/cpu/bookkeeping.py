@@ -128,17 +128,18 @@ def release(table, runs, lens, owned, stack, count, rows):  # type: ignore[no-un
 
 
 @nb.njit(  # type: ignore[untyped-decorator]
-    I64(*STATE, *([I64] * 12), I64_1D, I64_2D, I64_1D, I64_1D), cache=True, nogil=True
+    I64(*STATE, COUNT, *([I64] * 12), I64_1D, I64_2D, I64_1D, I64_1D), cache=True, nogil=True
 )
 def store_kept(  # type: ignore[no-untyped-def]
-    table, runs, lens, owned, stack, count, row, lane_lo, k_to, v_to, row_bytes,
+    table, runs, lens, owned, stack, count, room, row, lane_lo, k_to, v_to, row_bytes,
     k_from, k_stride, k_head, v_from, v_stride, v_head, pool_slots,
     token_slots, kept_idx, counts, columns,
 ):  # fmt: skip
     """Copy the kept rows of one layer's prompt into fresh pages. Returns 0 or an error bit.
 
     Lane lane_lo + j takes column columns[j] of the pools, kept_idx and counts. A column that no
-    lane of the row takes may hold anything: it is not looked at.
+    lane of the row takes may hold anything: it is not looked at. Where the row has no room for all
+    of it, nothing is stored and no room left.
     """
     lanes, max_pages = columns.shape[0], table.shape[2] * RUN_PAGES
     if not (0 < row < lens.shape[0] and 0 <= lane_lo <= lens.shape[1] - lanes):
@@ -163,8 +164,12 @@ def store_kept(  # type: ignore[no-untyped-def]
         if pages > max_pages:
             return ERROR_ROW_FULL
         need += pages
+    if need > room[row]:
+        room[row] = 0
+        return 0
     if need > count[0]:
         return ERROR_NO_FREE_PAGE
+    room[row] -= need
     top = count[0]
     for j in range(lanes):
         c, lane = columns[j], lane_lo + j

@@ -16,6 +16,7 @@ from fairkv_sglang.kernels.layout import (
     ERROR_ROW_NOT_EMPTY,
     PADDING_ROW,
     PAGE_TOKENS,
+    UNLIMITED,
     PageTensors,
     describe_error,
 )
@@ -61,12 +62,13 @@ def _arena(pages: PageTensors) -> tuple[int, int, int]:
     return pages.k_pages.data_ptr(), pages.v_pages.data_ptr(), row_bytes
 
 
-def set_owned(pages: PageTensors, row: int, owned: torch.Tensor) -> None:
+def set_owned(pages: PageTensors, row: int, owned: torch.Tensor, room: int = UNLIMITED) -> None:
     if row == PADDING_ROW:
         raise ValueError(f"row {PADDING_ROW} pads batches and owns no lane; use a row from 1 on")
     if bool(pages.lens[row].any()):
         _check(ERROR_ROW_NOT_EMPTY)
     pages.owned[row].copy_(owned)
+    pages.room[row] = room
 
 
 def grow(pages: PageTensors, rows: torch.Tensor, slots: torch.Tensor) -> None:
@@ -101,7 +103,7 @@ def store_kept(
     arena = _arena(pages)
     _check(
         bookkeeping.store_kept(
-            *_state(pages), row, lane_lo, *arena, *k, *v, k_pool.shape[0],
+            *_state(pages), pages.room.numpy(), row, lane_lo, *arena, *k, *v, k_pool.shape[0],
             token_slots.numpy(), kept_idx.numpy(), counts.numpy(), taken,
         )
     )  # fmt: skip

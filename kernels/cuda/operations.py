@@ -20,6 +20,7 @@ from fairkv_sglang.kernels.layout import (
     PADDING_ROW,
     PAGE_TOKENS,
     RUN_PAGES,
+    UNLIMITED,
     PageTensors,
 )
 
@@ -137,12 +138,13 @@ def _append(  # type: ignore[no-untyped-def]
         tl.store(folded + (i * n * group + j) * D + d, query, mask=d < D)
 
 
-def set_owned(pages: PageTensors, row: int, owned: torch.Tensor) -> None:
+def set_owned(pages: PageTensors, row: int, owned: torch.Tensor, room: int = UNLIMITED) -> None:
     if row == PADDING_ROW:
         raise ValueError(f"row {PADDING_ROW} pads batches and owns no lane; use a row from 1 on")
     busy = (pages.lens[row] != 0).any()
     pages.error.bitwise_or_(busy.to(torch.int32) * ERROR_ROW_NOT_EMPTY)
     pages.owned[row].copy_(owned)
+    pages.room[row].fill_(room)
 
 
 def grow(pages: PageTensors, rows: torch.Tensor, slots: torch.Tensor) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kept rows of prompts into head pages, in Triton: two launches for all prompts of a layer.
 
-What does not fit is left out as a whole, decided on the device. Checked with Triton's interpreter
-on CPU tensors; not yet run on a GPU.
+What does not fit, into the arena or into the room of its row, is left out as a whole, decided on
+the device. Checked with Triton's interpreter on CPU tensors; not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fairkv_sglang.kernels.layout import (
 
 @triton.jit(do_not_specialize=["prompts", "lane_lo", "n", "columns_stride", "counts_stride"])
 def _take_pages(  # type: ignore[no-untyped-def]
-    lens, owned, count, error, rows, prompts, lane_lo, n, lanes, max_pages,
+    lens, owned, room, count, error, rows, prompts, lane_lo, n, lanes, max_pages,
     columns, columns_stride, counts, counts_stride, m, need_to, top_to,
     PAGE: tl.constexpr, LANES: tl.constexpr, NO_PAGE: tl.constexpr, FULL: tl.constexpr,
     BUSY: tl.constexpr, OUTSIDE: tl.constexpr,
@@ -34,19 +34,23 @@ def _take_pages(  # type: ignore[no-untyped-def]
     free = tl.load(count)
     bits = tl.zeros((1,), tl.int32)
     for p in range(prompts):
-        cell = tl.load(rows + p) * lanes + lane_lo + j
+        row = tl.load(rows + p)
+        cell = row * lanes + lane_lo + j
         c = tl.load(columns + p * columns_stride + j, mask=j < n, other=-1)
         mine = (c >= 0) & (tl.load(owned + cell, mask=j < n, other=0) != 0)
         tokens = tl.load(counts + p * counts_stride + c, mask=mine & (c < m), other=0)
         held = tl.load(lens + cell, mask=mine, other=0)
         need = tl.cdiv(tokens, PAGE)
-        lacking = (tl.sum(need, 0) > free).to(tl.int32)
+        left = tl.load(room + row)
+        over = (tl.sum(need, 0) > left).to(tl.int32)
+        lacking = (tl.sum(need, 0) > free).to(tl.int32) * (1 - over)
         full = tl.max((need > max_pages).to(tl.int32), 0)
         busy = tl.max((held != 0).to(tl.int32), 0)
         outside = tl.max((c >= m).to(tl.int32), 0)
         bits |= lacking * NO_PAGE | full * FULL | busy * BUSY | outside * OUTSIDE
-        fits = 1 - (lacking | full | busy | outside)
+        fits = 1 - (over | lacking | full | busy | outside)
         need *= fits
+        tl.store(room + row, tl.where(over != 0, 0, left - tl.sum(need, 0)))
         tl.store(need_to + p * LANES + j, need)
         tl.store(top_to + p * LANES + j, free - 1 - (tl.cumsum(need, 0) - need))
         tl.store(lens + cell, tokens.to(tl.int32), mask=mine.to(tl.int32) * fits != 0)
@@ -139,8 +143,8 @@ def store_all_kept(
     lanes = triton.next_power_of_2(n)
     need, top = torch.empty((2, prompts, lanes), dtype=torch.int64, device=pages.device)
     _take_pages[(1,)](
-        pages.lens, pages.owned, pages.free_count, pages.error, rows, prompts, lane_lo, n,
-        pages.lanes, pages.max_pages, columns, columns.stride(0), counts, counts.stride(0), m,
+        pages.lens, pages.owned, pages.room, pages.free_count, pages.error, rows, prompts, lane_lo,
+        n, pages.lanes, pages.max_pages, columns, columns.stride(0), counts, counts.stride(0), m,
         need, top, PAGE=PAGE_TOKENS, LANES=lanes, NO_PAGE=ERROR_NO_FREE_PAGE, FULL=ERROR_ROW_FULL,
         BUSY=ERROR_ROW_NOT_EMPTY, OUTSIDE=ERROR_INDEX,
     )  # fmt: skip

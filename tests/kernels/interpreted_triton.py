@@ -38,7 +38,7 @@ def on_device(pages: HeadPages) -> HeadPages:
 def same(fast: HeadPages, slow: HeadPages) -> None:
     """Equal contents; free stacks equal up to their top."""
     fast.check_integrity()
-    for name in ("lens", "owned", "free_count"):
+    for name in ("lens", "owned", "free_count", "room"):
         assert torch.equal(getattr(fast, name).cpu(), getattr(slow, name)), name
     top = slow.num_free
     assert torch.equal(fast.free_pages[:top].cpu(), slow.free_pages[:top])
@@ -197,6 +197,36 @@ def test_store_kept_into_a_full_arena_changes_nothing() -> None:
         assert bool(pages.lens.any()) == (bit == 0)
         pages.error.zero_()
         pages.check_integrity()
+
+
+def test_a_prompt_takes_no_more_pages_than_it_has_room_for() -> None:
+    """Layer by layer, several prompts at once; the others get theirs, and it is no error."""
+    make = torch.Generator().manual_seed(9)
+    slow = HeadPages.create(14, 4, 6, 4, 24, torch.float32, by_columns=False)
+    for pages in (slow, fast := on_device(slow)):
+        module = reference if pages is slow else operations
+        for row, room in ((1, 4), (2, 5), (3, layout.UNLIMITED)):
+            module.set_owned(pages, row, torch.ones(6, dtype=torch.uint8).to(pages.device), room)
+    rows = torch.tensor([1, 2, 3])
+    pool = torch.randn((70, 2, 24), generator=make)
+    context = torch.randperm(70, generator=make).int().expand(4, -1)
+    kept = torch.arange(50).expand(3, 2, -1)
+    columns = torch.tensor([[0, 1]]).expand(3, -1)
+    for layer, tokens in enumerate(([[17, 2], [16, 1], [3, 0]], [[1, 17], [16, 33], [16, 17]])):
+        counts = torch.tensor(tokens)
+        operations.prompts.store_all_kept(
+            fast, rows.to(DEVICE), 2 * layer, pool.to(DEVICE), pool.to(DEVICE), context.to(DEVICE),
+            kept.to(DEVICE), counts.to(DEVICE), columns.to(DEVICE),
+        )  # fmt: skip
+        for p, row in enumerate(rows.tolist()):
+            where = (context[row].long(), kept[p], counts[p], columns[p])
+            reference.store_kept(slow, row, 2 * layer, pool, pool, *where)
+        same(fast, slow)
+    assert fast.room[:3].tolist() == [layout.UNLIMITED, 0, 0]
+    assert fast.lens[1:].tolist() == [
+        [17, 2, 0, 0, 0, 0], [16, 1, 0, 0, 0, 0], [3, 0, 16, 17, 0, 0]
+    ]  # fmt: skip
+    assert fast.num_used == 3 + 2 + 4 and int(fast.error) == 0
 
 
 def test_store_kept_refuses_wrong_shapes() -> None:

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages
 from fairkv_sglang.kernels.cpu import operations
+from fairkv_sglang.kernels.layout import UNLIMITED
 from fairkv_tests import reference
 
 ROWS, LANES, MAX_PAGES, DIM, POOL = 5, 3, 16, 8, 90
@@ -63,7 +64,8 @@ class Pages(RuleBasedStateMachine):
         free = [r for r in range(1, ROWS) if r not in self.held]
         row = data.draw(st.sampled_from(free))
         owned = data.draw(st.lists(st.integers(0, 1), min_size=LANES, max_size=LANES))
-        assert self.both("set_owned", row, torch.tensor(owned, dtype=torch.uint8))
+        room = data.draw(st.sampled_from((UNLIMITED, 0, 2, 5)))
+        assert self.both("set_owned", row, torch.tensor(owned, dtype=torch.uint8), room)
         # Two layers: lane 0, and lanes 1 and 2.
         contents: list[list[float] | None] = []
         for lane_lo, n in ((0, 1), (1, 2)):
@@ -85,7 +87,15 @@ class Pages(RuleBasedStateMachine):
                     kept[c, :count] = torch.tensor(sorted(chosen), dtype=torch.int64)
             arguments = (row, lane_lo, k, v, slots, kept, counts)
             where = None if columns is None else torch.tensor(columns)
+            need = sum(
+                -(-int(counts[c]) // PAGE_TOKENS)
+                for c, mine in zip(columns_or_own, owned[lane_lo : lane_lo + n], strict=True)
+                if mine and c >= 0
+            )
             done = self.both("store_kept", *arguments, where)
+            if done:
+                done = need <= room
+                room = room - need if done else 0
             for c, mine in zip(columns_or_own, owned[lane_lo : lane_lo + n], strict=True):
                 stored = mine and c >= 0 and done
                 rows = k[slots[kept[c, : counts[c]]], c, 0].tolist() if stored else []
@@ -124,7 +134,7 @@ class Pages(RuleBasedStateMachine):
         for arena in self.arenas:
             arena.check_integrity()
         fast, slow = self.arenas
-        for name in ("page_table", "lens", "owned", "free_count"):
+        for name in ("page_table", "lens", "owned", "free_count", "room"):
             assert torch.equal(getattr(fast, name), getattr(slow, name)), name
         for row in range(1, ROWS):
             for lane, tokens in enumerate(self.held.get(row, [None] * LANES)):

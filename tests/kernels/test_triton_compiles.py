@@ -29,7 +29,8 @@ KERNELS = [
      {"PAGE": 16, "RUN": 16, "BLOCK": 1024, "NO_PAGE": 1, "FULL": 2}),
     (operations._pop, "*i64 *i32 i32", {"BLOCK": 1024}),
     (operations._release, "*i32 *i32 *i32 *i64 *i64 *i64 i32 i32", {"RUN": 16, "BLOCK": 128}),
-    (store._take_pages, "*i32 *u8 *i64 *i32 *i64" + 5 * " i32" + " *i64 i32 *i64 i32 i32 *i64 *i64",
+    (store._take_pages,
+     "*i32 *u8 *i64 *i64 *i32 *i64" + 5 * " i32" + " *i64 i32 *i64 i32 i32 *i64 *i64",
      {"PAGE": 16, "LANES": 8, "NO_PAGE": 1, "FULL": 2, "BUSY": 4, "OUTSIDE": 8}),
     (store._store_kept, "*i32 *i32 T T T T *i32 i32 *i64 i32 i32 *i64 i32 *i32 *i32 *i64 *i64 *i64"
      + 7 * " i32", {**HEAD, "PAGE": 16, "RUN": 16, "LANES": 8}),

@@ -19,7 +19,7 @@ from fairkv_sglang.bench import resident
 from fairkv_sglang.bench.gpu.contenders import Maker
 from fairkv_sglang.bench.gpu.report import need
 from fairkv_sglang.kernels import PAGE_TOKENS, HeadPages, kernels_for
-from fairkv_sglang.kernels.layout import ERROR_NO_FREE_PAGE, ERROR_ROW_FULL
+from fairkv_sglang.kernels.layout import ERROR_NO_FREE_PAGE, ERROR_ROW_FULL, UNLIMITED
 from fairkv_tests import reference
 from fairkv_tests.flashinfer_model import scalar_plan
 
@@ -43,7 +43,7 @@ def copy_to(pages: HeadPages, device: str) -> HeadPages:
 def same_pages(fast: HeadPages, slow: HeadPages, when: str) -> None:
     """Equal tables, contents and free stacks (up to their top)."""
     fast.check_integrity()
-    for name in ("lens", "owned", "free_count"):
+    for name in ("lens", "owned", "free_count", "room"):
         need(torch.equal(getattr(fast, name).cpu(), getattr(slow, name)), f"{when}: {name} differ")
     top = slow.num_free
     need(torch.equal(fast.free_pages[:top].cpu(), slow.free_pages[:top]), f"{when}: free pages")
@@ -98,8 +98,9 @@ def _admit(
     Most layers store from a pool with its own number of columns, some from one column seen as many.
     """
     owned = torch.tensor([pick.random() < 0.7 for _ in range(slow.lanes)], dtype=torch.uint8)
+    room = pick.choice((UNLIMITED, UNLIMITED, 60, 20))
     for module, pages in ((kernels, fast), (reference, slow)):
-        module.set_owned(pages, row, owned.to(pages.device))
+        module.set_owned(pages, row, owned.to(pages.device), room)
     for first, end in itertools.pairwise(LANE_START):
         n = end - first
         m, columns = n, None

@@ -19,6 +19,7 @@ from fairkv_sglang.kernels.layout import (
     ERROR_ROW_NOT_EMPTY,
     PAGE_TOKENS,
     RUN_PAGES,
+    UNLIMITED,
     describe_error,
 )
 from fairkv_sglang.kernels.pages import HeadPages
@@ -60,9 +61,10 @@ def _require(ok: bool, bit: int) -> None:
         raise RuntimeError(f"head pages: {describe_error(bit)}")
 
 
-def set_owned(pages: HeadPages, row: int, owned: torch.Tensor) -> None:
+def set_owned(pages: HeadPages, row: int, owned: torch.Tensor, room: int = UNLIMITED) -> None:
     _require(not bool(pages.lens[row].any()), ERROR_ROW_NOT_EMPTY)
     pages.owned[row] = owned.to(torch.uint8)
+    pages.room[row] = room
 
 
 def grow(pages: HeadPages, rows: torch.Tensor, slots: torch.Tensor) -> None:
@@ -107,8 +109,12 @@ def store_kept(
     lanes = [(c, j) for j, c in enumerate(chosen, lane_lo) if c >= 0 and pages.owned[row, j]]
     need = [-(-int(counts[c]) // PAGE_TOKENS) for c, _ in lanes]
     _require(not any(pages.lens[row, j] for _, j in lanes), ERROR_ROW_NOT_EMPTY)
-    _require(sum(need) <= int(pages.free_count), ERROR_NO_FREE_PAGE)
     _require(max(need, default=0) <= pages.max_pages, ERROR_ROW_FULL)
+    if sum(need) > int(pages.room[row]):
+        pages.room[row] = 0
+        return
+    _require(sum(need) <= int(pages.free_count), ERROR_NO_FREE_PAGE)
+    pages.room[row] -= sum(need)
     for c, j in lanes:
         n = int(counts[c])
         slot = token_slots[kept_idx[c, :n].long()]
