@@ -96,6 +96,7 @@ def after_configure(result: Any, configurator: Any, *args: Any, **kwargs: Any) -
         device=str(configurator.device),
         window=rank.config.replan_window,
         verbose=rank.config.debug.log_decisions,
+        forecast_factor=rank.config.debug.forecast_factor,
     )
     result.req_to_token_pool.attach_aux_cache(rank.book)
 

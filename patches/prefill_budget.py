@@ -21,11 +21,11 @@ from fairkv_sglang.patches.request_options import asked
 class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
     """Budget of one prefill pass.
 
-    Head pages are asked for twice. A prompt's *charge*, the most that any input could need with its
-    owners, must be free until its counts are known, a pass or two later. What *lasts* is what it is
+    Head pages are asked for twice. A prompt's *charge*, of which it takes no more with its owners,
+    must be free until its counts are known, a pass or two later. What *lasts* is what it is
     expected to keep by the last prompts' counts, and its output; that must fit beside the outputs
-    of running requests. The first is certain, the second may be wrong, and then SGLang retracts.
-    The room that a charge takes for a short time is that of outputs to come, not idle beside it.
+    of running requests. Either may be too low, and then a request is retracted. The room that a
+    charge takes for a short time is that of outputs to come, not idle beside it.
 
     ``current_offset`` counts pool slots promised in this pass. ``total_offset`` is written by
     SGLang's ``PrefillAdder``: the tokens that running requests are expected to decode; here they
@@ -112,7 +112,7 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
         self.current_offset += (
             self.ceil_paged_tokens(extend_input_len) + self.page_size + extra_tokens
         )
-        if is_chunked_continuation:  # its bound is charged; its output comes after the last chunk
+        if is_chunked_continuation:  # it is charged; its output comes after the last chunk
             self.lasting = self.lasting + self.book.demand.growth(max_new_tokens)
         elif self._candidate is not None:
             needs, lasting = self._candidate

@@ -18,6 +18,7 @@ from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.patches.ledger import verify
 from fairkv_sglang.patches.overrides import overrides
 from fairkv_sglang.patches.rank import this_rank
+from fairkv_sglang.patches.spills import mark_spilled
 from fairkv_sglang.patches.versions import let_go_of_prefix, storing_method, unlocking_methods
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class FairKVRadixCache(UnifiedRadixCache):  # type: ignore[misc]
 
     def _hand_over(self, req: Req) -> None:
         row, slots = req.kv.req_pool_idx, getattr(req, SLOTS)
-        self.book.hand_over(row, slots)
+        if self.book.hand_over(row, slots):
+            mark_spilled(req)
         # Only real slots, never past them: under overlap a decode step was added already.
         self.free_kv_row(req.kv, [(req.kv.cache_protected_len, slots)])
         let_go_of_prefix(self, req)

@@ -14,6 +14,7 @@ from fairkv_sglang.memory.page_ledger import PAGE_TOKENS
 from fairkv_sglang.patches.ledger import Hook
 from fairkv_sglang.patches.rank import Rank, this_rank
 from fairkv_sglang.patches.request_options import asked, asking, keep_of
+from fairkv_sglang.patches.spills import has_spilled, retract_spilled
 from fairkv_sglang.patches.versions import forgets_preempted
 
 
@@ -25,8 +26,8 @@ def after_alloc_for_extend(result: Any, batch: Any) -> None:
     for req in batch.reqs:
         setattr(req, SLOTS, req.kv.kv_allocated_len)
         setattr(req, HANDED_OVER, False)
-        length = len(req.full_untruncated_fill_ids)
-        new = book.admit(req.kv.req_pool_idx, length, keep_of(req))
+        prompt_len = len(req.full_untruncated_fill_ids)
+        new = book.admit(req.kv.req_pool_idx, prompt_len, keep_of(req), has_spilled(req))
         book.readmitted += new and req.retracted_stain
 
 
@@ -59,11 +60,13 @@ def around_create_prefill_budget(
 
 
 def around_add_request(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
-    """Admit by the budget alone, and tell it what the request wants kept.
+    """Admit by the budget alone, which is told what the request wants kept, and for certain who was
+    retracted because its prompt spilled.
 
     Without prefix caching SGLang asks, for a request that ignores the end of sequence, whether its
     output fits into the pool, too.
     """
+    this_rank().book.admission.certain = has_spilled(req)
     parameters = req.sampling_params
     ignores, parameters.ignore_eos = parameters.ignore_eos, False
     try:
@@ -82,9 +85,11 @@ def around_new_prefill(original: Any, scheduler: Any, *args: Any, **kwargs: Any)
       A decode step instead could only retract them, down to the last one, which SGLang then aborts:
       the pages that are missing are reserved for the prompt of the chunk.
     * SGLang up to 0.5.21 forgets a request that it preempted for one that did not fit after all.
+    * Requests whose prompts spilled are retracted, and wait behind this pass (``spills.py``).
     """
-    ledger, running = this_rank().book.ledger, _running(scheduler, args, kwargs)
-    if this_rank().book.take_made_room():
+    book, running = this_rank().book, _running(scheduler, args, kwargs)
+    ledger, spilled = book.ledger, retract_spilled(book, running)
+    if book.take_made_room():
         running.batch_is_full = False
     before, mixed = list(running.reqs), scheduler.is_mixed_chunk
     if scheduler.chunked_req is not None:
@@ -97,13 +102,20 @@ def around_new_prefill(original: Any, scheduler: Any, *args: Any, **kwargs: Any)
         for req in before:
             if not (req.finished() or req.kv.holds_kv):
                 scheduler._add_request_to_queue(req)
+    for req in spilled:
+        scheduler._add_request_to_queue(req)
+        plan.running_batch.batch_is_full = False
     return plan
 
 
 def around_defer_prefill(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> bool:
-    """No decode steps between chunks (``--prefill-decode-interval``) that lack pages."""
-    ledger = this_rank().book.ledger
-    if scheduler.chunked_req is not None and not ledger.can_grow(ledger.rows):
+    """No decode steps between chunks (``--prefill-decode-interval``) that lack pages.
+
+    Nor with a request whose prompt spilled; the search for new prompts retracts it.
+    """
+    book, ledger = this_rank().book, this_rank().book.ledger
+    lacking = scheduler.chunked_req is not None and not ledger.can_grow(ledger.rows)
+    if lacking or book.charges.spilled:
         return False
     return bool(original(scheduler, *args, **kwargs))
 
@@ -226,7 +238,8 @@ HOOKS: tuple[Hook, ...] = (
         kind="around",
         function=around_new_prefill,
         why="prompts give their slots back long before a request ends; chunks keep head pages that "
-        "running requests need; preempted requests must not be forgotten",
+        "running requests need; preempted requests must not be forgotten, those whose prompts took "
+        "more pages than were charged retracted",
         since="0.5.17",
         upstream="sglang/srt/managers/scheduler.py (batch_is_full, preempt_list)",
         test="tests/patches/test_scheduling.py",
@@ -235,7 +248,8 @@ HOOKS: tuple[Hook, ...] = (
         target="sglang.srt.managers.scheduler.Scheduler._should_defer_prefill",
         kind="around",
         function=around_defer_prefill,
-        why="the last running request would be aborted for pages that a chunk keeps",
+        why="the last running request would be aborted for pages that a chunk keeps; one whose "
+        "prompt is not all there must not decode",
         since="0.5.21",
         upstream="sglang/srt/managers/scheduler.py (prefill_decode_interval)",
         test="tests/patches/test_scheduling.py",
@@ -245,7 +259,8 @@ HOOKS: tuple[Hook, ...] = (
         kind="around",
         function=around_add_request,
         why="outputs of requests that ignore the end of sequence take no slots of the pool; each "
-        "request is admitted by what it wants kept",
+        "request is admitted by what it wants kept, one that took more head pages than charged "
+        "by the most it could",
         since="0.5.17",
         upstream="sglang/srt/managers/schedule_policy.py (add_one_req_ignore_eos)",
         test="tests/patches/test_scheduling.py",

@@ -40,6 +40,9 @@ class Debug(Options):
     log_decisions: bool = Field(
         False, description="Log every admission, retraction and owner on every rank."
     )
+    forecast_factor: float = Field(
+        1.0, gt=0, description="Charge prompts this part of what the last ones let expect."
+    )
 
 
 @lru_cache

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fairkv_sglang.budgets import AS_SERVER, BudgetScope, Keep
 from fairkv_sglang.memory.demand import PageDemand
+from fairkv_sglang.memory.forecast import LEAST_SEEN, forecast_pages
 from fairkv_sglang.memory.page_ledger import PAGE_TOKENS, Pages
 from fairkv_sglang.placement import Router
 from fairkv_sglang.profiles.recorder import Recorder
@@ -34,6 +35,7 @@ class Asked:
         owners: ``[L, H]`` rank that serves each head for it.
         expected: ``[L, H]`` tokens that it is expected to keep.
         bound: ``[R]`` pages that its kept tokens cannot exceed.
+        limit: ``[R]`` pages that they are charged, at most ``bound``.
         lanes: ``[R]`` heads that it has on each rank.
         keep: What it wants kept.
     """
@@ -42,13 +44,14 @@ class Asked:
     owners: NDArray[np.int16]
     expected: NDArray[np.number]
     bound: Pages
+    limit: Pages
     lanes: Pages
     keep: Keep = AS_SERVER
 
     @property
     def charge(self) -> Pages:
         """``[R]`` pages that the ledger charges until its counts are known."""
-        pages: Pages = self.bound + self.lanes
+        pages: Pages = self.limit + self.lanes
         return pages
 
     def lasting(self, output: int) -> Pages:
@@ -67,13 +70,22 @@ class Admission:
         demand: Page bounds.
         router: Chooses owners of copied heads.
         recorder: Kept tokens of the last prompts.
+        forecast_factor: For tests: forecasts are taken times this.
     """
 
     def __init__(
-        self, scope: BudgetScope, demand: PageDemand, router: Router, recorder: Recorder
+        self,
+        scope: BudgetScope,
+        demand: PageDemand,
+        router: Router,
+        recorder: Recorder,
+        forecast_factor: float = 1.0,
     ) -> None:
         self._scope, self._demand = scope, demand
         self._router, self._recorder = router, recorder
+        self._factor = forecast_factor
+        self.certain = False
+        """Whether who is asked about next has to stay within its charge, whatever it keeps."""
         self._promised: deque[tuple[int, Asked]] = deque()
         self._keys = count(-1, -1)  # of promised prompts in the router; rows are positive
 
@@ -83,8 +95,9 @@ class Admission:
         expected = self._expected(scope, prompt_len)
         owners = self._router.choose(expected)
         bound = self._demand.with_owners(prompt_len, owners, scope)
+        limit = bound if self.certain else self._limit(scope, prompt_len, owners, bound)
         lanes = np.bincount(owners.ravel(), minlength=len(bound))
-        return Asked(prompt_len, owners, expected, bound, lanes, keep)
+        return Asked(prompt_len, owners, expected, bound, limit, lanes, keep)
 
     def promise(self, asked: Asked) -> None:
         """The prompt is in the pass that is being put together."""
@@ -115,6 +128,19 @@ class Admission:
             )
         self._router.rename(key, row)
         return asked
+
+    def _limit(
+        self, scope: BudgetScope, prompt_len: int, owners: NDArray[np.int16], bound: Pages
+    ) -> Pages:
+        """``[R]`` the smaller of bound and forecast."""
+        if not scope.input_dependent or scope.budget(prompt_len) >= prompt_len:
+            return bound
+        seen = self._recorder.compressed()
+        if len(seen) < LEAST_SEEN:
+            return bound
+        pages = forecast_pages(scope, seen, prompt_len, owners, len(bound))
+        limit: Pages = np.minimum(bound, (pages * self._factor).astype(np.int64))
+        return limit
 
     def _expected(self, scope: BudgetScope, prompt_len: int) -> NDArray[np.number]:
         """``[L, H]`` tokens that a prompt is expected to keep: each layer's by the last prompts."""

@@ -3,7 +3,7 @@
 
 Each tensor-parallel rank runs SGLang's scheduler for itself and must take the same decisions as
 the others (DESIGN, decision 3). So each rank keeps this book for all ranks, from numbers that all
-of them know: bounds fixed at admission, then exact kept counts that are equal on all ranks. The
+of them know: charges fixed at admission, then exact kept counts that are equal on all ranks. The
 device allocator of a rank never takes more pages than its column of this book says.
 """
 
@@ -63,8 +63,8 @@ class PageLedger:
         """True once the row's exact kept counts are known."""
         return self._rows[row].residues is not None
 
-    def admit(self, row: int, owners: NDArray[np.int16], bound: Pages) -> None:
-        """Charge the upper bound of a prompt's pages, plus a page per lane.
+    def admit(self, row: int, owners: NDArray[np.int16], limit: Pages) -> None:
+        """Charge the pages that a prompt may take, plus a page per lane.
 
         The spare page lets a request decode up to 16 tokens before its counts are known (under
         overlap scheduling the next step is chosen before the prompt's result is processed).
@@ -72,7 +72,7 @@ class PageLedger:
         Args:
             row: Request-table row.
             owners: ``[L, H]`` owner of each head.
-            bound: ``[R]`` pages that the prompt's kept tokens cannot exceed on each rank.
+            limit: ``[R]`` pages of which the prompt's kept tokens take no more on each rank.
 
         Raises:
             RuntimeError: if the row is in the book already.
@@ -81,18 +81,33 @@ class PageLedger:
             raise RuntimeError(f"FairKV: row {row} was admitted twice")
         ranks = len(self.capacity)
         spare = np.bincount(owners.ravel(), minlength=ranks)
-        held = np.asarray(bound, dtype=np.int64) + spare
+        held = np.asarray(limit, dtype=np.int64) + spare
         self._rows[row] = _Row(owners=owners, held=held, residues=None)
         self.held += held
 
+    def charge(self, row: int) -> Pages:
+        """``[R]`` pages charged to the row."""
+        return self._rows[row].held
+
+    def charge_more(self, row: int, pages: Pages) -> None:
+        """The row's prompt may take so many more pages ``[R]``."""
+        self._rows[row].held = self._rows[row].held + pages
+        self.held += pages
+
+    def pages(self, row: int, tokens: NDArray[np.integer]) -> Pages:
+        """``[R]`` pages of ``tokens [L, H]`` with the row's owners."""
+        pages = -(-np.asarray(tokens, dtype=np.int64) // PAGE_TOKENS)
+        owners = self._rows[row].owners.ravel()
+        found = np.bincount(owners, weights=pages.ravel(), minlength=len(self.capacity))
+        return found.astype(np.int64)
+
     def settle(self, row: int, kept: NDArray[np.integer]) -> None:
-        """Replace the bound by the exact pages of ``kept [L, H]`` and of the decoded tokens."""
+        """Replace the charge by the exact pages of ``kept [L, H]`` and of the decoded tokens."""
         entry = self._rows[row]
         ranks = len(self.capacity)
         flat_owner = entry.owners.ravel().astype(np.int64)
         flat_kept = np.asarray(kept, dtype=np.int64).ravel()
-        pages = -(-(flat_kept + entry.decoded) // PAGE_TOKENS)
-        exact = np.bincount(flat_owner, weights=pages, minlength=ranks).astype(np.int64)
+        exact = self.pages(row, np.asarray(kept) + entry.decoded)
         residues = np.bincount(
             (flat_kept % PAGE_TOKENS) * ranks + flat_owner, minlength=PAGE_TOKENS * ranks
         ).reshape(PAGE_TOKENS, ranks)

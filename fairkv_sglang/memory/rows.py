@@ -23,6 +23,7 @@ from fairkv_sglang.budgets import AS_SERVER, BudgetScope, Keep
 from fairkv_sglang.kernels.pages import HeadPages, describe_error
 from fairkv_sglang.kernels.prompts import to_device
 from fairkv_sglang.memory.admission import Admission
+from fairkv_sglang.memory.charges import Charges
 from fairkv_sglang.memory.decisions import DecisionLog
 from fairkv_sglang.memory.demand import PageDemand
 from fairkv_sglang.memory.device_errors import DeviceErrors
@@ -39,6 +40,7 @@ class _Life:
     prompt_len: int
     owned: torch.Tensor  # uint8 [lanes], host
     keep: Keep
+    recorded: bool  # its kept counts were known before a retraction
     stored: bool = False  # the device holds (or will hold) pages of this row
     kept: torch.Tensor | None = None  # int64 [L, H] host, filled by the prompt's last forward
     tails: dict[int, torch.Tensor] = field(default_factory=dict)  # see RowBook.tails
@@ -58,6 +60,7 @@ class RowBook:
         pool_tokens: Size of the prefill pool; what SGLang may schedule.
         window: Latest prompts whose kept tokens are remembered.
         verbose: Log every decision.
+        forecast_factor: For tests; see :class:`Admission`.
     """
 
     def __init__(
@@ -72,19 +75,20 @@ class RowBook:
         pool_tokens: int,
         window: int = 64,
         verbose: bool = False,
+        forecast_factor: float = 1.0,
     ) -> None:
         self.heads = heads
         self.scope = scope
         self.demand = demand
         self.router = router
-        self.ledger = ledger
+        self.ledger, self.charges = ledger, Charges(ledger)
         self.pages = pages
         self.errors = DeviceErrors(pages.error)
         self._pool_tokens = pool_tokens
         plan = heads.plan
         self.residents = Residents(plan.num_layers, plan.tp_size, plan.num_kv_heads)
         self.recorder = Recorder(plan.num_layers, plan.num_kv_heads, window)
-        self.admission = Admission(scope, demand, router, self.recorder)
+        self.admission = Admission(scope, demand, router, self.recorder, forecast_factor)
         self.log = DecisionLog(verbose)
         self.peak_requests = 0
         self.peak_pages = np.zeros_like(ledger.capacity)
@@ -100,15 +104,26 @@ class RowBook:
 
     # -- admission ------------------------------------------------------------------------------
 
-    def admit(self, row: int, prompt_len: int, keep: Keep = AS_SERVER) -> bool:
-        """Fix the owners of a request and charge its pages; False for a row in a later chunk."""
+    def admit(
+        self, row: int, prompt_len: int, keep: Keep = AS_SERVER, spilled: bool = False
+    ) -> bool:
+        """Fix the owners of a request and charge its pages; False for a row in a later chunk.
+
+        Args:
+            row: Request-table row.
+            prompt_len: Tokens of the prompt.
+            keep: What the request wants kept.
+            spilled: It was retracted because it had needed more pages than it was charged.
+        """
         if row in self._lives:
             return False
+        self.admission.certain = spilled
         asked = self.admission.take(row, prompt_len, keep)
         owners = asked.owners
         self.residents.admit(row, owners)
-        self.ledger.admit(row, owners, asked.bound)
-        self._lives[row] = _Life(prompt_len, torch.from_numpy(self.heads.owned(owners)), keep)
+        self.charges.admit(row, asked)
+        owned = torch.from_numpy(self.heads.owned(owners))
+        self._lives[row] = _Life(prompt_len, owned, keep, spilled)
         said = prompt_len.to_bytes(8, "little") + owners.tobytes() + repr(keep).encode()
         self.log.add("admit", row, said)
         if not self.scope.input_dependent:
@@ -140,7 +155,9 @@ class RowBook:
             life = self._lives[row]
             life.stored = True
             owned = to_device(life.owned, self.pages.device)
-            self.pages.kernels.set_owned(self.pages, row, owned)
+            self.charges.lift(row)
+            room = self.charges.room(row, self.heads.rank)
+            self.pages.kernels.set_owned(self.pages, row, owned, room)
 
     def note_kept(self, row: int, kept: torch.Tensor) -> None:
         """Remember the kept counts ``int64 [L, H]`` (host memory, maybe still being copied)."""
@@ -179,36 +196,51 @@ class RowBook:
 
     # -- after the prompt -----------------------------------------------------------------------
 
-    def hand_over(self, row: int, slots: int) -> None:
-        """The prompt's result is on the host and its ``slots`` go back: counts become exact."""
+    def hand_over(self, row: int, slots: int) -> bool:
+        """The prompt's result is on the host and its ``slots`` go back: counts become exact.
+
+        Returns:
+            Whether the prompt spilled (see :class:`Charges`): its row is to be freed before the
+            next pass, and no token of it that is decoded until then may be used.
+        """
         self.handed_over_tokens += slots
         self._made_room = True
         life = self._lives.get(row)
-        if life is None or self.ledger.is_settled(row):
-            return
+        if life is None or self.ledger.is_settled(row) or row in self.charges.spilled:
+            return row in self.charges.spilled
         if life.kept is None:
             raise RuntimeError(f"FairKV: row {row} ended its prompt without kept counts")
-        self._settle(row, life.kept.numpy())
+        kept = np.ascontiguousarray(life.kept.numpy(), dtype=np.int64)
+        if not self.charges.spill(row, kept):
+            self._settle(row, kept)
+            return False
+        self._record(life, kept)
+        self.log.add("spill", row, kept.tobytes())
+        return True
 
     def take_made_room(self) -> bool:
         """Whether a prompt gave slots back since the last call."""
         made, self._made_room = self._made_room, False
         return made
 
-    def _settle(self, row: int, kept: NDArray[np.integer]) -> None:
-        counts = np.ascontiguousarray(kept, dtype=np.int64)
-        self.ledger.settle(row, counts)
-        self.router.update(row, counts)
-        self.residents.settle(row, counts)
+    def _settle(self, row: int, kept: NDArray[np.int64]) -> None:
+        self.ledger.settle(row, kept)
+        self.router.update(row, kept)
+        self.residents.settle(row, kept)
         life = self._lives[row]
+        if not life.recorded:
+            self._record(life, kept)
+        self.log.add("settle", row, kept.tobytes())
+
+    def _record(self, life: _Life, kept: NDArray[np.int64]) -> None:
+        """What a prompt kept counts once, also if it comes back because it kept too much."""
         # What is expected of the next prompts, and planned for: those with the server's budget. One
         # that keeps everything would weigh as much as many of them, with nothing to tell heads by.
         if life.keep.spec is None:
-            self.recorder.add(counts, life.prompt_len)
-        self.kept_sum += counts
+            self.recorder.add(kept, life.prompt_len)
+        self.kept_sum += kept
         self.kept_prompts += 1
         self.kept_prompt_tokens += life.prompt_len
-        self.log.add("settle", row, counts.tobytes())
 
     # -- SGLang's auxiliary-cache interface -----------------------------------------------------
 
@@ -227,7 +259,7 @@ class RowBook:
         life = self._lives.pop(row, None)
         if life is None:
             return
-        self.ledger.release(row)
+        self.charges.release(row)
         self.router.release(row)
         self.residents.release(row)
         if life.stored:
@@ -282,11 +314,12 @@ def make_book(
     device: str,
     window: int,
     verbose: bool,
+    forecast_factor: float = 1.0,
 ) -> RowBook:
     """Allocate the arena and the page tables of a rank, and open the book on them.
 
     Args:
-        heads, scope, window, verbose: As :class:`RowBook` has them.
+        heads, scope, window, verbose, forecast_factor: As :class:`RowBook` has them.
         division: Division of the KV memory.
         head_dim: D.
         dtype: Of K and V.
@@ -311,4 +344,5 @@ def make_book(
         pool_tokens=division.pool_tokens,
         window=window,
         verbose=verbose,
+        forecast_factor=forecast_factor,
     )

@@ -104,6 +104,11 @@ class Recorder:
             return self._kept[: self._filled].copy()
         return np.roll(self._kept, -(self.count % self.window), axis=0)
 
+    def compressed(self) -> IntArray:
+        """Int64 [n, L, H], prompts of the window of which not everything was kept; a copy."""
+        kept, lengths = self._kept[: self._filled], self._lengths[: self._filled]
+        return kept[(kept < lengths[:, None, None]).any(axis=(1, 2))]
+
     def spread(self) -> float:
         """How much a head's load differs between prompts (``PlanOptions.spread``).
 

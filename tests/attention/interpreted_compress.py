@@ -29,6 +29,7 @@ from fairkv_tests.compress_cases import (
     extreme_scores,
     random_prompts,
     run_ranks,
+    run_with_spills,
     settle,
 )
 from fairkv_tests.core_cases import random_plan
@@ -170,6 +171,20 @@ def test_ranks_keep_what_the_papers_say(tmp_path: Path, scope: str, tp_size: int
     extreme_scores(rng, prompts)
     ranks, _ = run_ranks(config, model, tp_size, lambda rank: rank.run(prompts), bounded=True)
     check(ranks, config, prompts)
+
+
+def test_one_rank_keeps_no_more_of_a_prompt_than_was_charged(
+    tmp_path: Path, counted: list[Launches]
+) -> None:
+    """In the same launches."""
+    spilled, count = run_with_spills(tmp_path, "layer", 1, 0, bounded=True)
+    assert spilled == count  # on one rank all take the same
+    assert counted and all(m.waits == [] and m.count <= MOST_LAUNCHES for m in counted)
+
+
+def test_ranks_keep_no_more_of_a_prompt_than_was_charged(tmp_path: Path) -> None:
+    spilled, _ = run_with_spills(tmp_path, "layer", 2, 0, bounded=True)
+    assert spilled > 0
 
 
 def batch(lengths: list[int], window: int, beyond: list[int], floor: list[int]) -> PromptBatch:

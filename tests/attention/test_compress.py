@@ -33,6 +33,7 @@ from fairkv_tests.compress_cases import (
     home_plan,
     random_prompts,
     run_ranks,
+    run_with_spills,
     settle,
 )
 from fairkv_tests.core_cases import QUICK, SCOPES, random_plan, seeds
@@ -494,3 +495,14 @@ def test_the_widest_table_is_the_bound(tmp_path: Path) -> None:
     # Window 8, which is more than a fifth of 20, and all heads' 12 tokens beyond it.
     assert seen == [8 + 4 * 12] * LAYERS
     check(ranks, config, [prompt])
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_rank_keeps_no_more_of_a_prompt_than_was_charged(tmp_path: Path, bounded: bool) -> None:
+    """Heads at home and heads that travel; what one rank leaves out is not missing on another."""
+    spilled, count = 0, 0
+    for seed in range(12):
+        scope, tp_size = ("layer", "rank", "threshold")[seed % 3], (1, 2, 4)[seed // 3 % 3]
+        found = run_with_spills(tmp_path, scope, tp_size, seed, bounded=bounded)
+        spilled, count = spilled + found[0], count + found[1]
+    assert count // 5 < spilled < count

@@ -17,6 +17,7 @@ from fairkv_tests.core_cases import (
     random_plan,
     random_scope,
     seeds,
+    seen_before,
     splits,
 )
 from fairkv_tests.engine_model import Engine
@@ -31,6 +32,7 @@ from fairkv_tests.engine_model import Engine
     mixed=st.booleans(),
     chunk=st.sampled_from([32, 64, 1000]),
     page_size=st.sampled_from([1, 16]),
+    forecast=st.sampled_from([1.0, 0.5, 0.01]),
 )
 def test_pages_of_random_lives(
     name: str,
@@ -40,7 +42,9 @@ def test_pages_of_random_lives(
     mixed: bool,
     chunk: int,
     page_size: int,
+    forecast: float,
 ) -> None:
+    """Also where prompts need more than they are charged: no ledger, no device is overdrawn."""
     rng = np.random.default_rng(seed)
     heads, ranks = split
     plan = random_plan(rng, 2, ranks, heads)
@@ -52,6 +56,7 @@ def test_pages_of_random_lives(
         mixed=mixed,
         chunk=chunk,
         page_size=page_size,
+        forecast=forecast,
     )
     for _ in range(40):
         if rng.random() < 0.4:
@@ -61,8 +66,8 @@ def test_pages_of_random_lives(
 
 
 def test_the_model_meets_what_it_is_for() -> None:
-    """Retractions, aborts and overshoot happen in these runs."""
-    totals = np.zeros(4, dtype=int)
+    """Retractions, aborts, overshoot and spills happen in these runs."""
+    totals = np.zeros(5, dtype=int)
     for seed in range(8):
         rng = np.random.default_rng(seed)
         plan = random_plan(rng, 2, 2, 4)
@@ -74,13 +79,16 @@ def test_the_model_meets_what_it_is_for() -> None:
             mixed=False,
             chunk=48,
             page_size=1,
+            forecast=(1.0, 0.6)[seed % 2],
         )
         for _ in range(60):
             engine.submit()
             engine.turn()
         engine.drain()
-        totals += [engine.finished, engine.retractions, engine.aborts, engine.overshoot]
-    assert np.all(totals >= [40, 8, 2, 8]), totals
+        totals += [
+            engine.finished, engine.retractions, engine.aborts, engine.overshoot, engine.spills
+        ]  # fmt: skip
+    assert np.all(totals >= [40, 8, 2, 8, 8]), totals
 
 
 def book_of_one_rank(name: str):
@@ -88,6 +96,10 @@ def book_of_one_rank(name: str):
     scope = random_scope(rng, name, 1, 2)
     plan = Plan.from_shares(np.ones((1, 1, 2)), "one rank")
     return make_books(plan, scope, np.array([60]), rows=3)[0]
+
+
+def counts_of(count: int) -> np.ndarray:
+    return np.full((1, 2), count)
 
 
 def store(book, row: int, count: int) -> None:
@@ -130,6 +142,59 @@ def test_a_flush_gives_everything_back() -> None:
     store(book, 1, book.scope.budget(30))
     book.clear()
     assert book.live_requests == 0 and book.check_idle() == []
+
+
+def test_a_spilled_row_keeps_its_charge_until_it_is_free() -> None:
+    """What was too much is left out, a step that is under way may go on, and it spills once."""
+    book = book_of_one_rank("layer")
+    scope, rng = book.scope, np.random.default_rng(3)
+    prompt = 200
+    assert scope.budget(prompt) < prompt
+    seen_before([book], rng)
+    book.admission._factor = 0.5
+    book.admit(1, prompt)
+    pages, book.ledger.capacity = book.ledger.capacity, book.ledger.held.copy()  # nothing is free
+    charge, kept = book.ledger.held.copy(), scope.budget(prompt)
+    counts = book.recorder.count
+    store(book, 1, kept)
+    assert book.pages.num_used == 0 and np.all(charge - 2 < book.ledger.pages(1, counts_of(kept)))
+    book.grow([1])
+    book.pages.kernels.grow(book.pages, torch.tensor([1]), torch.empty((1, 2), dtype=torch.int64))
+    assert book.hand_over(1, prompt) and book.hand_over(1, prompt)
+    assert (book.charges.spills, book.charges.spilled, book.recorder.count) == (1, {1}, counts + 1)
+    book.grow([1])
+    book.pages.kernels.grow(book.pages, torch.tensor([1]), torch.empty((1, 2), dtype=torch.int64))
+    assert book.pages.num_used == 2 <= charge[0] == book.ledger.held[0]
+    book.free(1)
+    assert not book.charges.spilled and book.check_idle() == []
+    book.ledger.capacity = pages
+    book.admit(1, prompt, spilled=True)
+    store(book, 1, kept)
+    assert not book.hand_over(1, prompt)
+    assert (book.charges.spills, book.recorder.count) == (1, counts + 1)
+    book.free(1)
+    assert book.check_idle() == []
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_nothing_spills_where_pages_are_free(alone: bool) -> None:
+    """A prompt gets its bound before it is stored, if another like it could still be admitted."""
+    book = book_of_one_rank("layer")
+    seen_before([book], np.random.default_rng(3))
+    book.admission._factor = 0.5
+    if not alone:
+        book.admit(2, 1)
+    before = book.ledger.held.copy()
+    book.admit(1, 200)
+    asked = book.admission.ask(200)
+    reserve = 0 if alone else asked.charge
+    for lacking in (1, 0):
+        assert np.array_equal(book.ledger.held, before + asked.charge)
+        book.ledger.capacity = before + asked.bound + asked.lanes + reserve - lacking
+        book.begin_forward([1])
+    assert np.array_equal(book.ledger.held, before + asked.bound + asked.lanes)
+    store(book, 1, book.scope.budget(200))
+    assert not book.hand_over(1, 200) and book.charges.spills == 0
 
 
 def test_leaks_are_reported() -> None:

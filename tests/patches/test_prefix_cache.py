@@ -27,6 +27,7 @@ from fairkv_sglang.budgets import AS_SERVER, BudgetSpec, Keep
 from fairkv_sglang.patches.prefix_cache import FairKVRadixCache
 from fairkv_sglang.patches.request_options import asked
 from fairkv_sglang.patches.scheduling import around_add_request
+from fairkv_sglang.patches.spills import mark_spilled
 
 POLICIES = [*CacheAwarePolicy, *CacheAgnosticPolicy]
 
@@ -83,11 +84,14 @@ def test_every_scheduling_policy_orders_requests(policy: Any, disable: bool, pro
     assert {req.rid for req in waiting} == {"a", "b", "c"}
 
 
-def test_a_fixed_output_is_admitted_like_any_other() -> None:
+def test_a_fixed_output_is_admitted_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a tree SGLang would keep slots of the pool for it. And by what it wants kept."""
     parameters = SimpleNamespace(ignore_eos=True, custom_params={"fairkv": '{"budget": 50}'})
     req = SimpleNamespace(sampling_params=parameters)
     seen: list[Any] = []
+    admission = SimpleNamespace(certain=None)
+    rank = SimpleNamespace(book=SimpleNamespace(admission=admission))
+    monkeypatch.setattr("fairkv_sglang.patches.rank._rank", rank)
 
     def add(adder: Any, req: Any, **kwargs: Any) -> str:
         seen.append((adder, req.sampling_params.ignore_eos, kwargs, asked()))
@@ -103,4 +107,7 @@ def test_a_fixed_output_is_admitted_like_any_other() -> None:
 
     with pytest.raises(RuntimeError, match="no room"):
         around_add_request(fail, "adder", req)
-    assert parameters.ignore_eos and asked() == AS_SERVER
+    assert parameters.ignore_eos and asked() == AS_SERVER and admission.certain is False
+    mark_spilled(req)  # it may take no chance again
+    around_add_request(add, "adder", req)
+    assert admission.certain is True and req.is_retracted

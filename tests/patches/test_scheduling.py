@@ -288,6 +288,47 @@ def test_a_request_preempted_in_vain_waits_again(
     assert scheduler.waiting_queue == ([low] if forgets and not admitted else [])
 
 
+class Running(SimpleNamespace):
+    """SGLang's running batch: what retraction does to it."""
+
+    def release_req(self, index: int, others: int) -> None:
+        """The request loses its row."""
+        assert others == 0, "cached prefixes would be evicted"
+        self.released.append(self.reqs[index])
+
+    def filter_batch(self, keep_indices: list[int]) -> None:
+        """The others stay."""
+        self.reqs = [self.reqs[i] for i in keep_indices]
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_spilled_request_waits_from_the_next_pass_on(mixes: bool) -> None:
+    """It is gone before the search, which may decode the rest, and waits behind it."""
+    rank, _, _ = server(3, "layer", 1, 30)
+    spilled, other, ended = running(1), running(2), running(1, finished=True)
+    scheduler = Scheduler([])
+    scheduler.running_batch = batch = Running(
+        reqs=[ended, spilled, other], released=[], batch_is_full=True
+    )
+    after = SimpleNamespace(reqs=[], batch_is_full=True) if mixes else batch
+
+    def original(scheduler: Scheduler, batch: Running) -> SimpleNamespace:
+        assert batch.reqs == [ended, other] and batch.released == [spilled]
+        assert scheduler.waiting_queue == []
+        rank.book.charges.spilled.clear()  # as its row is free
+        return SimpleNamespace(batch_to_run="a batch" if mixes else None, running_batch=after)
+
+    def deferred() -> bool:
+        with mock.patch.object(fairkv_sglang.patches.rank, "_rank", rank):
+            return scheduling.around_defer_prefill(lambda scheduler: True, scheduler)
+
+    assert deferred()
+    rank.book.charges.spilled.add(1)
+    assert not deferred()  # or a decode step would go on with it
+    scheduler.look(rank, original)
+    assert scheduler.waiting_queue == [spilled] and not after.batch_is_full
+
+
 def test_slots_that_came_back_are_looked_at() -> None:
     rank, _, _ = server(3, "uniform", 1, 30)
     plan = SimpleNamespace(batch_to_run=None)

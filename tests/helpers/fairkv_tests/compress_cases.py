@@ -23,7 +23,7 @@ from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import HandOver
 from fairkv_sglang.budgets import AS_SERVER, Keep, Scorer
 from fairkv_sglang.config import FairKVConfig
-from fairkv_sglang.kernels import torch_decode
+from fairkv_sglang.kernels import PAGE_TOKENS, torch_decode
 from fairkv_sglang.memory import MemoryDivision
 from fairkv_sglang.memory.rows import make_book
 from fairkv_sglang.model import Model as Description
@@ -35,6 +35,7 @@ from fairkv_sglang.planning import make_start
 from fairkv_sglang.profiles import HeadProfile
 from fairkv_tests import scorer_references
 from fairkv_tests.budgets_reference import ada_kv_kept, static_kept, threshold_kept
+from fairkv_tests.core_cases import pages_by_rank, random_plan, seen_before
 from fairkv_tests.fake_collectives import Collectives, Group, ranks_as_threads
 
 LAYERS, DIM, SLOTS, CONTEXT, ROWS = 2, 8, 600, 200, 6
@@ -143,6 +144,7 @@ class Rank:
             device="cpu",
             window=config.replan_window,
             verbose=config.debug.log_decisions,
+            forecast_factor=config.debug.forecast_factor,
         )
         exchange = None if group is None else HomeExchange(state.heads.homes, group)  # type: ignore[arg-type]
         hand_over = HandOver(state.heads, self.book.pages, group)  # type: ignore[arg-type]
@@ -352,6 +354,59 @@ def check(ranks: list[Rank], config: FairKVConfig, prompts: list[Prompt]) -> lis
         assert rank.book.check_idle() == []
     assert len({rank.book.log.digest for rank in ranks}) == 1
     return everything
+
+
+def check_spills(ranks: list[Rank], config: FairKVConfig, prompts: list[Prompt]) -> int:
+    """All ranks know which prompts need more pages than their charge on a rank; that one holds no
+    more than this, every other has all of its part. Returns how many spilled.
+    """
+    spilled = 0
+    for prompt in prompts:
+        kept = expected_kept(ranks[0], config, prompt)
+        counts = np.array([[len(row) for row in layer] for layer in kept])
+        need = pages_by_rank(counts, ranks[0].book.owners(prompt.row), len(ranks))
+        most = need.max() * np.ones((2, len(ranks)))
+        limit, _ = ranks[0].book.charges._limited.get(prompt.row, most)
+        over = need > limit
+        for index, rank in enumerate(ranks):
+            held = int((-(-rank.book.pages.lens[prompt.row] // PAGE_TOKENS)).sum())
+            assert held <= limit[index] if over[index] else held == need[index]
+            assert rank.book.hand_over(prompt.row, prompt.length) == over.any()
+        spilled += bool(over.any())
+    for index, rank in enumerate(ranks):
+        rank.book.pages.check_integrity()
+        assert rank.book.pages.num_used <= rank.book.ledger.held[index]
+        for prompt in prompts:
+            rank.book.free(prompt.row)
+        assert rank.book.check_idle() == []
+    assert len({rank.book.log.digest for rank in ranks}) == 1
+    return spilled
+
+
+def run_with_spills(
+    folder: Path, scope: str, tp_size: int, seed: int, *, bounded: bool = False
+) -> tuple[int, int]:
+    """Prompts that are charged a part of what they are expected to take; see :func:`check_spills`.
+
+    Returns:
+        How many spilled, of how many.
+    """
+    rng, model = np.random.default_rng(seed), Model()
+    plan = random_plan(rng, LAYERS, tp_size, model.heads)
+    debug = {"forecast_factor": float(rng.choice([1.0, 0.7, 0.4]))}
+    config = settle(folder, model, plan, scope=scope, ratio=0.4, scorer="snapkv", debug=debug)
+    chunks = ([61], [40, 21], [16, 16, 16, 3], [90], [120])
+    prompts = random_prompts(rng, chunks)
+
+    def work(rank: Rank) -> None:
+        seen_before([rank.book], np.random.default_rng(seed))
+        for prompt in prompts:
+            rank.admit(prompt)
+        rank.book.ledger.capacity = rank.book.ledger.held.copy()  # nothing is free
+        rank.run(prompts)
+
+    ranks, _ = run_ranks(config, model, tp_size, work, bounded=bounded)
+    return check_spills(ranks, config, prompts), len(prompts)
 
 
 def source_of(homes: Homes, head: int, owner: int) -> int:

@@ -12,6 +12,7 @@ from fairkv_sglang.budgets import AS_SERVER, BudgetScope, BudgetSpec, Keep, make
 from fairkv_sglang.budgets import SCOPES as BUDGET_SCOPES
 from fairkv_sglang.budgets.keep import merged
 from fairkv_sglang.memory import PAGE_TOKENS, PageDemand, PageLedger
+from fairkv_sglang.memory.forecast import LEAST_SEEN
 from fairkv_sglang.parallel import LaneTable, RankHeads
 from fairkv_sglang.placement import Plan, Router
 from fairkv_sglang.placement.homes import Homes
@@ -157,6 +158,7 @@ def make_books(
     pool_tokens: int = 1 << 20,
     head_dim: int = 8,
     slots: int | None = None,
+    forecast_factor: float = 1.0,
 ) -> list:
     """One RowBook per rank, as the ranks' processes would have them."""
     from fairkv_sglang.kernels import HeadPages
@@ -176,6 +178,20 @@ def make_books(
                     int(capacity[rank]), rows, heads.num_lanes, max_pages, head_dim, torch.float32
                 ),
                 pool_tokens=pool_tokens,
+                forecast_factor=forecast_factor,
             )
         )
     return books
+
+
+def seen_before(books: list, rng: np.random.Generator, prompt_len: int = 200) -> None:
+    """Every rank has seen so many prompts as it takes to expect what a new one takes."""
+    scope, plan = books[0].scope, books[0].heads.plan
+    for _ in range(LEAST_SEEN):
+        scores = [
+            random_scores(rng, plan.num_kv_heads, prompt_len, scope.window)
+            for _ in range(plan.num_layers)
+        ]
+        kept = kept_counts(scope, plan, prompt_len, scores)
+        for book in books:
+            book.recorder.add(kept, prompt_len)

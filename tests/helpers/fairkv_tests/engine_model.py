@@ -3,7 +3,7 @@
 
 It does what the loop does to memory, in its order: choose the next batch (admission, retraction,
 growth), launch it (release, take pages), then process the result of this batch or, under overlap
-scheduling, of the one before.
+scheduling, of the one before. What prompts take is charged by a forecast, which may be too low.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from fairkv_sglang.patches import scheduling
 from fairkv_sglang.patches.prefill_budget import FairKVPrefillBudget
 from fairkv_sglang.patches.request_options import asking
 from fairkv_sglang.placement import Plan
-from fairkv_tests.core_cases import kept_counts, make_books, random_keep, random_scores
+from fairkv_tests.core_cases import (
+    kept_counts,
+    make_books,
+    random_keep,
+    random_scores,
+    seen_before,
+)
 
 ROWS, MAX_HEAD_TOKENS, POOL = 7, 420, 460
 
@@ -37,7 +43,9 @@ class Request:
     row: int = 0
     done: int = 0  # tokens prefilled
     slots: int = 0  # held in the prefill pool
-    life: int = 0  # +1 when it loses its row: results of an earlier life are skipped
+    life: int = 0  # +1 when it loses its row
+    skipped: bool = False  # SGLang's is_retracted, or finished(): it skips what a batch makes of it
+    spilled: bool = False  # its prompt has needed more pages than it was charged
     kept: np.ndarray | None = None  # [L, H] once the device holds its pages
 
 
@@ -78,6 +86,7 @@ class Engine:
         mixed: bool,
         chunk: int,
         page_size: int,
+        forecast: float = 1.0,
     ) -> None:
         self.rng, self.plan, self.scope = rng, plan, scope
         self.overlap, self.mixed, self.chunk = overlap, mixed, chunk
@@ -85,8 +94,15 @@ class Engine:
         capacity = lanes * int(rng.integers(4, 30)) + rng.integers(0, 5, plan.tp_size)
         max_pages = -(-MAX_HEAD_TOKENS // 16) + 1
         self.books: list[RowBook] = make_books(
-            plan, scope, capacity, rows=ROWS, max_pages=max_pages, pool_tokens=POOL
+            plan,
+            scope,
+            capacity,
+            rows=ROWS,
+            max_pages=max_pages,
+            pool_tokens=POOL,
+            forecast_factor=forecast,
         )
+        seen_before(self.books, rng)
         self.allocator = Allocator(self, page_size)
         self.free_rows = list(range(1, ROWS))
         self.waiting: list[Request] = []
@@ -95,7 +111,7 @@ class Engine:
         self.alive: list[Request] = []  # requests that hold a row
         self.last: Batch | None = None
         self.pending: list[Batch] = []
-        self.finished = self.retractions = self.aborts = self.overshoot = 0
+        self.finished = self.retractions = self.aborts = self.overshoot = self.spills = 0
         self.zeros = torch.zeros((POOL, plan.num_kv_heads, 8))
 
     # -- requests -------------------------------------------------------------------------------
@@ -131,13 +147,23 @@ class Engine:
         request.row, request.slots, request.done = 0, 0, 0
         request.kept = None
         request.life += 1
+        request.skipped = True
 
-    def retract(self, request: Request) -> None:
+    def retract(self, request: Request, wait: bool = True) -> None:
         self.lose_row(request)
         request.prompt += request.outputs - request.prefilled
         request.prefilled = request.outputs
-        self.waiting.append(request)
         self.retractions += 1
+        if wait:
+            self.waiting.append(request)
+
+    def pause(self) -> None:
+        """SGLang's pause in the mode that retracts everything, a result that is due first."""
+        if self.overlap and self.last is not None:
+            self.process(self.pending.pop(0))
+        for request in list(self.alive):
+            self.retract(request)
+        self.running, self.last, self.chunked = [], None, None
 
     # -- one turn of the loop -------------------------------------------------------------------
 
@@ -146,6 +172,8 @@ class Engine:
             self.lose_row(self.chunked)  # abort inside a chunked prefill
             self.chunked = None
             self.aborts += 1
+        if self.rng.random() < 0.04:
+            self.pause()
         batch = self.choose()
         if batch is not None:
             self.launch(batch)
@@ -165,7 +193,13 @@ class Engine:
                 self.running += [
                     r for r, life in self.last.decoded if r.life == life and r not in self.running
                 ]
+        # As the hook around SGLang's search for prompts.
+        spilled = [r for r in self.running if r.row in self.books[0].charges.spilled]
+        for request in spilled:
+            self.retract(request, wait=False)
+            self.running.remove(request)
         batch = self.choose_prefill()
+        self.waiting += spilled  # from the next search on
         return batch if batch is not None else self.choose_decode()
 
     def choose_prefill(self) -> Batch | None:
@@ -199,6 +233,8 @@ class Engine:
         for request in list(self.waiting):
             if left <= 0 or len(chosen) >= len(self.free_rows):
                 break
+            for book in self.books:
+                book.admission.certain = request.spilled
             with asking(request.keep):
                 fits = same(
                     budget.has_capacity()
@@ -236,7 +272,8 @@ class Engine:
             request.slots += take
             assert self.allocator.available_size() >= 0, "prefill pool overcommitted"
             for book in self.books:
-                book.admit(request.row, request.prompt, request.keep)
+                book.admit(request.row, request.prompt, request.keep, request.spilled)
+            request.skipped = False
             if request.done == request.prompt:
                 batch.ended.append((request, request.life))
             else:
@@ -312,7 +349,9 @@ class Engine:
 
     def process(self, batch: Batch) -> None:
         for request, life in batch.ended + batch.decoded:
-            if request.life != life:
+            stale = request.life != life or request.row in self.books[0].charges.spilled
+            assert request.skipped == stale, "SGLang would use a token that is none, or lose one"
+            if stale:
                 self.overshoot += 1
                 continue
             request.outputs += 1
@@ -320,8 +359,14 @@ class Engine:
                 self.lose_row(request)
                 self.finished += 1
             elif (request, life) in batch.ended:
-                for book in self.books:
-                    book.hand_over(request.row, request.slots)
+                seen = self.books[0].recorder.count + (
+                    self.scope.input_dependent and not request.spilled  # else it is there already
+                )
+                if same(book.hand_over(request.row, request.slots) for book in self.books):
+                    assert not request.spilled, "spilled twice"
+                    request.spilled = request.skipped = True
+                    self.spills += 1
+                assert same(book.recorder.count for book in self.books) == seen
                 request.slots = 0
 
     # -- checks ---------------------------------------------------------------------------------
