@@ -112,6 +112,7 @@ class RankReport:
             "kept_tokens": int(book.kept_sum.sum()),
             "prompt_tokens": book.kept_prompt_tokens,
             "compactions": book.kept_prompts,
+            "spills": book.charges.spills,
             "balancedness": residents.balancedness(),
             "balancedness_planned": self.in_force.balancedness,
             "rank_loads": residents.reads.sum(axis=0).tolist(),
