@@ -138,6 +138,7 @@ class Chaos:
             "seconds": round(time.monotonic() - started, 1),
             **dict(sorted(self.counts.items())),
             "replans": state["replans"],
+            "spills": state["spills"],
             "decisions": [rank["decisions"]["count"] for rank in state["ranks"]],
         }
 
@@ -361,6 +362,7 @@ def start(folder: Path, overlap: bool, tp_size: int = 2) -> ServerProcess:
     arguments = (
         f"--model-path {model} --served-model-name tiny --device cpu --dtype float32 "
         f"--tp {tp_size} --random-seed 1 --fairkv --fairkv-ratio 0.3 --fairkv-arena-pages 1100 "
+        "--fairkv-forecast-factor 0.9 "
         f"--fairkv-plan {write_plan(folder, tp_size, 3)}"
     ).split()
     arguments += TIGHT.split() + ([] if overlap else ["--disable-overlap-schedule"])
