@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def has_accelerator() -> bool:
@@ -16,7 +17,24 @@ def has_accelerator() -> bool:
     return bool(torch.cuda.is_available() or torch.xpu.is_available() or hasattr(torch, "npu"))
 
 
-def prepare_threads(tp_size: int, environment: MutableMapping[str, str] = os.environ) -> None:
+def all_ranks(parallel: Any) -> int:
+    """Ranks of a server, over all replicas and machines.
+
+    Args:
+        parallel: Anything with SGLang's names: its server arguments, or its view of a rank's.
+    """
+    replicas = 1 if parallel.enable_dp_attention else parallel.dp_size
+    return int(parallel.tp_size * (parallel.pp_size or 1) * (replicas or 1))
+
+
+def ranks_here(parallel: Any) -> int:
+    """Those on this machine; ``parallel`` as for :func:`all_ranks`."""
+    return max(1, all_ranks(parallel) // (parallel.nnodes or 1))
+
+
+def prepare_threads(
+    here: int, ranks: int, environment: MutableMapping[str, str] = os.environ
+) -> None:
     """Set the thread variables that SGLang's CPU ranks need; what the user has set stays.
 
     The ranks are new processes, so this works until the moment they are started:
@@ -30,13 +48,14 @@ def prepare_threads(tp_size: int, environment: MutableMapping[str, str] = os.env
       more ranks than cores.
 
     Args:
-        tp_size: Number of ranks.
+        here: Ranks on this machine.
+        ranks: Ranks on all machines, which SGLang compares with the NUMA nodes of this one.
         environment: Where to set the variables.
     """
     environment.setdefault("OMP_NUM_THREADS", "1")
     environment.setdefault("TORCHDYNAMO_DISABLE", "1")
-    if tp_size > 1:
-        environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", thread_binding(tp_size))
+    if ranks > 1:
+        environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", thread_binding(here))
 
 
 def memory_per_rank(of_a_node: float, nodes: int, ranks: int) -> float:
@@ -46,7 +65,7 @@ def memory_per_rank(of_a_node: float, nodes: int, ranks: int) -> float:
 
     Args:
         of_a_node: Memory of a NUMA node, in any unit.
-        nodes: Number of nodes.
+        nodes: Number of NUMA nodes of this machine.
         ranks: Number of ranks on them.
     """
     return of_a_node * min(1.0, nodes / ranks)
@@ -79,17 +98,17 @@ def yield_to_gloo_workers() -> int:
     return changed
 
 
-def thread_binding(tp_size: int, cores: Sequence[int] | None = None) -> str:
+def thread_binding(ranks: int, cores: Sequence[int] | None = None) -> str:
     """Cores of each rank in SGLang's notation, e.g. ``"0,1|2,3"``.
 
     Args:
-        tp_size: Number of ranks.
+        ranks: Number of ranks on this machine.
         cores: Core numbers to deal out; those this process may use if None.
     """
     cores = sorted(os.sched_getaffinity(0)) if cores is None else cores
-    if len(cores) < tp_size:
-        groups: list[Sequence[int]] = [[cores[rank % len(cores)]] for rank in range(tp_size)]
+    if len(cores) < ranks:
+        groups: list[Sequence[int]] = [[cores[rank % len(cores)]] for rank in range(ranks)]
     else:
-        each = len(cores) // tp_size
-        groups = [cores[rank * each : (rank + 1) * each] for rank in range(tp_size)]
+        each = len(cores) // ranks
+        groups = [cores[rank * each : (rank + 1) * each] for rank in range(ranks)]
     return "|".join(",".join(str(core) for core in group) for group in groups)

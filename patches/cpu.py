@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fairkv_sglang.cpu_environment import memory_per_rank, yield_to_gloo_workers
+from fairkv_sglang.cpu_environment import memory_per_rank, ranks_here, yield_to_gloo_workers
 from fairkv_sglang.patches.ledger import Hook
 
 
@@ -32,7 +32,7 @@ def after_available_memory(result: float, device: str, *args: Any, **kwargs: Any
 
     if device != "cpu":
         return result
-    return memory_per_rank(result, len(get_cpu_ids_by_node()), get_parallel().tp_size)
+    return memory_per_rank(result, len(get_cpu_ids_by_node()), ranks_here(get_parallel()))
 
 
 def register_attention() -> None:

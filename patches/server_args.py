@@ -165,7 +165,7 @@ def _check_memory(start: Start, view: Any) -> None:
     import psutil  # type: ignore[import-untyped]
     from sglang.srt.utils import get_device_memory_capacity
 
-    from fairkv_sglang.cpu_environment import memory_per_rank
+    from fairkv_sglang.cpu_environment import memory_per_rank, ranks_here
     from fairkv_sglang.memory.sizing import divide_memory, most_of_a_pass
     from fairkv_sglang.parallel.lanes import LaneTable
 
@@ -178,7 +178,7 @@ def _check_memory(start: Start, view: Any) -> None:
     token_bytes = 2 * model.head_dim * dtype_bytes * heads * model.num_layers
     memory = int((get_device_memory_capacity(str(view.device)) or 0) * (1 << 20))
     if str(view.device).startswith("cpu"):
-        memory = int(memory_per_rank(psutil.virtual_memory().total, 1, view.tp_size))
+        memory = int(memory_per_rank(psutil.virtual_memory().total, 1, ranks_here(view)))
     bounds = [view.max_total_tokens or 0, memory // token_bytes]
     if not any(bounds):
         return
@@ -239,12 +239,12 @@ def _settle(server_args: Any) -> None:
 
 def _settle_cpu(server_args: Any) -> None:
     """Device and threads, for SGLang with or without FairKV."""
-    from fairkv_sglang.cpu_environment import prepare_threads
+    from fairkv_sglang.cpu_environment import all_ranks, prepare_threads, ranks_here
 
     if server_args.device is None:
         server_args.device = "cpu"
     if str(server_args.device).startswith("cpu"):
-        prepare_threads(server_args.tp_size)
+        prepare_threads(ranks_here(server_args), all_ranks(server_args))
 
 
 def _has_model(server_args: Any) -> bool:
