@@ -104,11 +104,18 @@ REFUSALS: tuple[Refusal, ...] = (
         "use --device cuda or cpu",
         _not_in("device", "cuda", "cpu"),
     ),
-    Refusal("speculative decoding", "--speculative-algorithm"),
     Refusal(
-        "prefill-decode disaggregation",
+        "speculative decoding (EAGLE, MTP, NGRAM and all others)",
+        "--speculative-algorithm, --decoupled-spec-role",
+        "leave the flags out: decode writes and reads one token of a request at a time",
+        lambda args, model: (
+            bool(args.speculative_algorithm) or args.decoupled_spec_role not in (None, "null")
+        ),
+    ),
+    Refusal(
+        "prefill-decode disaggregation (by any --disaggregation-transfer-backend)",
         "--disaggregation-mode",
-        "use --disaggregation-mode null",
+        "use --disaggregation-mode null: no transfer backend knows head pages",
         _not_in("disaggregation_mode", "null"),
     ),
     Refusal("a decode pool with role switch", "--enable-pd-role-switch"),
@@ -154,10 +161,10 @@ REFUSALS: tuple[Refusal, ...] = (
         _above_one("pp_size"),
     ),
     Refusal(
-        "data parallelism",
-        "--dp-size above 1 (untested)",
-        "use --dp-size 1; start several servers behind a router instead",
-        _above_one("dp_size"),
+        "data parallelism over several nodes",
+        "--dp-size and --nnodes above 1",
+        "start a server on each node, behind a router",
+        lambda args, model: (args.dp_size or 1) > 1 and (args.nnodes or 1) > 1,
     ),
     Refusal(
         "data-parallel attention",
@@ -183,7 +190,20 @@ REFUSALS: tuple[Refusal, ...] = (
             _above_one("dcp_size", "attn_cp_size")(args, model) or bool(args.enable_prefill_cp)
         ),
     ),
-    Refusal("several nodes", "--nnodes above 1 (untested)", "use --nnodes 1", _above_one("nnodes")),
+    Refusal(
+        "several nodes without an address where they meet",
+        "--nnodes above 1 without --dist-init-addr",
+        "give every node --dist-init-addr HOST:PORT, with a host of node 0 and a free port there",
+        lambda args, model: (
+            (args.nnodes or 1) > 1 and not re.fullmatch(r".+:\d+", args.dist_init_addr or "")
+        ),
+    ),
+    Refusal(
+        "ranks that the nodes do not divide",
+        "--tp-size and --nnodes",
+        "use a --tp-size that --nnodes divides",
+        lambda args, model: bool((args.tp_size or 1) % (args.nnodes or 1)),
+    ),
     Refusal(
         "several tokenizer processes",
         "--tokenizer-worker-num above 1 (untested)",

@@ -16,6 +16,7 @@ __all__ = ["Hook", "HookError", "all_hooks", "all_overrides", "cpu_overrides", "
 def all_hooks() -> tuple[Hook, ...]:
     """The hooks of a serving rank, in ledger order (imports SGLang's scheduler)."""
     from fairkv_sglang.patches import (
+        loads,
         models,
         passes,
         pools,
@@ -25,7 +26,7 @@ def all_hooks() -> tuple[Hook, ...]:
         state,
     )
 
-    modules = (pools, models, registries, request_options, scheduling, passes, state)
+    modules = (pools, models, registries, request_options, scheduling, passes, state, loads)
     return tuple(hook for module in modules for hook in module.HOOKS)
 
 

@@ -13,6 +13,7 @@ from fairkv_sglang.memory.rows import RowBook, make_book
 from fairkv_sglang.memory.sizing import divide_memory, most_of_a_pass
 from fairkv_sglang.model import Model
 from fairkv_sglang.patches.ledger import Hook, HookError, verify
+from fairkv_sglang.patches.nodes import agreed_plan
 from fairkv_sglang.patches.overrides import overrides
 from fairkv_sglang.patches.rank import Rank, begin, this_rank
 from fairkv_sglang.plan_file import received
@@ -26,6 +27,7 @@ def before_load_model(runner: Any) -> None:
 
     Raises:
         HookError: if the parent's hook is missing.
+        SystemExit: if another node was started otherwise.
     """
     from sglang.srt.runtime_context import get_parallel
 
@@ -42,8 +44,12 @@ def before_load_model(runner: Any) -> None:
     model = Model.from_sglang(runner.model_config)
     # Attention classes fall back to hidden_size // heads, which a twin's counts would change.
     runner.model_config.hf_text_config.head_dim = model.head_dim
-    start = make_start(config, model, plan.tp_size, str(runner.device), plan)
-    rank = Rank(start, get_parallel().tp_rank)
+    device, parallel = str(runner.device), get_parallel()
+    start = make_start(config, model, plan.tp_size, device, plan)
+    if parallel.nnodes > 1:
+        plan = agreed_plan(start, runner.tp_group, parallel.node_rank)
+        start = make_start(config, model, plan.tp_size, device, plan)
+    rank = Rank(start, parallel.tp_rank)
     begin(rank)
     logger.info(rank.describe())
 

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from fairkv_sglang.config import from_environment
-from fairkv_sglang.patches import server
+from fairkv_sglang.patches import server, watching
 from fairkv_sglang.patches.ledger import Hook, need, register, verify
 
 _SEVERAL = "tests/engine/test_benchmarks.py"
@@ -84,7 +84,7 @@ def register_parent() -> None:
 
     global _takes_requests
 
-    hooks = (*server.HOOKS, *requests.HOOKS, *system_prompt.HOOKS)
+    hooks = (*server.HOOKS, *watching.HOOKS, *requests.HOOKS, *system_prompt.HOOKS)
     if not _takes_requests:
         register(hooks)
         _takes_requests = True
@@ -141,6 +141,7 @@ EARLY: tuple[Hook, ...] = (
         upstream="sglang/srt/entrypoints/http_server.py",
         test="tests/engine/test_platform.py",
     ),
+    watching.REPLICAS,
 )
 """Not in SGLang's hook registry, which is filled too late: see :class:`_EarlyFinder`."""
 

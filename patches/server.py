@@ -38,14 +38,24 @@ def before_launch(server_args: Any, *args: Any, **kwargs: Any) -> None:
     if config is None or not config.enabled:
         return
     try:
-        check_port(server_args.host or "127.0.0.1", server_args.port)
+        host, port = server_args.host or "127.0.0.1", server_args.port
+        check_port(host, port, f"--host {host} --port {port}: the server")
+        if server_args.nnodes > 1 and server_args.node_rank == 0 and server_args.dist_init_addr:
+            address = server_args.dist_init_addr
+            port = int(address.rpartition(":")[2])
+            check_port("", port, f"--dist-init-addr {address}: node 0")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
-def check_port(host: str, port: int) -> None:
-    """Listen for a moment as the HTTP server will.
+def check_port(host: str, port: int, who: str) -> None:
+    """Listen for a moment as the server will.
+
+    Args:
+        host: Where; "" is everywhere.
+        port: On which port.
+        who: Flags and who will listen there, for the message.
 
     Raises:
         ConfigError: if that fails.
@@ -56,8 +66,7 @@ def check_port(host: str, port: int) -> None:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--host {host} --port {port}: the server cannot listen there ({reason}): give "
-            "another --port, or stop what uses it"
+            f"{who} cannot listen there ({reason}): give another port, or stop what uses it"
         ) from None
 
 
@@ -135,9 +144,14 @@ async def _resume(manager: Any) -> None:
 
 def before_sigquit(handler: Any, *args: Any, **kwargs: Any) -> None:
     """Name the processes that died."""
+    from sglang.srt.runtime_context import get_parallel
+
     watchdog = handler.tokenizer_manager._subprocess_watchdog
     if watchdog is not None:
-        for line in obituaries(zip(watchdog._names, watchdog._processes, strict=True)):
+        names = watchdog._names
+        if get_parallel().dp_size > 1:  # the ranks are its, see watching.py
+            names = [name.replace("scheduler_0", "the controller of replicas") for name in names]
+        for line in obituaries(zip(names, watchdog._processes, strict=True)):
             logger.error("%s", line)
 
 

@@ -33,6 +33,7 @@ def row_groups() -> dict[str, tuple[Row, ...]]:
         requests,
         server,
         system_prompt,
+        watching,
     )
     from fairkv_sglang.patches.server_args import flag_hooks
 
@@ -42,6 +43,7 @@ def row_groups() -> dict[str, tuple[Row, ...]]:
         "(`patches/processes.py`)": processes.EARLY,
         "The process that takes requests, FairKV on": (
             *server.HOOKS,
+            *watching.HOOKS,
             *requests.HOOKS,
             *system_prompt.HOOKS,
         ),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fairkv_sglang.cli.output import PICTURES, check_output, print_json, print_table, progress
-from fairkv_sglang.cli.remote import add_url_flags, checked_url, fairkv_state, server_info
+from fairkv_sglang.cli.remote import add_url_flags, checked_url, fairkv_states, server_info
 from fairkv_sglang.model import DTYPE_BYTES
 from fairkv_sglang.profiles import HeadProfile
 
@@ -104,11 +104,15 @@ def _from_server(args: argparse.Namespace) -> HeadProfile:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is for measuring on prompts; with --url leave it out")
     info = server_info(args.url, args.api_key)
-    state = fairkv_state(info, args.url)
-    url = checked_url(args.url)
-    kept = state.get("traffic")  # the last prompts, so that a profile is of one kind of traffic
-    if not isinstance(kept, dict) or not {"prompts", "prompt_tokens", "tokens"} <= kept.keys():
-        raise ValueError(f"{url} does not say what its heads kept: another version of FairKV?")
+    states = fairkv_states(info, args.url)
+    state, url = states[0], checked_url(args.url)
+    kept: dict[str, Any] = {}
+    for replica in states:
+        last = replica.get("traffic")  # the last prompts: a profile is of one kind of traffic
+        if not isinstance(last, dict) or not {"prompts", "prompt_tokens", "tokens"} <= last.keys():
+            raise ValueError(f"{url} does not say what its heads kept: another version of FairKV?")
+        for name in ("prompts", "prompt_tokens", "tokens"):
+            kept[name] = (np.asarray(kept.get(name, 0)) + np.asarray(last[name])).tolist()
     if not kept["prompts"]:
         raise ValueError(f"{url} has compressed no prompt yet: send it some of your traffic first")
     known = ("scorer", "scope", "budget", "version")

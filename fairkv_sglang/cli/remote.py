@@ -65,19 +65,21 @@ def server_info(url: str, api_key: str | None = None, timeout: float = 30.0) -> 
     return info
 
 
-def fairkv_state(info: dict[str, Any], url: str) -> dict[str, Any]:
-    """The part of ``/server_info`` that is FairKV's.
+def fairkv_states(info: dict[str, Any], url: str) -> list[dict[str, Any]]:
+    """The part of ``/server_info`` that is FairKV's, of each data-parallel replica; one at least.
 
     Raises:
         ValueError: in one line, if FairKV is off or cannot tell its state.
     """
-    states = info["internal_states"]
-    state = states[0].get("fairkv") if states and isinstance(states[0], dict) else None
-    if not isinstance(state, dict) or not state.get("enabled", True):
-        raise ValueError(f"FairKV is off on {checked_url(url)}: start the server with --fairkv")
-    if "error" in state:
-        raise ValueError(f"{checked_url(url)} cannot tell its state: {state['error']}")
-    return state
+    states: list[dict[str, Any]] = []
+    for replica in info["internal_states"] or [None]:
+        state = replica.get("fairkv") if isinstance(replica, dict) else None
+        if not isinstance(state, dict) or not state.get("enabled", True):
+            raise ValueError(f"FairKV is off on {checked_url(url)}: start the server with --fairkv")
+        if "error" in state:
+            raise ValueError(f"{checked_url(url)} cannot tell its state: {state['error']}")
+        states.append(state)
+    return states
 
 
 def checked_url(url: str) -> str:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -22,7 +23,7 @@ from fairkv_sglang.cli.remote import (
     ServerSilent,
     add_url_flags,
     checked_url,
-    fairkv_state,
+    fairkv_states,
     server_info,
 )
 from fairkv_sglang.cli.top_view import View, frame
@@ -36,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the sub-command."""
     add_url_flags(parser, required=True)
     parser.add_argument("--interval", type=float, default=1.0, help="seconds; default 1")
+    parser.add_argument(
+        "--replica",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a server with --dp-size: which, counted from 0",
+    )
     parser.add_argument("--once", action="store_true", help="print one frame and leave")
 
 
@@ -44,11 +52,11 @@ def run(args: argparse.Namespace) -> int:
     if not args.interval > 0:
         raise ValueError(f"--interval: {args.interval} must be above 0")
     console = make_console()
-    view = View(checked_url(args.url))
+    view = View(checked_url(args.url), args.replica)
     if not args.once and not console.is_terminal:
         raise ValueError("standard output is no terminal: use --once")
     try:
-        _ask(view, args.url, args.api_key)
+        view.answered(*_ask(args), time.monotonic())
     except ServerSilent as error:
         if args.once:
             raise
@@ -61,9 +69,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _ask(view: View, url: str, api_key: str | None) -> None:
-    info = server_info(url, api_key, _TIMEOUT)
-    view.answered(info, fairkv_state(info, url), time.monotonic())
+def _ask(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    info = server_info(args.url, args.api_key, _TIMEOUT)
+    states = fairkv_states(info, args.url)
+    if not 0 <= args.replica < len(states):
+        raise ValueError(f"--replica {args.replica}: the server has {len(states)}, counted from 0")
+    return info, states[args.replica]
 
 
 def _show(view: View, args: argparse.Namespace, console: Console) -> None:
@@ -75,8 +86,7 @@ def _show(view: View, args: argparse.Namespace, console: Console) -> None:
         while not ended.wait(args.interval):
             fresh, error = None, None
             try:
-                info = server_info(args.url, args.api_key, _TIMEOUT)
-                fresh = info, fairkv_state(info, args.url)
+                fresh = _ask(args)
             except ValueError as problem:  # gone, or back as something else: it may change again
                 error = str(problem)
             with lock:

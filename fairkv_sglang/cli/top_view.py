@@ -22,6 +22,7 @@ class View:
 
     Attributes:
         url: Where it is asked.
+        replica: Which data-parallel replica is shown.
         info: ``/server_info``, empty until it first answered.
         state: The ``fairkv`` part of it.
         error: Why there is nothing newer; None if the last question was answered.
@@ -29,6 +30,7 @@ class View:
     """
 
     url: str
+    replica: int = 0
     info: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
@@ -88,6 +90,8 @@ def _head(view: View) -> list[Text]:
     state, info = view.state, view.info
     model = _text(info.get("served_model_name") or info.get("model_path"))
     clock = time.strftime("%H:%M:%S")
+    replicas = len(info.get("internal_states") or [])
+    which = f"  replica {view.replica} of {replicas}" if replicas > 1 else ""
     plan = [_text(state.get("placement")), f"from {_text(state.get('plan_source'))}"]
     replans = number(state.get("replans"))
     agree = state.get("decisions_agree")
@@ -95,7 +99,7 @@ def _head(view: View) -> list[Text]:
     used = None if None in pages or not pages[1] else pages[0] / pages[1]  # type: ignore[operator]
     rate = view.prompts_per_second
     lines = [
-        _line(("fairkv top ", "bold"), (clock, "dim"), f"  {view.url}  {model}"),
+        _line(("fairkv top ", "bold"), (clock, "dim"), f"  {view.url}  {model}{which}"),
         _line(
             ("budget   ", "dim"),
             f"{_text(state.get('budget'))}, {_text(state.get('scorer'))}, scope "

@@ -38,7 +38,8 @@ class PageDemand:
         self._served = served.copy()
         self.lanes: Pages = served.sum(axis=(0, 2)).astype(np.int64)
         copies = np.maximum(served.sum(axis=1, keepdims=True), 1)
-        self._expected_lanes: NDArray[np.float64] = (served / copies).sum(axis=(0, 2))
+        # of one request: the mean, as copies share requests
+        self.expected_lanes: NDArray[np.float64] = (served / copies).sum(axis=(0, 2))
         self.any_owner.cache_clear()
 
     def _any_owner(self, prompt_len: int) -> Pages:
@@ -62,7 +63,7 @@ class PageDemand:
 
     def growth(self, tokens: float) -> Pages:
         """``[R]`` pages that so many tokens of output take, whoever writes them."""
-        pages = np.ceil(self._expected_lanes * (tokens / PAGE_TOKENS))
+        pages = np.ceil(self.expected_lanes * (tokens / PAGE_TOKENS))
         growth: Pages = pages.astype(np.int64)
         return growth
 

@@ -49,6 +49,18 @@ def test_served_counts_become_a_profile(
     assert png.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_replicas_add_up(server: FakeServer, tmp_path: Path) -> None:
+    other = {**STATE, "traffic": {**STATE["traffic"], "prompts": 8, "prompt_tokens": 800}}
+    other["traffic"]["tokens"] = np.flip(STATE["traffic"]["tokens"]).tolist()
+    states = [{"fairkv": STATE}, {"fairkv": other}]
+    server.body = json.dumps({"model_path": "m", "internal_states": states}).encode()
+    assert main(["profile", "--url", server.url, "--out", str(tmp_path / "p.json")]) == 0
+    profile = read_profile(tmp_path / "p.json")
+    kept = np.array(STATE["traffic"]["tokens"], dtype=float)
+    np.testing.assert_allclose(profile.shares, (kept + np.flip(kept)) / (2 * kept.sum()))
+    assert profile.meta["prompts"] == 40 and profile.meta["mean_prompt_tokens"] == 26400 / 40
+
+
 def test_address_without_scheme_and_a_table(
     server: FakeServer, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -94,6 +95,18 @@ def test_server_that_is_not_there_yet(server: FakeServer, start: Start) -> None:
     terminal.until(lambda text: 0 < max(map(len, text.split("\n"))) <= 40)
     terminal.press("q")
     assert terminal.ended() == 0
+
+
+def test_one_of_several_replicas(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    states = [{"fairkv": STATE}, {"fairkv": {**STATE, "replans": 7}}]
+    server.body = json.dumps({"internal_states": states}).encode()
+    once = ["top", "--url", server.url, "--once"]
+    assert main(once) == 0 and "replica 0 of 2" in capsys.readouterr().out
+    assert main([*once, "--replica", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "replica 1 of 2" in shown and "7 re-plans" in shown
+    assert main([*once, "--replica", "2"]) == 2
+    assert "--replica 2: the server has 2, counted from 0" in capsys.readouterr().err
 
 
 def test_once_in_a_pipe(server: FakeServer) -> None:

@@ -35,8 +35,14 @@ def quantised(method: str, **config: object) -> Model:
 # One setting that triggers each row, by the row's feature.
 TRIGGERS: dict[str, tuple[dict[str, object], Model | None]] = {
     "another device": ({"device": "xpu"}, None),
-    "speculative decoding": ({"speculative_algorithm": "EAGLE"}, None),
-    "prefill-decode disaggregation": ({"disaggregation_mode": "decode"}, None),
+    "speculative decoding (EAGLE, MTP, NGRAM and all others)": (
+        {"speculative_algorithm": "NGRAM"},
+        None,
+    ),
+    "prefill-decode disaggregation (by any --disaggregation-transfer-backend)": (
+        {"disaggregation_mode": "decode"},
+        None,
+    ),
     "a decode pool with role switch": ({"enable_pd_role_switch": True}, None),
     "PD multiplexing": ({"enable_pdmux": True}, None),
     "encoder disaggregation": ({"language_only": True}, None),
@@ -52,11 +58,15 @@ TRIGGERS: dict[str, tuple[dict[str, object], Model | None]] = {
     "a prefill without KV cache": ({"prefill_only_disable_kv_cache": True}, None),
     "the KV canary": ({"kv_canary": "log"}, None),
     "pipeline parallelism": ({"pp_size": 2}, None),
-    "data parallelism": ({"dp_size": 2}, None),
+    "data parallelism over several nodes": ({"dp_size": 2, "nnodes": 2}, None),
     "data-parallel attention": ({"enable_dp_attention": True}, None),
     "expert parallelism": ({"ep_size": 2}, None),
     "context parallelism": ({"dcp_size": 2}, None),
-    "several nodes": ({"nnodes": 2}, None),
+    "several nodes without an address where they meet": ({"nnodes": 2}, None),
+    "ranks that the nodes do not divide": (
+        {"nnodes": 2, "dist_init_addr": "node0:5000", "tp_size": 3},
+        None,
+    ),
     "several tokenizer processes": ({"tokenizer_worker_num": 2}, None),
     "overlapped half batches": ({"enable_two_batch_overlap": True}, None),
     "LoRA": ({"lora_paths": ["a"]}, None),
@@ -140,6 +150,11 @@ def test_defaults_of_sglang_pass() -> None:
         assert set(settings) <= fields | NEWER.get(feature, set())
     for row in REFUSALS:
         assert row.refused is not None or (row.fields and set(row.fields) <= fields)
+
+
+def test_nodes_and_replicas_pass() -> None:
+    refuse(SimpleNamespace(nnodes=2, tp_size=4, dist_init_addr="[fe80::1]:5000"), LLAMA)
+    refuse(SimpleNamespace(dp_size=2, tp_size=2), LLAMA)
 
 
 def test_full_window_passes() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,10 @@ def start_server(
     """``start_server(["--model-path", ..., "--fairkv"])``: an HTTP server of ``launch.py``."""
     folder = tmp_path_factory.mktemp("servers")
     servers: list[ServerProcess] = []
+    numbers = count()  # several may start at once
 
     def start(arguments: list[str], **options: object) -> ServerProcess:
-        log = folder / f"server-{len(servers)}.log"
+        log = folder / f"server-{next(numbers)}.log"
         servers.append(ServerProcess(arguments, log, **options))  # type: ignore[arg-type]
         return servers[-1]
 

@@ -22,16 +22,18 @@ from fairkv_sglang.patches.server import abort_requests, check_port, obituaries
 def test_a_port_in_use_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"--port {port}.*in use.*another --port") as error:
-            check_port("127.0.0.1", port)
+        with pytest.raises(
+            ConfigError, match=rf"--port {port}: the server cannot.*in use.*another port"
+        ) as error:
+            check_port("127.0.0.1", port, f"--port {port}: the server")
         assert "\n" not in str(error.value)
-    check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port, "it")
 
 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70_000), ("203.0.113.1", 30_000)])
 def test_an_address_that_cannot_be(host: str, port: int) -> None:
     with pytest.raises(ConfigError, match="cannot listen there"):
-        check_port(host, port)
+        check_port(host, port, "it")
 
 
 def test_who_died_and_of_what() -> None:
