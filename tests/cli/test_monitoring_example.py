@@ -16,7 +16,16 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples" / "monitoring"
 DASHBOARD = FOLDER / "fairkv-dashboard.json"
 NAMES = {PREFIX + name + ("_total" if kind == "counter" else ""): kind for name, kind, _ in METRICS}
 # SGLang's labels of a rank (metrics_collector.py), and what Prometheus adds
-LABELS = {"model_name", "engine_type", "tp_rank", "dp_rank", "pp_rank", "moe_ep_rank", "instance", "job"}
+LABELS = {
+    "model_name",
+    "engine_type",
+    "tp_rank",
+    "dp_rank",
+    "pp_rank",
+    "moe_ep_rank",
+    "instance",
+    "job",
+}
 
 
 def _dashboard() -> dict[str, Any]:

@@ -184,9 +184,9 @@ def test_nodes_that_were_given_something_else_say_so(
     """Before a model is loaded, on every node, in one line."""
     profile = f"--fairkv-profile {write_profile(tmp_path)}"
     line = (
-        r"(?s)error: FairKV was started otherwise on node 1 than on node 0: ratio 0.5 instead of 0.25, "
-        "profile none instead of file [0-9a-f]+; give every node the same FairKV flags and the "
-        "same files\n(?!.*Traceback)"
+        r"(?s)error: FairKV was started otherwise on node 1 than on node 0: ratio 0.5 instead of "
+        "0.25, profile none instead of file [0-9a-f]+; give every node the same FairKV flags "
+        "and the same files\n(?!.*Traceback)"
     )
     with pytest.raises(AssertionError, match=line):
         start_nodes(f"{COMMON} --tp 2", (profile, "--fairkv-ratio 0.5"))
