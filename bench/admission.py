@@ -143,7 +143,7 @@ def simulate(
                 break
             row += 1
             budget.reserve(PROMPT, output)
-            book.admit(row, PROMPT, spilled)
+            book.admit(row, PROMPT, spilled=spilled)
             unsettled[row] = chosen
             waiting.popleft()
         for new in unsettled:
