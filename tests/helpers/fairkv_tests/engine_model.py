@@ -21,6 +21,7 @@ from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.patches import scheduling
 from fairkv_sglang.patches.prefill_budget import FairKVPrefillBudget
 from fairkv_sglang.patches.request_options import asking
+from fairkv_sglang.patches.spills import has_spilled, mark_spilled
 from fairkv_sglang.placement import Plan
 from fairkv_tests.core_cases import (
     kept_counts,
@@ -44,8 +45,7 @@ class Request:
     done: int = 0  # tokens prefilled
     slots: int = 0  # held in the prefill pool
     life: int = 0  # +1 when it loses its row
-    skipped: bool = False  # SGLang's is_retracted, or finished(): it skips what a batch makes of it
-    spilled: bool = False  # its prompt has needed more pages than it was charged
+    is_retracted: bool = False  # or it has ended: SGLang skips what a batch makes of it
     kept: np.ndarray | None = None  # [L, H] once the device holds its pages
 
 
@@ -147,7 +147,7 @@ class Engine:
         request.row, request.slots, request.done = 0, 0, 0
         request.kept = None
         request.life += 1
-        request.skipped = True
+        request.is_retracted = True
 
     def retract(self, request: Request, wait: bool = True) -> None:
         self.lose_row(request)
@@ -234,7 +234,7 @@ class Engine:
             if left <= 0 or len(chosen) >= len(self.free_rows):
                 break
             for book in self.books:
-                book.admission.certain = request.spilled
+                book.admission.certain = has_spilled(request)
             with asking(request.keep):
                 fits = same(
                     budget.has_capacity()
@@ -272,8 +272,8 @@ class Engine:
             request.slots += take
             assert self.allocator.available_size() >= 0, "prefill pool overcommitted"
             for book in self.books:
-                book.admit(request.row, request.prompt, request.keep, request.spilled)
-            request.skipped = False
+                book.admit(request.row, request.prompt, request.keep, has_spilled(request))
+            request.is_retracted = False
             if request.done == request.prompt:
                 batch.ended.append((request, request.life))
             else:
@@ -350,7 +350,9 @@ class Engine:
     def process(self, batch: Batch) -> None:
         for request, life in batch.ended + batch.decoded:
             stale = request.life != life or request.row in self.books[0].charges.spilled
-            assert request.skipped == stale, "SGLang would use a token that is none, or lose one"
+            assert request.is_retracted == stale, (
+                "SGLang would use a token that is none, or lose one"
+            )
             if stale:
                 self.overshoot += 1
                 continue
@@ -360,11 +362,12 @@ class Engine:
                 self.finished += 1
             elif (request, life) in batch.ended:
                 seen = self.books[0].recorder.count + (
-                    self.scope.input_dependent and not request.spilled  # else it is there already
+                    self.scope.input_dependent
+                    and not has_spilled(request)  # else it is there already
                 )
                 if same(book.hand_over(request.row, request.slots) for book in self.books):
-                    assert not request.spilled, "spilled twice"
-                    request.spilled = request.skipped = True
+                    assert not has_spilled(request), "spilled twice"
+                    mark_spilled(request)
                     self.spills += 1
                 assert same(book.recorder.count for book in self.books) == seen
                 request.slots = 0
