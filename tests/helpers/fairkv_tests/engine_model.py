@@ -363,6 +363,7 @@ class Engine:
             elif (request, life) in batch.ended:
                 seen = self.books[0].recorder.count + (
                     self.scope.input_dependent
+                    and request.keep.spec is None  # else it tells nothing of the server's budget
                     and not has_spilled(request)  # else it is there already
                 )
                 if same(book.hand_over(request.row, request.slots) for book in self.books):
