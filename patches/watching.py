@@ -122,6 +122,8 @@ def _watch(processes: Sequence[Any], names: Sequence[str]) -> None:
     time.sleep(STATUS_SECONDS)  # a server that ends kills its processes, this one with them
     for line in obituaries(zip(names, processes, strict=True)):
         logger.error("%s", line)
+    for process in processes:  # SGLang waits a minute for the core dumps of those that live
+        process.kill()
     if server is not None:
         server.send_signal(signal.SIGQUIT)
 
