@@ -26,7 +26,7 @@ SCORERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", ["keydiff", pytest.param("compactor", marks=pytest.mark.sweep)])
 def test_two_ranks_answer_as_one(start_engine: Callable[..., Any], scorer: str) -> None:
     """In chunks, and again with the prompts in the prefix cache, from which only ``keydiff`` takes
     anything.
