@@ -4,18 +4,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from fairkv_sglang.bench.engine.process import EngineProcess
 from fairkv_sglang.cli.main import main
+from fairkv_tests.engine_process import HELPERS
 
 pytestmark = pytest.mark.engine
 
 
 def test_stock_and_fair_copying_side_by_side(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(EngineProcess.__init__, "__defaults__", ("fairkv_tests.bench_worker",))
+    monkeypatch.setenv("PYTHONPATH", str(HELPERS), prepend=os.pathsep)
     words = ["bench", "--variants", "stock,contiguous,fair_copying", "--rounds", "2", "--tp", "2"]
     words += ["--prompts", "4", "--prompt-len", "160", "--output-len", "8", "--budgets", "48"]
     words += ["--model", "qwen3-0.6b,layers=2,hidden=64,mlp=128,head_dim=16", "--keep-alive", "3"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -212,6 +212,9 @@ def test_every_scorer_equals_its_formula(
         "sink": sink, "lag": 5, "sketch": 4, "attention_block": 7, "future": 12, "group": group,
         "accumulation": accumulation, "seed": seed,
     }  # fmt: skip
+    # All of no more tokens than the sketch has columns have a leverage of 1: what compactor's
+    # normalisation makes of their differences is rounding.
+    assume(name != "compactor" or total - window > values["sketch"])
     options = {key: value for key, value in values.items() if key in SCORERS.options(name)}
     asked = Asked(seed, name, total, dtype=dtype, window=window, **options)
     scores, wanted = asked.scores(), asked.wanted()

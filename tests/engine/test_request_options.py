@@ -79,6 +79,7 @@ def test_a_mixed_batch_is_served_as_each_request_alone(engine: Any) -> None:
     assert engine.fairkv()["decisions_agree"]
 
 
+@pytest.mark.sweep  # two more servers
 def test_a_budget_of_a_request_is_that_of_a_server(
     engine: Any, start_engine: Callable[..., Any]
 ) -> None:

@@ -26,7 +26,8 @@ SCORERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("scorer", ["keydiff", pytest.param("compactor", marks=pytest.mark.sweep)])
+@pytest.mark.sweep  # kept sets are compared with formulae and kvpress, TP sizes in test_placement
+@pytest.mark.parametrize("scorer", SCORERS)
 def test_two_ranks_answer_as_one(start_engine: Callable[..., Any], scorer: str) -> None:
     """In chunks, and again with the prompts in the prefix cache, from which only ``keydiff`` takes
     anything.

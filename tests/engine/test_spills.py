@@ -75,14 +75,12 @@ def reference(
     return Reference(model, plan, whole, rest)
 
 
+@pytest.mark.sweep  # in every run prompts spill in the storm of test_chaos
 @pytest.mark.parametrize(
     "arguments",
     [
         {"enable_mixed_chunk": True},
-        pytest.param(
-            {"disable_overlap_schedule": True, "disable_radix_cache": True},
-            marks=pytest.mark.sweep,
-        ),
+        {"disable_overlap_schedule": True, "disable_radix_cache": True},
     ],
     ids=["overlap", "no-overlap-no-radix"],
 )
