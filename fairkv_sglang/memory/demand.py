@@ -29,7 +29,6 @@ class PageDemand:
     ) -> None:
         self.scope = scope
         self.capacity = capacity
-        self.any_owner = lru_cache(maxsize=4096)(self._any_owner)
         self.under_any_plan = lru_cache(maxsize=4096)(self._under_any_plan)
         self.set_lanes(served)
 
@@ -40,11 +39,6 @@ class PageDemand:
         copies = np.maximum(served.sum(axis=1, keepdims=True), 1)
         # of one request: the mean, as copies share requests
         self.expected_lanes: NDArray[np.float64] = (served / copies).sum(axis=(0, 2))
-        self.any_owner.cache_clear()
-
-    def _any_owner(self, prompt_len: int) -> Pages:
-        """``[R]`` pages of a prompt of ``prompt_len`` tokens whoever owns its copied heads."""
-        return self._pages(self.scope, prompt_len, self._served)
 
     def with_owners(
         self, prompt_len: int, owners: NDArray[np.integer], scope: BudgetScope | None = None
@@ -56,9 +50,12 @@ class PageDemand:
         ranks = np.arange(self._served.shape[1])[None, :, None]
         return self._pages(scope or self.scope, prompt_len, owners[:, None, :] == ranks)
 
-    def lone_request(self, prompt_len: int) -> Pages:
-        """``[R]`` pages charged to an otherwise idle server for a prompt, spare pages included."""
-        pages: Pages = self.any_owner(prompt_len) + self.lanes
+    def lone_request(self, prompt_len: int, scope: BudgetScope | None = None) -> Pages:
+        """``[R]`` pages of a prompt whoever owns its copied heads, spare pages included.
+
+        ``scope``: of a request with a budget of its own.
+        """
+        pages: Pages = self._pages(scope or self.scope, prompt_len, self._served) + self.lanes
         return pages
 
     def growth(self, tokens: float) -> Pages:
@@ -74,8 +71,7 @@ class PageDemand:
         """
         scope = scope or self.scope
         if self.capacity is None:
-            alone: Pages = self._pages(scope, prompt_len, self._served) + self.lanes
-            return alone
+            return self.lone_request(prompt_len, scope)
         # The heads that could take most, as many as there are slots; of equal ones those that do
         # not share a budget (scope rank: heads at home on one rank do).
         caps = scope.per_head_bound(prompt_len)
