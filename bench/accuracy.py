@@ -4,15 +4,18 @@
     python -m fairkv_sglang.bench.accuracy --model small      the repository's model, its own task
     python -m fairkv_sglang.bench.accuracy --model smollm2    SmolLM2, the tasks of `fairkv eval`
 
-Starts a server for the full cache and for each method, scope and kept share, runs `fairkv eval` on
-it, and compares sample by sample with the full cache. Answers are kept in ``build/accuracy``: an
-interrupted run goes on, a finished one asks nothing.
+Starts a server of stock SGLang for the full cache and one of FairKV for each method and scope,
+which is asked with each kept share in turn (an option of its requests), runs `fairkv eval` on it,
+and compares sample by sample with the full cache. Answers are kept in ``build/accuracy``: an
+interrupted run goes on, a finished one asks nothing, and the table has whatever runs are there.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import json
 import os
 import random
 import signal
@@ -27,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from fairkv_sglang.bench.stats import machine, write
+from fairkv_sglang.budgets.scorers import SCORERS
 from fairkv_sglang.cli.main import main as fairkv
 from fairkv_sglang.evaluation.picture import draw
 from fairkv_sglang.evaluation.run import read
@@ -45,6 +49,8 @@ from demo.prompts import (  # type: ignore[import-not-found]  # noqa: E402
 
 PAGE = ROOT / "docs" / "accuracy.md"
 START_SECONDS = 300.0
+CACHE_TOKENS = 131072
+"""Tokens of the prefix cache: all contexts, so that most methods read each of them once."""
 FULL = "full"
 
 
@@ -69,8 +75,8 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=tuple(DEFAULTS), default="small")
-    parser.add_argument("--scorers", default="snapkv", help="default: %(default)s")
-    parser.add_argument("--scopes", default="uniform,layer,rank", help="default: %(default)s")
+    parser.add_argument("--scorers", default=",".join(SCORERS), help="default: %(default)s")
+    parser.add_argument("--scopes", default="uniform,layer", help="default: %(default)s")
     parser.add_argument("--shares", default="0.5,0.25,0.125", help="default: %(default)s")
     parser.add_argument("--tp", type=int, help="tensor-parallel ranks")
     parser.add_argument("--samples", type=int, help="questions of each task")
@@ -88,21 +94,16 @@ def main() -> int:
         own = folder / "codes.jsonl"
         write_samples(own, [code_sample(i, n) for n in defaults.lengths for i in range(samples)])
         flags += ["--own", str(own)]
-    runs: dict[str, list[str]] = {FULL: []}
-    for scorer in args.scorers.split(","):
-        for scope in args.scopes.split(","):
-            for share in args.shares.split(","):
-                words = ["--scorer", scorer, "--scope", scope, "--ratio", share]
-                named = [f"--fairkv-{w[2:]}" if w.startswith("--") else w for w in words]
-                runs[f"{scorer}-{scope}-{float(share):g}"] = ["--fairkv", *named]
-    for name, server_flags in runs.items():
-        if not (folder / f"{name}.done").exists():
-            measure(args.model, tp, server_flags, flags, folder / f"{name}.jsonl")
-            (folder / f"{name}.done").touch()
+    shares = [float(share) for share in args.shares.split(",")]
+    measure(args.model, tp, [], {FULL: {}}, flags, folder)
+    for scorer, scope in itertools.product(args.scorers.split(","), args.scopes.split(",")):
+        runs = {f"{scorer}-{scope}-{share:g}": {"ratio": share} for share in shares}
+        server_flags = ["--fairkv", "--fairkv-scorer", scorer, "--fairkv-scope", scope]
+        measure(args.model, tp, server_flags, runs, flags, folder)
     full = read(folder / f"{FULL}.jsonl")[1]
     cells = {
         name: summarise(read(folder / f"{name}.jsonl")[1], None if name == FULL else full)
-        for name in runs
+        for name in sorted((path.stem for path in folder.glob("*.done")), key=_order)
     }
     name = f"accuracy-{args.model}-tp{tp}"
     results = ROOT / "docs" / "results"
@@ -131,13 +132,34 @@ def code_sample(number: int, tokens: int, facts: int = 8) -> Sample:
     )
 
 
-def measure(model: str, tp: int, server_flags: list[str], flags: list[str], out: Path) -> None:
-    """Run `fairkv eval` on a server of its own; SystemExit if either fails."""
-    with server(model, tp, server_flags, out.with_suffix(".log")) as url:
-        words = ["eval", "--url", url, "--out", str(out), *flags]
-        print(f"{out.stem}:", flush=True)
-        if fairkv(words):
-            raise SystemExit(1)
+def measure(
+    model: str,
+    tp: int,
+    server_flags: list[str],
+    runs: dict[str, dict[str, Any]],
+    flags: list[str],
+    folder: Path,
+) -> None:
+    """Run `fairkv eval` once for each of ``runs`` on one server; SystemExit if something fails.
+
+    Args:
+        model, tp, server_flags: The server's.
+        runs: FairKV's options of the requests, by the name of the run.
+        flags: Of `fairkv eval`.
+        folder: Where the answers go; runs that are finished there are left out.
+    """
+    left = {name: runs[name] for name in runs if not (folder / f"{name}.done").exists()}
+    if not left:
+        return
+    with server(model, tp, server_flags, folder / f"{next(iter(left))}.log") as url:
+        for name, options in left.items():
+            words = ["eval", "--url", url, "--out", str(folder / f"{name}.jsonl"), *flags]
+            if options:
+                words += ["--options", json.dumps(options)]
+            print(f"{name}:", flush=True)
+            if fairkv(words):
+                raise SystemExit(1)
+            (folder / f"{name}.done").touch()
 
 
 @contextlib.contextmanager
@@ -148,7 +170,7 @@ def server(model: str, tp: int, flags: list[str], log: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [sys.executable, str(ROOT / "launch.py"), "--model-path", str(MODELS[model].folder())]
     command += ["--tp", str(tp), "--device", "cpu", "--dtype", "float32"]
-    command += ["--max-total-tokens", "32768", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--max-total-tokens", str(CACHE_TOKENS), "--host", "127.0.0.1", "--port", str(port)]
     if flags:
         command += ["--enable-custom-logit-processor", *flags]
     with log.open("w") as said:
@@ -193,6 +215,12 @@ def markdown(cells: dict[str, list[Cell]]) -> str:
             row += _figures(of_mode[-1]) if of_mode else ["", "", ""]  # the last is of all tasks
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def _order(run: str) -> tuple[bool, str, float]:
+    """The full cache first, then methods by name, larger shares first."""
+    method, _, share = run.rpartition("-")
+    return run != FULL, method, -float(share) if method else 0.0
 
 
 def _figures(cell: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--parallel", 8, "contexts at once; default %(default)s"),
         ("--top", 5, "most probable tokens to compare, 0: none; default %(default)s"),
         ("--model", None, "the model's name at the server; default its first"),
+        ("--options", None, 'FairKV\'s options of each request as JSON, e.g. \'{"ratio": 0.25}\''),
         ("--tokenizer", None, "folder of the tokenizer; default the server's, if it is here"),
     ):  # fmt: skip
         kind = type(default) if isinstance(default, int) else str
@@ -111,10 +113,24 @@ def _client(args: argparse.Namespace) -> tuple[Client, str, dict[str, Any]]:
     except (OSError, ValueError) as error:
         why = (str(error).splitlines() or ["no such file"])[0]
         raise ValueError(f"no tokenizer in {name} ({why}): give --tokenizer DIR") from None
-    client = Client(url, model, prompts, args.api_key, force=bool(state), top=args.top)
+    asked = _request_options(args.options)
+    if asked and not state:
+        raise ValueError("--options are for a server with FairKV, which this one is without")
+    client = Client(url, model, prompts, args.api_key, bool(state), args.top, asked)
     said = [str(state[key]) for key in ("scorer", "scope", "budget") if key in state]
+    said += [f"{key} {value} in requests" for key, value in asked.items()]
     options = {key: state[key] for key in ("options", "profile") if state.get(key)}
     return client, "FairKV " + ", ".join(said) if state else "full cache", options
+
+
+def _request_options(text: str | None) -> dict[str, Any]:
+    try:
+        options = json.loads(text or "{}")
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f"""--options {text}: give JSON, e.g. '{{"ratio": 0.25}}'""")
+    return options
 
 
 def _tokenizer(name: str) -> Any:

@@ -14,7 +14,7 @@ import http.client
 import json
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fairkv_sglang.evaluation.tasks import Sample
@@ -104,6 +104,7 @@ class Client:
         force: Whether questions of the query-agnostic mode are forced; without, they are sent with
             their context, which is right for a full cache only.
         top: Most probable tokens to ask for; 0 asks for none.
+        options: FairKV's options of each request (``custom_params.fairkv``).
         timeout: Seconds that an answer may take.
     """
 
@@ -113,6 +114,7 @@ class Client:
     api_key: str | None = None
     force: bool = False
     top: int = 5
+    options: dict[str, Any] = field(default_factory=dict)
     timeout: float = 900.0
 
     def ask(self, sample: Sample, mode: Mode) -> Answer:
@@ -131,10 +133,14 @@ class Client:
         }
         if self.top:
             body["logprobs"] = self.top
+        params: dict[str, Any] = {"fairkv": self.options} if self.options else {}
         if forced:
             # The question may hold the token that ends an answer (the template's end of a turn).
             body |= {"ignore_eos": True, "skip_special_tokens": False}
-            body |= {"custom_logit_processor": PROCESSOR, "custom_params": {FORCED: forced}}
+            body["custom_logit_processor"] = PROCESSOR
+            params[FORCED] = forced
+        if params:
+            body["custom_params"] = params
         choice = post(self.url + "/v1/completions", body, self.api_key, self.timeout)["choices"][0]
         text: str = choice["text"]
         if forced:

@@ -157,14 +157,17 @@ def test_command(server: FakeOpenAI, tmp_path: Path, capsys: pytest.CaptureFixtu
     server.fairkv = True
     server.forgets = {samples()[0].question.split(" of ")[1].split("?")[0]}
     rest = ["--out", str(fair), "--baseline", str(full), "--json", "--plot", str(picture)]
-    assert main([*words, *rest]) == 0
+    assert main([*words, *rest, "--options", '{"ratio": 0.5}']) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["server"] == "FairKV snapkv, layer, 25% of the prompt"
+    said = "FairKV snapkv, layer, 25% of the prompt, ratio 0.5 in requests"
+    assert result["server"] == said
     cells = {(cell["mode"], cell["task"]): cell for cell in result["cells"]}
     assert len(cells) == 6 and cells["agnostic", "all"]["count"] == 8
     assert cells["agnostic", "queries"]["lost"] == cells["aware", "queries"]["lost"] >= 1
     assert picture.stat().st_size > 1000
-    assert sum("custom_params" in body for body in server.requests) == 8
+    params = [body["custom_params"] for body in server.requests if "custom_params" in body]
+    assert len(params) == 16 and all(p["fairkv"] == {"ratio": 0.5} for p in params)
+    assert sum("fairkv_forced_ids" in p for p in params) == 8
 
 
 def test_a_file_holds_one_servers_answers_to_one_seeds_questions(
@@ -192,6 +195,8 @@ def test_a_file_holds_one_servers_answers_to_one_seeds_questions(
         (["--tasks", "sums"], "there is no task 'sums'"),
         (["--modes", "both"], "there is no mode 'both'"),
         (["--lengths", "1k"], "--lengths 1k: give numbers of tokens"),
+        (["--options", "ratio=0.5"], "--options ratio=0.5: give JSON"),
+        (["--options", '{"ratio": 0.5}'], "--options are for a server with FairKV"),
         (["--samples", "0"], "must be at least 1"),
         (["--own", "none.jsonl"], "there is no file none.jsonl"),
         (["--out", "answers.txt"], "name it .jsonl"),
