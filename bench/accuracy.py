@@ -56,9 +56,10 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a model is asked: ranks, questions of each task, lengths, tasks of ``fairkv eval``."""
+    """What a model is asked: ranks, type, questions of each task, lengths, `fairkv eval`'s tasks."""
 
     tp: int
+    dtype: str
     samples: int
     lengths: tuple[int, ...]
     tasks: str = ""
@@ -66,8 +67,10 @@ class Defaults:
 
 
 DEFAULTS = {
-    "small": Defaults(tp=2, samples=100, lengths=(1024,)),
-    "smollm2": Defaults(tp=1, samples=30, lengths=(1024,), tasks="needle,queries"),
+    "small": Defaults(tp=2, dtype="float32", samples=100, lengths=(1024,)),
+    "smollm2": Defaults(
+        tp=1, dtype="bfloat16", samples=16, lengths=(1024,), tasks="needle,queries"
+    ),
 }
 
 
@@ -169,7 +172,7 @@ def server(model: str, tp: int, flags: list[str], log: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, str(ROOT / "launch.py"), "--model-path", str(MODELS[model].folder())]
-    command += ["--tp", str(tp), "--device", "cpu", "--dtype", "float32"]
+    command += ["--tp", str(tp), "--device", "cpu", "--dtype", DEFAULTS[model].dtype]
     command += ["--max-total-tokens", str(CACHE_TOKENS), "--host", "127.0.0.1", "--port", str(port)]
     if flags:
         command += ["--enable-custom-logit-processor", *flags]
