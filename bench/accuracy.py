@@ -56,7 +56,7 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a model is asked: ranks, type, questions of each task, lengths, `fairkv eval`'s tasks."""
+    """How a model is served, and what it is asked (``fairkv eval``)."""
 
     tp: int
     dtype: str

@@ -91,10 +91,15 @@ def _prefill_graph(args: Any, model: Model | None) -> bool:
     return str(getattr(backend, "value", backend)) not in ("disabled", "None")
 
 
-def _hnd_layout() -> bool:
-    from sglang.srt.environ import envs
+def _variable(name: str) -> Predicate:
+    """Whether a variable of SGLang's environment, which is a switch, is on."""
 
-    return bool(envs.SGLANG_USE_HND_KVCACHE.get())
+    def on(args: Any, model: Model | None) -> bool:
+        from sglang.srt.environ import envs
+
+        return bool(getattr(envs, name).get())
+
+    return on
 
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -150,7 +155,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "SGLang's HND layout",
         "SGLANG_USE_HND_KVCACHE",
         "unset the variable",
-        lambda args, model: _hnd_layout(),
+        _variable("SGLANG_USE_HND_KVCACHE"),
+    ),
+    Refusal(
+        "SGLang's Rust server",
+        "SGLANG_RUST_SERVER",
+        "unset the variable: requests would come past the checks of FairKV's options",
+        _variable("SGLANG_RUST_SERVER"),
     ),
     Refusal("a prefill without KV cache", "--prefill-only-disable-kv-cache"),
     Refusal("the KV canary", "--kv-canary", "use --kv-canary none", _not_in("kv_canary", "none")),

@@ -50,6 +50,7 @@ def check() -> str:
     )
 
 
+@cache
 def _numbers(version: str) -> tuple[int, ...]:
     """``"0.5.22.post1"`` as ``(0, 5, 22)``."""
     found = re.match(r"\d+(\.\d+){0,2}", version)
@@ -74,6 +75,11 @@ def unlocking_methods() -> tuple[str, ...]:
 def pool_class_method() -> str:
     """Name of a platform's method that names the class of its KV pool."""
     return "get_kv_pool_cls" if _since("0.5.22") else "get_mha_kv_pool_cls"
+
+
+def reserves_whole_outputs() -> bool:
+    """Whether a request is admitted only if all tokens that it may write have room."""
+    return _since("0.5.22")
 
 
 def forgets_preempted() -> bool:

@@ -55,6 +55,7 @@ TRIGGERS: dict[str, tuple[dict[str, object], Model | None]] = {
     "another decode attention": ({"decode_attention_backend": "flashinfer"}, None),
     "another KV layout": ({"enable_unified_memory": True}, None),
     "SGLang's HND layout": ({}, None),
+    "SGLang's Rust server": ({}, None),
     "a prefill without KV cache": ({"prefill_only_disable_kv_cache": True}, None),
     "the KV canary": ({"kv_canary": "log"}, None),
     "pipeline parallelism": ({"pp_size": 2}, None),

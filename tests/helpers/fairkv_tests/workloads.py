@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fairkv_sglang.patches.versions import reserves_whole_outputs
 from fairkv_sglang.placement import HeadShare, Plan, make_plan
 from fairkv_sglang.placement.homes import Homes
 from fairkv_sglang.profiles import HeadProfile
@@ -42,6 +43,18 @@ CHECKS = {
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
 }
 """SGLang ends a rank that leaks a slot; FairKV adds head pages to the same check."""
+
+RETRACTS = (
+    {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
+    if reserves_whole_outputs()
+    else {}
+)
+"""With it an overcommitted server retracts on any SGLang."""
+
+
+def saw_retraction(log: str) -> bool:
+    """Whether a server's log tells of one."""
+    return "Retract requests" in log or "Testing retraction" in log
 
 
 def _stress() -> tuple[list[list[int]], list[int]]:
