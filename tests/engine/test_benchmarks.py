@@ -93,6 +93,7 @@ def test_one_batch(launch: list[str], tmp_path: Path, ranks: int, by_file: bool)
     assert result["batch_size"] == 2 and result["overall_throughput"] > 0
 
 
+@pytest.mark.sweep
 def test_one_batch_server_by_flags(launch: list[str], tmp_path: Path) -> None:
     """It starts a server in a process of its own."""
     pytest.importorskip("tabulate", reason="sglang.benchmark.one_batch_server imports it")
