@@ -112,7 +112,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "speculative decoding (EAGLE, MTP, NGRAM and all others)",
         "--speculative-algorithm, --decoupled-spec-role",
-        "leave the flags out: decode writes and reads one token of a request at a time",
+        "leave the flags out: decode writes one token of a request at a time and checks no drafts",
         lambda args, model: (
             bool(args.speculative_algorithm) or args.decoupled_spec_role not in (None, "null")
         ),
