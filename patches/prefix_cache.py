@@ -9,15 +9,19 @@ and every leak check of SGLang still adds up.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from fairkv_sglang.budgets import AS_SERVER, Scorer
 from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.patches.ledger import verify
 from fairkv_sglang.patches.overrides import overrides
 from fairkv_sglang.patches.rank import this_rank
+from fairkv_sglang.patches.request_options import keep_of
 from fairkv_sglang.patches.spills import mark_spilled
 from fairkv_sglang.patches.versions import let_go_of_prefix, storing_method, unlocking_methods
 
@@ -29,6 +33,11 @@ BACKEND_NAME = "fairkv"
 SLOTS = "fairkv_pool_slots"  # real slots of the prefill pool behind the row, [0, n)
 HANDED_OVER = "fairkv_handed_over"  # the slots went back, only head pages remain
 EVERYTHING = 1 << 40  # tokens, more than any prompt has
+
+
+def tail(scorer: Scorer) -> int:
+    """Last tokens of a prompt that are computed in any case, for the scorer to have queries of."""
+    return EVERYTHING if scorer.observes else scorer.window
 
 
 def ceil_page(length: int, page_size: int) -> int:
@@ -55,19 +64,40 @@ class FairKVRadixCache(UnifiedRadixCache):  # type: ignore[misc]
 
     def __init__(self, params: Any, *, book: RowBook, window: int) -> None:
         self.book, self.window = book, window
+        self._storing = False
         super().__init__(params)
 
     def cache_unfinished_req(self, req: Req, chunked: bool = False, **kwargs: Any) -> None:
         """SGLang up to 0.5.21: cache a prompt, and after its last chunk give its slots back."""
-        super().cache_unfinished_req(req, chunked=chunked, **kwargs)
+        with self._stores():
+            super().cache_unfinished_req(req, chunked=chunked, **kwargs)
         if not chunked:
             self._hand_over(req)
 
     def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
         """SGLang from 0.5.22 on: the same; also called for what a request leaves at its end."""
-        super().checkpoint(req, up_to=up_to, **kwargs)
+        with self._stores():
+            super().checkpoint(req, up_to=up_to, **kwargs)
         if not req.finished() and up_to >= len(req.full_untruncated_fill_ids):
             self._hand_over(req)
+
+    @contextmanager
+    def _stores(self) -> Iterator[None]:
+        """SGLang looks up what it has just stored."""
+        self._storing = True
+        try:
+            yield
+        finally:
+            self._storing = False
+
+    def match_prefix(self, params: Any) -> Any:
+        """A request's own scorer may need the queries of more tokens than the server's."""
+        keep = AS_SERVER if params.req is None else keep_of(params.req)
+        if keep.scorer is not None and not self._storing:
+            key = params.key
+            computed = max(len(key.token_ids) - tail(keep.scorer), 0)
+            key.limit = computed if key.limit is None else min(key.limit, computed)
+        return super().match_prefix(params)
 
     def _hand_over(self, req: Req) -> None:
         row, slots = req.kv.req_pool_idx, getattr(req, SLOTS)
@@ -125,8 +155,7 @@ def build_prefix_cache(context: Any) -> Any:
 
     verify()
     rank = this_rank()
-    window = EVERYTHING if rank.scorer.observes else rank.scorer.window
-    ours = partial(FairKVRadixCache, book=rank.book, window=window)
+    ours = partial(FairKVRadixCache, book=rank.book, window=tail(rank.scorer))
     return create_unified_radix_cache(context, cache_class=ours)
 
 
@@ -135,6 +164,7 @@ OVERRIDES = overrides(
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache",
     {
         storing_method(): "the slots of a prompt go back when its last chunk has run",
+        "match_prefix": "a request's own scorer may need more recomputed than the server's",
         **dict.fromkeys(unlocking_methods(), "admission without prefix caching gives no receipt"),
         "claim_kv_row": "a released row must not free positions that never had a slot",
         "on_release": "a retracted request starts anew",

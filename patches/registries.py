@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -52,7 +53,9 @@ def after_build_backend(result: Any, *, model_runner: Any, **kwargs: Any) -> Any
         if book.pages.device.type == "cuda":
             transfer = torch.distributed.new_group(get_tp_group().ranks)
     hand_over = HandOver(heads, book.pages, transfer)
-    rope = _rope(model_runner.model) if rank.scorer.needs_rope else None
+    rope = None  # a request may bring a scorer that needs it
+    with nullcontext() if rank.scorer.needs_rope else suppress(RuntimeError):
+        rope = _rope(model_runner.model)
     compressor = make_compressor(book, rank.scorer, hand_over, exchange, rope)
     if measure.is_asked_for():
         measure.time_compression(compressor)

@@ -47,7 +47,10 @@ def asked() -> Keep:
 
 def around_init_max_new_tokens(original: Any, scheduler: Any, req: Any) -> None:
     """A request has come: clip its output by what it wants kept; one that never fits gets 400."""
-    keep, prompt_len, ended = keep_of(req), len(req.origin_input_ids), req.to_finish
+    keep = keep_of(req)
+    if problem := not_served(keep):
+        req.set_finish_with_abort(problem)
+    prompt_len, ended = len(req.origin_input_ids), req.to_finish
     with asking(keep):
         original(scheduler, req)
     if req.to_finish is not ended and keep != AS_SERVER:
@@ -55,6 +58,20 @@ def around_init_max_new_tokens(original: Any, scheduler: Any, req: Any) -> None:
         problem = never_fits(allocator, keep, prompt_len)
         if problem is not None:
             req.set_finish_with_abort(problem)
+
+
+def not_served(keep: Keep) -> str | None:
+    """One line on a scorer that this model, or this number of ranks, does not allow."""
+    rank, scorer = this_rank(), keep.scorer
+    if scorer is None:
+        return None
+    if scorer.needs_rope and rank.backend.compressor.rope is None:
+        why = "needs one table of rotary embeddings, which this model has not"
+    elif not scorer.averages_group and rank.heads.homes.replicas > 1:
+        why = "with these options needs all query heads of a KV head on one rank"
+    else:
+        return None
+    return f"fairkv.scorer: {scorer.name} {why}; {rank.scorer.name} will do."
 
 
 def never_fits(allocator: Any, keep: Keep, prompt_len: int) -> str | None:

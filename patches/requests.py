@@ -91,8 +91,7 @@ def options_of(values: Any, system_tokens: int, prompt_len: int | None) -> Reque
     config = _configuration(os.environ.get(RESOLVED_VARIABLE))
     options = None
     if values is not None:
-        least = config.make_scorer().least_budget
-        options = read_request_options(values, least_budget=least, prompt_len=prompt_len)
+        options = read_request_options(values, server=config, prompt_len=prompt_len)
     if system_tokens and prompt_len and config.protect_system:
         options = options or RequestOptions()
         spans = [[0, min(system_tokens, prompt_len)], *(options.protect or [])]

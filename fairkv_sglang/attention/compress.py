@@ -18,6 +18,7 @@ from torch import Tensor
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, IntArray, StoreBatch
+from fairkv_sglang.attention.over_layers import choices_of_layers
 from fairkv_sglang.budgets import Kept, PromptTensors, Rope, Scorer, pick
 from fairkv_sglang.kernels.prompts import to_device
 from fairkv_sglang.memory.rows import RowBook
@@ -44,7 +45,7 @@ class PromptCompressor:
 
     Args:
         book: Rows of this rank, with its heads and the budget scope.
-        scorer: Importance of tokens.
+        scorer: Importance of tokens, where a request does not say otherwise.
         hand_over: Brings kept rows to their owners.
         exchange: What the ranks tell each other of their home heads; None at TP 1.
         rope: The model's rotary embedding; None will do for scorers that do not need it.
@@ -61,13 +62,12 @@ class PromptCompressor:
         self.book, self.scorer, self.hand_over, self.rope = book, scorer, hand_over, rope
         self.scope = book.scope
         self.heads = heads = book.heads
-        self._computed: list[Tensor] = []  # slots of each prompt so far, if the scorer observes
+        self._computed: dict[int, Tensor] = {}  # row -> slots so far, where the scorer observes
         self._endings: list[Ending] = []
+        self._layers: list[LayerInputs] = []  # so far, if something waits for the last one
         self._batch: StoreBatch | None = None
         self._home = torch.tensor(heads.home, device=book.pages.device)
         self._exchange = exchange
-        # Replicas of a head have a part of its query heads each, so no rank can score it alone.
-        self._together = self.scope.spans_ranks or heads.homes.replicas > 1 or scorer.spans_heads
 
     def begin(self, spans: ForwardSpans, req_to_token: Tensor) -> None:
         """Look up the slots and owners of the prompts that end in this pass.
@@ -77,15 +77,22 @@ class PromptCompressor:
             req_to_token: SGLang's request table ``[rows, context]``.
         """
         source = self.heads.homes.source
-        self._endings = []
+        self._endings, self._layers = [], []
         self.hand_over.forget()
         for span in spans.last:
             owners = self.book.owners(span.row).astype(np.int64)
             slots = req_to_token[span.row, : span.prompt_len].long()
             sources = source[np.arange(source.shape[0])[None, :], owners]
             self._endings.append(self._ending(span, slots, owners, sources))
-        if self.scorer.observes:
-            self._computed = [req_to_token[s.row, : s.end].long() for s in spans.prompts]
+        self._computed = {
+            s.row: req_to_token[s.row, : s.end].long()
+            for s in spans.prompts
+            if self._scorer(s.row).observes
+        }
+
+    def _scorer(self, row: int) -> Scorer:
+        """The request's own, or the server's."""
+        return self.book.keep(row).scorer or self.scorer
 
     def _ending(
         self, span: PromptSpan, slots: Tensor, owners: IntArray, sources: IntArray
@@ -94,7 +101,7 @@ class PromptCompressor:
         scope = keep.scope(self.scope, span.prompt_len)
         ending = Ending(span, slots, owners, sources, scope)
         if scope.protected:
-            scored = span.prompt_len - self.scope.window
+            scored = span.prompt_len - self._scorer(span.row).window
             protected = keep.positions(scored)
             others = np.delete(np.arange(scored), protected)
             ending.protected = to_device(torch.from_numpy(protected), device)
@@ -123,25 +130,36 @@ class PromptCompressor:
         """
         windows = [self._window(layer, q, span) for span in spans.prompts]
         inputs = LayerInputs(layer, k_pool, v_pool, scale)
-        if self.scorer.observes:
-            self._observe(inputs, q, spans)
+        self._observe(inputs, q, spans)
         self.hand_over.finish()  # of the layer before, which travelled while this one was computed
         if not self._endings:
             return
         ending = [
             window for window, span in zip(windows, spans.prompts, strict=True) if span.is_last
         ]
-        choices = self._select(inputs, ending)
-        self.hand_over.start(layer, self._endings, choices, k_pool, v_pool, self._batch)
+        ready, choices = self._select(inputs, ending)
+        self.hand_over.start(layer, ready, choices, k_pool, v_pool, self._batch)
+        if len(ready) < len(self._endings):
+            self._layers.append(inputs)
         if layer == self.scope.num_layers - 1:
+            self._hand_over_all_layers()
             self.hand_over.finish()
             self._finish()
 
+    def _hand_over_all_layers(self) -> None:
+        """Of the prompts whose tokens could not be selected before the last layer."""
+        waiting = [ending for ending in self._endings if ending.waits]
+        choices = [choices_of_layers(ending, self._home) for ending in waiting]
+        for inputs, *of_layer in zip(self._layers, *choices, strict=True):
+            self.hand_over.finish()
+            self.hand_over.start(inputs.layer, waiting, of_layer, inputs.k_pool, inputs.v_pool)
+
     def _window(self, layer: int, q: Tensor, span: PromptSpan) -> Tensor | None:
         """Last queries of the prompt up to this span; carried over when more chunks follow."""
-        size = self.scorer.window if self.scorer.needs_queries else 0
-        if size == 0:
+        scorer = self._scorer(span.row)
+        if not scorer.needs_queries:
             return None
+        size = scorer.window
         tail = q[span.start : span.start + span.length][-size:]
         tails = self.book.tails(span.row)
         carried = tails.pop(layer, None)
@@ -152,48 +170,69 @@ class PromptCompressor:
         return tail
 
     def _observe(self, inputs: LayerInputs, q: Tensor, spans: ForwardSpans) -> None:
-        """Shows the scorer the queries of this pass."""
-        for span, slots in zip(spans.prompts, self._computed, strict=True):
+        """Shows scorers that observe the queries of this pass."""
+        for span in spans.prompts:
+            if span.row not in self._computed:
+                continue
             scope = self.book.keep(span.row).scope(self.scope, span.prompt_len)
             if scope.budget(span.prompt_len) >= span.prompt_len:
                 continue  # keeps everything
             seen = self.book.seen(span.row)
-            k = inputs.k_pool.index_select(0, slots)
+            k = inputs.k_pool.index_select(0, self._computed[span.row])
             queries = q[span.start : span.start + span.length]
             part = PromptTensors(queries, k, inputs.scale, rope=self.rope)
-            seen[inputs.layer] = self.scorer.observe(seen.get(inputs.layer), part)
+            seen[inputs.layer] = self._scorer(span.row).observe(seen.get(inputs.layer), part)
 
-    def _select(self, inputs: LayerInputs, windows: list[Tensor | None]) -> list[Choice]:
-        """What each ending prompt keeps in the layer, known to whom it has to be."""
+    def _select(
+        self, inputs: LayerInputs, windows: list[Tensor | None]
+    ) -> tuple[list[Ending], list[Choice]]:
+        """Prompts whose tokens can be selected now, and what each keeps in the layer, known to whom
+        it has to be.
+        """
         choices = self._choices(inputs, windows)
-        for ending, choice in zip(self._endings, choices, strict=True):
+        ready = [ending for ending in self._endings if not ending.waits]
+        for ending, choice in zip(ready, choices, strict=True):
             known = choice.kept.counts if choice.counts is None else choice.counts
             ending.counts.append(known)
-        if self._exchange is not None and self.hand_over.moves(inputs.layer, self._endings):
+        if self._exchange is not None and self.hand_over.moves(inputs.layer, ready):
             for choice in choices:
                 if choice.counts is None:  # scope rank: owners elsewhere have to be told
                     choice.counts = self._exchange.counts(choice.kept.counts)
                     choice.exact = _on_host(choice.counts)
-        return choices
+        return ready, choices
 
     def _choices(self, inputs: LayerInputs, windows: list[Tensor | None]) -> list[Choice]:
-        """What each ending prompt keeps in the layer."""
-        chosen: dict[int, Choice] = {}
-        scored: list[int] = []
+        """What each ending prompt keeps in the layer; scores of those that wait are set aside."""
+        scores = {
+            number: self._score(inputs, ending, windows[number])
+            for number, ending in enumerate(self._endings)
+            if ending.compressed
+        }
+        shared = [number for number in scores if self._together(self._endings[number])]
+        if shared and self._exchange is not None:
+            tables = self._exchange.scores([scores[number] for number in shared])
+            scores |= zip(shared, tables, strict=True)
+        choices = []
         for number, ending in enumerate(self._endings):
-            length = ending.span.prompt_len
-            if ending.scope.budget(length) >= length:
-                chosen[number] = self._everything(length)
+            if not ending.compressed:
+                choices.append(self._everything(ending.span.prompt_len))
+                continue
+            table, scorer = scores[number], self._scorer(ending.span.row)
+            if scorer.spans_heads:
+                table = scorer.combine(table)
+            if ending.protected is not None:
+                table = protect(table, ending.protected)
+            if ending.waits:
+                ending.scores.append(table)
             else:
-                scored.append(number)
-        scores = [self._score(inputs, self._endings[number], windows[number]) for number in scored]
-        if scores and self._exchange is not None and self._together:
-            scores = self._exchange.scores(scores)
-        if self.scorer.spans_heads:
-            scores = [self.scorer.combine(table) for table in scores]
-        for number, table in zip(scored, scores, strict=True):
-            chosen[number] = self._choose(inputs.layer, table, self._endings[number])
-        return [chosen[number] for number in range(len(self._endings))]
+                choices.append(self._choose(inputs.layer, table, ending))
+        return choices
+
+    def _together(self, ending: Ending) -> bool:
+        """Whether every rank needs its scores of all heads of a layer."""
+        # Replicas of a head have a part of its query heads each, so no rank can score it alone.
+        together = ending.scope.spans_ranks or self.heads.homes.replicas > 1
+        return together or self._scorer(ending.span.row).spans_heads
 
     def _everything(self, length: int) -> Choice:
         """A prompt within its budget: no scores are needed, on any rank."""
@@ -207,8 +246,7 @@ class PromptCompressor:
         scope, length = ending.scope, ending.span.prompt_len
         home = self.heads.home
         unprotected = scores
-        if ending.protected is not None and ending.unprotected is not None:
-            scores = protect(scores, ending.protected)
+        if ending.unprotected is not None:
             unprotected = scores.index_select(1, ending.unprotected)
         if not scope.input_dependent:
             exact: IntArray | None = np.array(scope.expected(length)[layer])
@@ -239,7 +277,8 @@ class PromptCompressor:
 
     def _score(self, inputs: LayerInputs, ending: Ending, window: Tensor | None) -> Tensor:
         """``float32 [home heads, N - window]`` of a prompt."""
-        scorer, row, slots = self.scorer, ending.span.row, ending.slots
+        row, slots = ending.span.row, ending.slots
+        scorer = self._scorer(row)
         values = inputs.v_pool.index_select(0, slots) if scorer.needs_values else None
         return scorer.score_prompt(
             PromptTensors(
@@ -257,13 +296,13 @@ class PromptCompressor:
     def _finish(self) -> None:
         """After the last layer: kept counts of all heads to the host, equal on all ranks."""
         for ending in self._endings:
-            if not self.scope.input_dependent:
+            if not ending.scope.input_dependent:
                 continue
             kept = torch.stack(ending.counts)
             if kept.shape[1] < self.scope.num_heads and self._exchange is not None:
                 kept = self._exchange.counts(kept)
             self.book.note_kept(ending.span.row, _to_host(kept))
-        self._endings = []
+        self._endings, self._layers = [], []
 
 
 def protect(scores: Tensor, positions: Tensor) -> Tensor:

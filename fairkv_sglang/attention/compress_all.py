@@ -15,7 +15,7 @@ from torch import Tensor
 from fairkv_sglang.attention.compress import LayerInputs, PromptCompressor, protect
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans
-from fairkv_sglang.attention.hand_over import Choice, HandOver, StoreBatch
+from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, StoreBatch
 from fairkv_sglang.budgets import Kept, Rope, Scorer
 from fairkv_sglang.budgets.scopes.pooled import Pooled
 from fairkv_sglang.kernels.interface import PromptKernels
@@ -24,7 +24,11 @@ from fairkv_sglang.memory.rows import RowBook
 
 
 class AllPromptsCompressor(PromptCompressor):
-    """:class:`PromptCompressor` with the operations of :class:`PromptKernels`."""
+    """:class:`PromptCompressor` with the operations of :class:`PromptKernels`.
+
+    A pass that ends a prompt with a scorer or scope of its own, or with a scope that spans layers,
+    goes the base class's way, prompt by prompt.
+    """
 
     def __init__(
         self,
@@ -44,7 +48,8 @@ class AllPromptsCompressor(PromptCompressor):
         """See the base class; the tables of all layers go to the device here."""
         super().begin(spans, req_to_token)
         self._batch = None
-        if not self._endings:
+        self._alike = all(map(self._as_server, self._endings))
+        if not self._endings or not self._alike:
             return
         scope, window = self.scope, self.scope.window
         everything = [e.scope.budget(e.span.prompt_len) >= e.span.prompt_len for e in self._endings]
@@ -86,11 +91,17 @@ class AllPromptsCompressor(PromptCompressor):
                 columns[layer, p, : len(of_lanes)] = of_lanes
         self._columns = to_device(torch.from_numpy(columns), device)
 
+    def _as_server(self, ending: Ending) -> bool:
+        """Whether the kernels can take the prompt, with all others of the pass."""
+        return not self.book.keep(ending.span.row).has_method and not ending.scope.spans_layers
+
     def _choices(self, inputs: LayerInputs, windows: list[Tensor | None]) -> list[Choice]:
-        """See the base class."""
+        """See the base class, to which it is left where the prompts are not alike."""
+        if not self._alike:
+            return super()._choices(inputs, windows)
         prompts, layer = self._prompts, inputs.layer
         scores = self._scores(inputs, [windows[number] for number in self._order])
-        if prompts.total and self._exchange is not None and self._together:
+        if prompts.total and self._exchange is not None and self._together(self._endings[0]):
             scores = self._exchange.table(scores)
         if prompts.total and self.scorer.spans_heads:
             widths = [scored for scored in prompts.scored if scored]  # those come first

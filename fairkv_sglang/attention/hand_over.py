@@ -51,6 +51,7 @@ class Ending:
             none.
         unprotected: ``int64`` the other positions before the window; None if those are all.
         counts: Per layer kept counts, ``[H]``, or of the home heads where others are not known.
+        scores: ``[H, N - window]`` of each layer so far, if tokens are selected after the last one.
     """
 
     span: PromptSpan
@@ -61,6 +62,17 @@ class Ending:
     protected: Tensor | None = None
     unprotected: Tensor | None = None
     counts: list[Tensor] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether something of it is left out."""
+        return self.scope.budget(self.span.prompt_len) < self.span.prompt_len
+
+    @property
+    def waits(self) -> bool:
+        """Whether its tokens are selected after the last layer."""
+        return self.scope.spans_layers and self.compressed
 
 
 @dataclass

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fairkv_sglang.budgets.scopes.base import BudgetScope, BudgetSpec
+from fairkv_sglang.budgets.scopes.base import BudgetScope, BudgetSpec, ScopeMethod
+from fairkv_sglang.budgets.scorers import Scorer
 from fairkv_sglang.budgets.waterfill import IntArray
 
 Span = tuple[int, int]
@@ -16,19 +17,32 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Keep:
-    """Budget and protected tokens of one request; the same on every rank.
+    """Budget, protected tokens and method of one request; the same on every rank.
 
     Attributes:
         spec: Its budget; None: the server's.
         spans: Tokens ``[start, end)`` of the prompt that every head keeps, ascending and disjoint
             (:func:`merged`); what is beyond the prompt, or in the scorer's window, changes nothing.
+        scorer: Its scorer; None: the server's.
+        method: Its scope, with options; None: the server's.
     """
 
     spec: BudgetSpec | None = None
     spans: tuple[Span, ...] = ()
+    scorer: Scorer | None = None
+    method: ScopeMethod | None = None
+
+    @property
+    def has_method(self) -> bool:
+        """Whether it names a scorer or a scope of its own."""
+        return self.scorer is not None or self.method is not None
 
     def scope(self, server: BudgetScope, prompt_len: int) -> BudgetScope:
-        """The server's scope with this budget, for a prompt of ``prompt_len`` tokens."""
+        """The scope that the prompt of ``prompt_len`` tokens has on a server with this one."""
+        if self.scorer is not None:
+            server = server.another(self.method, self.scorer.window, self.scorer.sink)
+        elif self.method is not None:
+            server = server.another(self.method, server.window, server.sink)
         before = prompt_len - server.window
         protected = sum(max(min(end, before) - start, 0) for start, end in self.spans)
         return server.variant(self.spec, protected)

@@ -92,10 +92,11 @@ class Admission:
     def ask(self, prompt_len: int, keep: Keep = AS_SERVER) -> Asked:
         """What a prompt of ``prompt_len`` tokens needs; nothing is remembered."""
         scope = keep.scope(self._scope, prompt_len)
-        expected = self._expected(scope, prompt_len)
+        expected = self._expected(scope, prompt_len, keep)
         owners = self._router.choose(expected)
         bound = self._demand.with_owners(prompt_len, owners, scope)
-        limit = bound if self.certain else self._limit(scope, prompt_len, owners, bound)
+        certain = self.certain or keep.has_method
+        limit = bound if certain else self._limit(scope, prompt_len, owners, bound)
         lanes = np.bincount(owners.ravel(), minlength=len(bound))
         return Asked(prompt_len, owners, expected, bound, limit, lanes, keep)
 
@@ -142,11 +143,16 @@ class Admission:
         limit: Pages = np.minimum(bound, (pages * self._factor).astype(np.int64))
         return limit
 
-    def _expected(self, scope: BudgetScope, prompt_len: int) -> NDArray[np.number]:
-        """``[L, H]`` tokens that a prompt is expected to keep: each layer's by the last prompts."""
+    def _expected(self, scope: BudgetScope, prompt_len: int, keep: Keep) -> NDArray[np.number]:
+        """``[L, H]`` tokens that a prompt is expected to keep: each budget's by the last prompts.
+
+        What they tell is told of the server's scorer and scope.
+        """
         expected = scope.expected(prompt_len)
         known = not scope.input_dependent or scope.budget(prompt_len) >= prompt_len
-        if known or self._recorder.prompts < LEAST_RECORDED:
+        if known or keep.has_method or self._recorder.prompts < LEAST_RECORDED:
             return expected
-        seen = self._recorder.mean()
-        return expected.sum(axis=1, keepdims=True) * (seen / seen.sum(axis=1, keepdims=True))
+        seen = self._recorder.mean().reshape(scope.budgets, -1)
+        total = expected.reshape(scope.budgets, -1).sum(axis=1, keepdims=True)
+        shared: NDArray[np.number] = total * (seen / seen.sum(axis=1, keepdims=True))
+        return shared.reshape(expected.shape)

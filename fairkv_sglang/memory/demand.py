@@ -93,13 +93,14 @@ class PageDemand:
     def _pages(self, scope: BudgetScope, prompt_len: int, mine: NDArray[np.bool_]) -> Pages:
         caps = scope.per_head_bound(prompt_len)  # [L, H]
         each = (-(-caps // PAGE_TOKENS))[:, None, :] * mine  # [L, R, H]
-        pages = each.sum(axis=2)
+        parts = scope.budgets, -1, mine.shape[1]
+        pages = each.sum(axis=2).reshape(parts).sum(axis=1)  # [layers or 1, R]
         if scope.input_dependent:
+            count = mine.sum(axis=2).reshape(parts).sum(axis=1)
             for rank in range(mine.shape[1]):
                 heads = [np.flatnonzero(row).tolist() for row in mine[:, rank]]
                 tokens = scope.bound(prompt_len, heads)
-                count = mine[:, rank].sum(axis=1)
-                total = (tokens + (PAGE_TOKENS - 1) * count) // PAGE_TOKENS
+                total = (tokens + (PAGE_TOKENS - 1) * count[:, rank]) // PAGE_TOKENS
                 pages[:, rank] = np.minimum(pages[:, rank], total)
         result: Pages = pages.sum(axis=0).astype(np.int64)
         return result

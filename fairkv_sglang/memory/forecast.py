@@ -34,7 +34,8 @@ def forecast_pages(
 ) -> Pages:
     """``[R]`` pages that a prompt of ``prompt_len`` tokens stays within nearly always.
 
-    Each recorded prompt says how a layer's tokens are shared out over its heads. With this
+    Each recorded prompt says how a layer's tokens are shared out over its heads (the model's over
+    all heads, where the scope has one budget for all layers). With this
     prompt's tokens and owners that gives its pages on each rank: their mean over the recorded
     prompts and :data:`DEVIATIONS` times their standard deviation. Rounded up.
 
@@ -45,9 +46,11 @@ def forecast_pages(
         owners: ``[L, H]`` rank that serves each head for it.
         ranks: R.
     """
-    total = scope.expected(prompt_len).sum(axis=1)[:, None]  # [L, 1]
-    of_layer = np.maximum(seen.sum(axis=2, keepdims=True), 1)
-    tokens = np.minimum(-(-seen * total // of_layer), scope.per_head_bound(prompt_len))
+    kept = seen.reshape(len(seen), scope.budgets, -1)
+    caps = scope.per_head_bound(prompt_len).reshape(scope.budgets, -1)
+    total = scope.expected(prompt_len).reshape(scope.budgets, -1).sum(axis=1)[:, None]  # [L, 1]
+    of_part = np.maximum(kept.sum(axis=2, keepdims=True), 1)
+    tokens = np.minimum(-(-kept * total // of_part), caps)
     pages = (-(-tokens // PAGE_TOKENS)).reshape(len(seen), -1)
     mine = owners.ravel()[:, None] == np.arange(ranks)
     of_rank = pages @ mine.astype(np.int64)  # [n, R]

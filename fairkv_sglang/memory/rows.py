@@ -126,8 +126,9 @@ class RowBook:
         self._lives[row] = _Life(prompt_len, owned, keep, spilled)
         said = prompt_len.to_bytes(8, "little") + owners.tobytes() + repr(keep).encode()
         self.log.add("admit", row, said)
-        if not self.scope.input_dependent:
-            self._settle(row, keep.scope(self.scope, prompt_len).expected(prompt_len))
+        scope = keep.scope(self.scope, prompt_len)
+        if not scope.input_dependent:
+            self._settle(row, scope.expected(prompt_len))
         self._note_peak()
         return True
 
@@ -234,9 +235,9 @@ class RowBook:
 
     def _record(self, life: _Life, kept: NDArray[np.int64]) -> None:
         """What a prompt kept counts once, also if it comes back because it kept too much."""
-        # What is expected of the next prompts, and planned for: those with the server's budget. One
-        # that keeps everything would weigh as much as many of them, with nothing to tell heads by.
-        if life.keep.spec is None:
+        # What is expected of the next prompts, and planned for: those with the server's settings.
+        # One that keeps everything would weigh as much as many, with nothing to tell heads by.
+        if life.keep.spec is None and not life.keep.has_method:
             self.recorder.add(kept, life.prompt_len)
         self.kept_sum += kept
         self.kept_prompts += 1

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 import fairkv_sglang.patches.rank
 from fairkv_sglang.attention.compress import PromptCompressor
-from fairkv_sglang.budgets import BudgetSpec, Keep
+from fairkv_sglang.budgets import BudgetSpec, Keep, Scorer, make_scorer
 from fairkv_sglang.budgets.keep import merged
+from fairkv_sglang.budgets.scopes.base import ScopeMethod
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.placement import Plan
 from fairkv_tests.compress_cases import (
@@ -310,6 +311,59 @@ def test_each_request_has_its_own_budget_and_protected_tokens(
         assert all(named <= set(row) for layer in kept for row in layer)
 
 
+OWN_SCORERS = [
+    None,
+    *(
+        make_scorer(**{"name" if key == "scorer" else key: value for key, value in each.items()})
+        for each in ({"window": 5, **options} for options in ANY.values())
+    ),
+]
+OWN_SCOPES = [
+    None,
+    *((name, ()) for name in ("uniform", "layer", "rank", "pyramid")),
+    ("model", (("floor_alpha", 0.5),)),
+    ("threshold", (("threshold", 0.05),)),
+]
+
+
+@settings(QUICK, max_examples=120)
+@given(
+    seed=seeds,
+    split=st.sampled_from(SPLITS),
+    scope=st.sampled_from(SCOPES),
+    scorer=st.sampled_from(["snapkv", "streaming", "h2o"]),
+    prompts=chunked(),
+    wanted=st.lists(keeps(), min_size=4, max_size=4),
+    scorers=st.lists(st.sampled_from(OWN_SCORERS), min_size=4, max_size=4),
+    scopes=st.lists(st.sampled_from(OWN_SCOPES), min_size=4, max_size=4),
+    bounded=st.booleans(),
+)
+def test_each_request_has_its_own_scorer_and_scope(
+    folder: Path,
+    seed: int,
+    split: tuple[int, int, int],
+    scope: str,
+    scorer: str,
+    prompts: list[tuple[int, list[int]]],
+    wanted: list[Keep],
+    scorers: list[Scorer | None],
+    scopes: list[ScopeMethod | None],
+    bounded: bool,
+) -> None:
+    """In one pass, beside others with the server's: what a server with these would keep."""
+    heads, group, tp_size = split
+    model, rng = Model(heads, group), np.random.default_rng(seed)
+    assume(heads >= tp_size or all(s is None or s.averages_group for s in scorers))
+    plan = random_plan(rng, LAYERS, tp_size, heads)
+    config = settle(folder, model, plan, scope=scope, ratio=0.35, scorer=scorer)
+    observed = [s.observes if s is not None else scorer in OBSERVERS for s in scorers]
+    cached = [0 if seen else p[0] for seen, p in zip(observed, prompts, strict=False)]
+    made = random_prompts(rng, [p[1] for p in prompts], cached, model)
+    for prompt, keep, own, over in zip(made, wanted, scorers, scopes, strict=False):
+        prompt.keep = replace(keep, scorer=own, method=over)
+    compress(config, model, tp_size, made, bounded=bounded)
+
+
 @pytest.mark.parametrize("split", SPLITS[1:], ids=str)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_heads_at_home_move_nothing(
@@ -484,9 +538,9 @@ def test_the_widest_table_is_the_bound(tmp_path: Path) -> None:
         real = PromptCompressor._select
 
         def spy(*args):
-            choices = real(rank.compressor, *args)
-            seen.extend(choice.kept.indices.shape[1] for choice in choices)
-            return choices
+            found = real(rank.compressor, *args)
+            seen.extend(choice.kept.indices.shape[1] for choice in found[1])
+            return found
 
         rank.compressor._select = spy  # type: ignore[method-assign]
         rank.run([prompt])
@@ -502,7 +556,7 @@ def test_a_rank_keeps_no_more_of_a_prompt_than_was_charged(tmp_path: Path, bound
     """Heads at home and heads that travel; what one rank leaves out is not missing on another."""
     spilled, count = 0, 0
     for seed in range(12):
-        scope, tp_size = ("layer", "rank", "threshold")[seed % 3], (1, 2, 4)[seed // 3 % 3]
+        scope, tp_size = ("layer", "rank", "model")[seed % 3], (1, 2, 4)[seed // 3 % 3]
         found = run_with_spills(tmp_path, scope, tp_size, seed, bounded=bounded)
         spilled, count = spilled + found[0], count + found[1]
     assert count // 5 < spilled < count

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairkv_sglang.budgets import SCOPES, BudgetSpec, make_scope, make_scorer
+from fairkv_sglang.budgets import SCOPES, BudgetSpec, Keep, make_scope, make_scorer
 from fairkv_sglang.profiles import HeadProfile, uniform_profile
 from fairkv_tests.budgets_reference import ada_kv_kept, static_kept, threshold_kept
 from fairkv_tests.kept_tokens import select
@@ -40,12 +40,17 @@ def cases(draw, names=tuple(SCOPES)):
     if draw(st.booleans()):  # as a request has it: another budget, protected tokens
         own = draw(st.sampled_from([None, BudgetSpec(tokens=window + 9), BudgetSpec(ratio=0.4)]))
         scope = scope.variant(own, draw(st.integers(0, max(total - window, 0))))
-    m = max(total - scope.window, 0)
+    n, m = len(together(scope)), max(total - scope.window, 0)
     if draw(st.booleans()):
-        scores = rng.integers(0, 4, (heads, m)).astype(np.float32)
+        scores = rng.integers(0, 4, (n, m)).astype(np.float32)
     else:
-        scores = (rng.random((heads, m)) * rng.random((heads, 1)) ** 3).astype(np.float32)
+        scores = (rng.random((n, m)) * rng.random((n, 1)) ** 3).astype(np.float32)
     return scope, total, torch.from_numpy(scores)
+
+
+def together(scope):
+    """Heads whose scores are selected from at once: those of a layer, or of the model."""
+    return range(scope.num_heads * (scope.num_layers if scope.spans_layers else 1))
 
 
 def _rows(kept):
@@ -70,7 +75,7 @@ def _reference(scope, layer, heads, scores, total):
 @given(case=cases(), layer=st.integers(0, LAYERS - 1))
 def test_kept_sets_equal_the_formulae(case, layer):
     scope, total, scores = case
-    heads = list(range(scope.num_heads))
+    heads = list(together(scope))
     kept = select(scope, layer, heads, scores, total)
     assert _rows(kept) == _reference(scope, layer, heads, scores, total)
 
@@ -79,9 +84,10 @@ def test_kept_sets_equal_the_formulae(case, layer):
 @given(case=cases(), layer=st.integers(0, LAYERS - 1))
 def test_kept_sets_are_well_formed(case, layer):
     scope, total, scores = case
-    kept = select(scope, layer, range(scope.num_heads), scores, total)
+    heads = together(scope)
+    kept = select(scope, layer, heads, scores, total)
     assert kept.counts.dtype == kept.indices.dtype == torch.int64
-    assert kept.indices.shape == (scope.num_heads, int(kept.counts.max()))
+    assert kept.indices.shape == (len(heads), int(kept.counts.max()))
     window = range(max(total - scope.window, 0), total)
     floor = min(total, scope.window + (scope.floor(total) if scope.input_dependent else 0))
     for row, padded in zip(_rows(kept), kept.indices.tolist(), strict=True):
@@ -89,7 +95,7 @@ def test_kept_sets_are_well_formed(case, layer):
         assert set(padded[len(row) :]) <= {-1}
         assert set(window) <= set(row)
         assert floor <= len(row) <= total
-    counts = scope.counts(layer, range(scope.num_heads), scores, total)
+    counts = scope.counts(layer, heads, scores, total)
     assert counts.tolist() == kept.counts.tolist()
 
 
@@ -98,9 +104,11 @@ def test_kept_sets_are_well_formed(case, layer):
 def test_totals_are_kept(case):
     scope, total, scores = case
     heads, budget = scope.num_heads, scope.budget(total)
-    layers = [select(scope, i, range(heads), scores, total).counts.sum() for i in range(LAYERS)]
+    layers = [
+        select(scope, i, together(scope), scores, total).counts.sum() for i in range(scope.budgets)
+    ]
     whole, expected = LAYERS * heads * budget, scope.expected(total)
-    if scope.name in ("head", "pyramid"):
+    if scope.name in ("head", "pyramid", "model"):
         assert sum(layers) == whole == expected.sum()
     elif scope.name == "threshold":
         assert max(layers) <= heads * budget and (expected == budget).all()
@@ -112,12 +120,21 @@ def test_totals_are_kept(case):
 
 def layer_counts(scope, layer, scores, total):
     """Kept tokens of all heads of a layer, as the ranks find them: scope rank home by home."""
-    size = scope.home_size if scope.name == "rank" else scope.num_heads
+    everyone = together(scope)
+    size = scope.home_size if scope.name == "rank" else len(everyone)
     counts = []
-    for first in range(0, scope.num_heads, size):
+    for first in range(0, len(everyone), size):
         group = range(first, first + size)
         counts += scope.counts(layer, group, scores[first : first + size], total).tolist()
     return counts
+
+
+def by_layer(scope, group):
+    """Heads of each layer; the same ones of all layers where each layer has its own budget."""
+    if not scope.spans_layers:
+        return [group] * LAYERS
+    heads = scope.num_heads
+    return [[head % heads for head in group if head // heads == i] for i in range(LAYERS)]
 
 
 @settings(max_examples=400, deadline=None)
@@ -125,21 +142,22 @@ def layer_counts(scope, layer, scores, total):
 def test_bounds_hold_whatever_the_scores(case, data):
     """Any set of heads: those that a rank owns, or those that one rank sends to another."""
     scope, total, scores = case
-    everyone = range(scope.num_heads)
+    everyone = together(scope)
     group = sorted(data.draw(st.sets(st.sampled_from(everyone))))
     counts = layer_counts(scope, 0, scores, total)
     actual = sum(counts[head] for head in group)
-    bound = scope.bound(total, [group] * LAYERS)
-    assert bound.shape == (LAYERS,) and bound.dtype == np.int64
+    bound = scope.bound(total, by_layer(scope, group))
+    assert bound.shape == (scope.budgets,) and bound.dtype == np.int64
     assert actual <= bound[0] <= len(group) * total
-    assert all(counts[head] <= scope.per_head_bound(total)[0, head] for head in group)
+    caps = scope.per_head_bound(total).ravel()
+    assert all(counts[head] <= caps[head] for head in group)
     # Alone the bound of heads is that of each, together they share: it never adds up to more.
     alone = sum(scope.most(0, total, [head]) for head in group)
     assert bound[0] == scope.most(0, total, group) <= alone
-    assert alone == scope.per_head_bound(total)[0, group].sum()
+    assert alone == caps[group].sum()
     whole = {head // scope.home_size for head in group}
     known = scope.name == "rank" and len(group) == len(whole) * scope.home_size
-    exact = not scope.input_dependent or known or len(group) == scope.num_heads
+    exact = not scope.input_dependent or known or len(group) == len(everyone)
     exact = exact and scope.name != "threshold"
     assert actual == bound[0] or not exact
 
@@ -149,11 +167,13 @@ def test_bounds_hold_whatever_the_scores(case, data):
 def test_more_heads_are_never_bounded_by_less(case, data):
     """An owner of more heads never has a smaller bound, and no order of heads matters."""
     scope, total, _ = case
-    heads = data.draw(st.permutations(range(scope.num_heads)))
-    bounds = [scope.most(1, total, heads[:n]) for n in range(scope.num_heads + 1)]
+    heads = data.draw(st.permutations(together(scope)))
+    bounds = [scope.most(1, total, heads[:n]) for n in range(len(heads) + 1)]
     assert bounds == sorted(bounds) and bounds[0] == 0
     assert all(type(bound) is int for bound in bounds)
-    assert bounds[-1] == scope.most(1, total, sorted(heads)) == scope.expected(total)[1].sum()
+    expected = scope.expected(total)
+    of_all = expected.sum() if scope.spans_layers else expected[1].sum()
+    assert bounds[-1] == scope.most(1, total, sorted(heads)) == of_all
 
 
 @settings(max_examples=150, deadline=None)
@@ -187,16 +207,16 @@ def test_rank_bound_is_reached(case, data):
 
 
 @settings(max_examples=100, deadline=None)
-@given(case=cases(names=("layer",)), data=st.data())
-def test_layer_bound_is_reached(case, data):
+@given(case=cases(names=("layer", "model")), data=st.data())
+def test_bound_is_reached(case, data):
     """Scores that give the group everything."""
     scope, total, scores = case
-    everyone = range(scope.num_heads)
+    everyone = together(scope)
     group = sorted(data.draw(st.sets(st.sampled_from(everyone), min_size=1)))
     scores = torch.zeros_like(scores)
     scores[group] = 1.0
     counts = select(scope, 0, everyone, scores, total).counts[group]
-    assert int(counts.sum()) == scope.bound(total, [group] * LAYERS)[0]
+    assert int(counts.sum()) == scope.bound(total, by_layer(scope, group))[0]
 
 
 @settings(max_examples=150, deadline=None)
@@ -204,7 +224,7 @@ def test_layer_bound_is_reached(case, data):
 def test_order_of_rows_does_not_matter(case, data):
     """A plan lists the heads of a rank in any order; ties still go by head index."""
     scope, total, scores = case
-    heads = list(range(scope.num_heads))
+    heads = list(together(scope))
     order = data.draw(st.permutations(heads))
     plain = _rows(select(scope, 1, heads, scores, total))
     permuted = _rows(select(scope, 1, order, scores[order], total))
@@ -279,6 +299,25 @@ def test_a_variant_is_a_scope_made_with_its_budget(name):
         assert np.array_equal(variant.bound(total, heads), other.bound(total, heads))
 
 
+@pytest.mark.parametrize("name", SCOPES)
+def test_a_request_with_another_method_has_the_scope_of_such_a_server(name):
+    """Another scope, another scorer's window and sinks, and then its own budget and tokens."""
+    profile = HeadProfile(None, np.random.default_rng(1).random((LAYERS, 4)) + 0.1)
+    server = SCOPES.make("threshold", BudgetSpec(tokens=40), LAYERS, 4, 8, profile, threshold=3.0)
+    options = (("floor_alpha", 0.5),) if "floor_alpha" in SCOPES.options(name) else ()
+    scorer = make_scorer("lagkv", window=5, sink=3)
+    other = SCOPES.make(name, BudgetSpec(ratio=0.3), LAYERS, 4, 5, profile, 3, **dict(options))
+    server.home_size = other.home_size = 2
+    keep = Keep(BudgetSpec(ratio=0.3), ((0, 7), (193, 200)), scorer, (name, options))
+    own, other = keep.scope(server, 200), other.variant(None, 7 + 2)  # the window has the last 5
+    assert own is keep.scope(server, 200) and type(own) is type(other)
+    for field in ("spec", "window", "sink", "protected", "home_size", "floor_alpha"):
+        assert getattr(own, field, None) == getattr(other, field, None)
+    assert np.array_equal(own.expected(200), other.expected(200))
+    alone = Keep(scorer=scorer).scope(server, 200)
+    assert (alone.name, alone.threshold, alone.window) == ("threshold", 3.0, 5)
+
+
 @pytest.mark.parametrize("name", ["layer", "rank"])
 def test_dispersed_head_gains(name):
     """Ada-KV's sign: the head that spreads its attention needs more tokens, not fewer."""
@@ -338,13 +377,17 @@ def test_streaming_keeps_sinks_and_recent_tokens():
 def test_prompt_within_the_budget_keeps_everything(name, total):
     scorer = make_scorer("snapkv")
     scope = make_scope(name, BudgetSpec(tokens=40), 3, 2, scorer, uniform_profile(3, 2))
-    scores = torch.rand(2, max(total - 32, 0))
-    kept = select(scope, 1, [0, 1], scores, total)
-    assert kept.counts.tolist() == [total, total]
-    assert kept.indices.tolist() == [list(range(total))] * 2
+    heads = together(scope)
+    scores = torch.rand(len(heads), max(total - 32, 0))
+    kept = select(scope, 1, heads, scores, total)
+    assert kept.counts.tolist() == [total] * len(heads)
+    assert kept.indices.tolist() == [list(range(total))] * len(heads)
     assert (scope.expected(total) == total).all()
     assert (scope.per_head_bound(total) == total).all()
-    assert scope.bound(total, [[0], [0, 1], []]).tolist() == [total, 2 * total, 0]
+    bound = [total, 2 * total, 0]
+    assert scope.bound(total, [[0], [0, 1], []]).tolist() == (
+        [sum(bound)] if scope.spans_layers else bound
+    )
 
 
 def test_floor_is_free_of_rounding_noise():
@@ -419,6 +462,23 @@ def test_layer_expectation_follows_the_profile_inside_each_layer():
     assert (without.expected(10_000) == 132).all()
 
 
+def test_one_budget_for_all_layers():
+    """By hand: two layers of one head, window 2, mean budget 5 of 12, so 6 tokens compete."""
+    scope = SCOPES.make("model", BudgetSpec(tokens=5), 2, 1, 2, floor_alpha=0.0)
+    scores = torch.tensor([[4.0, 4, 4, 4, 4, 1, 1, 1, 1, 1], [3.0, 3, 3, 4, 2, 2, 2, 2, 2, 2]])
+    kept = select(scope, 0, [0, 1], scores, 12)
+    assert _rows(kept) == [[0, 1, 2, 3, 4, 10, 11], [3, 10, 11]]  # ties go to the lower layer
+    # With a floor of 4, two of them beside the window.
+    floored = SCOPES.make("model", BudgetSpec(tokens=5), 2, 1, 2, floor_alpha=0.8)
+    assert select(floored, 0, [0, 1], scores, 12).counts.tolist() == [6, 4]
+    # A head alone, and both together.
+    assert scope.bound(12, [[0], []]).tolist() == [2 + 6]
+    assert scope.bound(12, [[0], [0]]).tolist() == [10]
+    profile = HeadProfile("tiny", np.array([[1.0], [3.0]]))
+    scope = SCOPES["model"](BudgetSpec(tokens=132), 2, 1, 32, profile)
+    assert scope.expected(10_000).tolist() == [[66], [198]]
+
+
 def test_a_single_head_may_take_what_the_others_floors_leave():
     scope = SCOPES.make("layer", BudgetSpec(tokens=132), 1, 4, 32, floor_alpha=0.5)
     assert (scope.per_head_bound(10_000) == 4 * 132 - 3 * 66).all()
@@ -468,9 +528,10 @@ def test_bad_scope_is_one_clear_line():
             "heads",
             spec,
             None,
-            "unknown budget scope 'heads'; known: head, layer, pyramid, rank, threshold, uniform",
+            "unknown budget scope 'heads'; known: head, layer, model, pyramid, rank, threshold, "
+            "uniform",
         ),
-        ("head", spec, None, "choose scope layer, pyramid, rank, threshold or uniform"),
+        ("head", spec, None, "choose scope layer, model, pyramid, rank, threshold or uniform"),
         ("layer", spec, uniform_profile(2, 8), "2 layers x 8 KV heads, but the model has 2 x 4"),
         ("uniform", BudgetSpec(tokens=35), None, "below window 32 + sink 4: use at least 36"),
     ]:

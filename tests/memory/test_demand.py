@@ -111,7 +111,7 @@ def test_lanes_count_copies(seed: int, split: tuple[int, int]) -> None:
 @given(
     seed=seeds,
     split=splits,
-    name=st.sampled_from(["uniform", "head", "layer", "rank"]),
+    name=st.sampled_from(["uniform", "head", "layer", "rank", "model"]),
     prompt_len=st.integers(1, 600),
 )
 def test_no_lanes_within_the_slots_need_more_than_the_bound_of_any_plan(

@@ -21,7 +21,7 @@ from fairkv_tests.core_cases import (
     seen_before,
 )
 
-INPUT_DEPENDENT = ("layer", "rank", "threshold")
+INPUT_DEPENDENT = ("layer", "rank", "threshold", "model")
 
 
 @settings(QUICK, max_examples=80)
@@ -41,9 +41,10 @@ def test_mean_and_deviations_of_the_recorded_prompts(
     for number in range(seen):
         tokens = np.zeros((2, 4), dtype=np.int64)
         for layer in range(2):
-            total = int(scope.expected(prompt)[layer].sum())
+            shared = slice(None) if name == "model" else layer
+            total = int(scope.expected(prompt)[shared].sum())
             for head in range(4):
-                part = int(kept[number, layer, head]) * total / int(kept[number, layer].sum())
+                part = int(kept[number, layer, head]) * total / int(kept[number, shared].sum())
                 most = int(scope.per_head_bound(prompt)[layer, head])
                 tokens[layer, head] = min(np.ceil(part - 1e-9), most)
         taken[number] = pages_by_rank(tokens, owners, ranks)

@@ -23,6 +23,8 @@ CACHED_LENGTHS = 4096
 CACHED_VARIANTS, LENGTHS_OF_VARIANT = 64, 256
 """Budgets of requests that a scope remembers, and prompt lengths of each."""
 Heads = tuple[tuple[int, ...], ...]
+ScopeMethod = tuple[str, tuple[tuple[str, int | float], ...]]
+"""Name of a scope, and its options."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,9 @@ class BudgetScope:
     """Whether kept counts depend on the scores; False: known from the prompt length alone."""
     spans_ranks: ClassVar[bool]
     """Whether ``counts`` needs the scores of all heads of the layer."""
+    spans_layers: ClassVar[bool] = False
+    """Whether one budget is shared by all layers: ``counts`` then needs the scores of all heads of
+    the model, whose heads are numbered layer by layer."""
     needs_profile: ClassVar[bool] = False
 
     spec: BudgetSpec
@@ -135,6 +140,7 @@ class BudgetScope:
             )
         self._remember(CACHED_LENGTHS)
         self._variant_cached = lru_cache(CACHED_VARIANTS)(self._variant)
+        self.another = lru_cache(CACHED_VARIANTS)(self._another)
 
     def _remember(self, lengths: int) -> None:
         # Per instance, so that a scope that is dropped takes its caches along.
@@ -167,9 +173,35 @@ class BudgetScope:
         made._remember(LENGTHS_OF_VARIANT)
         return made
 
+    def _another(self, method: ScopeMethod | None, window: int, sink: int) -> BudgetScope:
+        """The scope of a request that brings a scope or a scorer of its own; cached.
+
+        Args:
+            method: Another scope with its options; None: this one.
+            window, sink: Its scorer's.
+
+        Raises:
+            ValueError: Budget below window + sink; profile missing.
+        """
+        if method is None:
+            made = replace(self, window=window, sink=sink)
+        else:
+            name, options = method
+            made = SCOPES.make(
+                name, self.spec, self.num_layers, self.num_heads, window, self.profile, sink,
+                **dict(options),
+            )  # fmt: skip
+        made.home_size = self.home_size
+        return made
+
     def budget(self, prompt_len: int) -> int:
         """B(N): mean kept tokens per head, window included."""
         return min(max(self.spec.of(prompt_len), self.least), prompt_len)
+
+    @property
+    def budgets(self) -> int:
+        """Parts of a model that share a budget each: its layers, or one."""
+        return 1 if self.spans_layers else self.num_layers
 
     def expected(self, prompt_len: int) -> IntArray:
         """[L, H] kept tokens: exact for static scopes, else what the profile lets expect.
@@ -183,7 +215,8 @@ class BudgetScope:
         return self._per_head_cached(prompt_len)
 
     def bound(self, prompt_len: int, heads: Sequence[Sequence[int]]) -> IntArray:
-        """[L] most tokens that the given heads of each layer may keep together.
+        """[L] most tokens that the given heads of each layer may keep together; [1], those of all
+        layers, where one budget is shared by all.
 
         Args:
             prompt_len: N.
@@ -202,8 +235,9 @@ class BudgetScope:
         """int64 [n] kept tokens of the given heads of a layer, window included; see ``pick``.
 
         Args:
-            layer: Layer index.
-            heads: Head index of each row; all heads of the layer if ``spans_ranks``. In any order.
+            layer: Layer index; any if ``spans_layers``.
+            heads: Head index of each row; all heads of the layer if ``spans_ranks``, of the model
+                if ``spans_layers``. In any order.
             scores: float32 [n, max(N - window, 0)].
             prompt_len: N.
         """
@@ -211,12 +245,12 @@ class BudgetScope:
         shape = (rows, max(prompt_len - self.window, 0))
         if tuple(scores.shape) != shape:
             raise ValueError(f"scores have shape {list(scores.shape)}, expected {list(shape)}")
-        if len(set(heads)) != rows or any(not 0 <= head < self.num_heads for head in heads):
-            raise ValueError(f"heads {list(heads)} are not distinct heads of {self.num_heads}")
-        if self.spans_ranks and rows != self.num_heads:
-            raise ValueError(
-                f"scope {self.name!r} needs all {self.num_heads} heads of a layer, got {rows}"
-            )
+        every = self.num_heads * (self.num_layers if self.spans_layers else 1)
+        if len(set(heads)) != rows or any(not 0 <= head < every for head in heads):
+            raise ValueError(f"heads {list(heads)} are not distinct heads of {every}")
+        if self.spans_ranks and rows != every:
+            whole = "the model" if self.spans_layers else "a layer"
+            raise ValueError(f"scope {self.name!r} needs all {every} heads of {whole}, got {rows}")
         if self.budget(prompt_len) >= prompt_len:
             return torch.full((rows,), prompt_len, dtype=torch.int64, device=scores.device)
         return self._counts(layer, heads, scores, prompt_len)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from unittest import mock
@@ -21,7 +21,7 @@ from fairkv_sglang.attention.compress_all import make_compressor
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import HandOver
-from fairkv_sglang.budgets import AS_SERVER, Keep, Scorer
+from fairkv_sglang.budgets import AS_SERVER, BudgetScope, Keep, Scorer
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.kernels import PAGE_TOKENS, torch_decode
 from fairkv_sglang.memory import MemoryDivision
@@ -274,28 +274,53 @@ def scores_of(config: FairKVConfig, first_number: bool, prompt: Prompt, layer: i
     return found
 
 
+def as_wanted(config: FairKVConfig, keep: Keep) -> FairKVConfig:
+    """The configuration of a server that has the request's scorer and scope."""
+    values = config.model_dump()
+    for field, own in (
+        ("scorer", keep.scorer and (keep.scorer.name, asdict(keep.scorer))),
+        ("scope", keep.method and (keep.method[0], dict(keep.method[1]))),
+    ):
+        if own is not None:
+            name, options = own
+            values = {k: v for k, v in values.items() if k not in config.options(field)}
+            values |= {field: name, **options}
+    return FairKVConfig(**values)
+
+
 def expected_kept(rank: Rank, config: FairKVConfig, prompt: Prompt) -> list:
     """[layer][head] -> kept positions, by the papers' formulae."""
+    first_number = isinstance(rank.compressor.scorer, FirstNumber) and prompt.keep.scorer is None
+    config = as_wanted(config, prompt.keep)
     state, total = rank.state, prompt.length
     scored = range(max(total - config.window, 0))
     named = {t for start, end in prompt.keep.spans for t in range(start, end)}
     free = [t for t in scored if t not in named]  # the others are kept like the window
     order = [*free, *(t for t in range(total) if t not in free)]
-    window, budget = total - len(free), expected_budget(rank, prompt, total - len(free))
+    sink = config.make_scorer().sink
+    window, budget = total - len(free), expected_budget(rank, prompt, total - len(free), sink)
     heads, tp_size = state.heads.plan.num_kv_heads, state.tp_size
     size = max(1, heads // tp_size) if config.scope == "rank" else heads
     result = []
+    of_layers = []
     for layer in range(LAYERS):
-        scores = scores_of(config, isinstance(rank.compressor.scorer, FirstNumber), prompt, layer)
-        scores = [[row[t] for t in free] for row in scores]
-        if not state.scope.input_dependent:
-            scope = prompt.keep.scope(state.scope, total)
+        scores = scores_of(config, first_number, prompt, layer)
+        of_layers.append([[row[t] for t in free] for row in scores])
+    if config.scope == "model":
+        rows = [row for scores in of_layers for row in scores]
+        every = list(range(LAYERS * heads))
+        flat = ada_kv_kept(rows, every, budget, window, config.floor_alpha, total)
+        result = [flat[first : first + heads] for first in range(0, LAYERS * heads, heads)]
+        of_layers = []
+    for layer, scores in enumerate(of_layers):
+        scope = prompt.keep.scope(state.scope, total)
+        if not scope.input_dependent:
             assert scope.budget(total) == budget
             counts = scope.expected(total)[layer].tolist()
             result.append(static_kept(scores, counts, total))
             continue
         if config.scope == "threshold":
-            options = (config.threshold, config.floor_alpha, state.scorer.sink)
+            options = (config.threshold, config.floor_alpha, sink)
             result.append(threshold_kept(scores, budget, window, total, *options))
             continue
         kept: list[list[int]] = []
@@ -307,11 +332,11 @@ def expected_kept(rank: Rank, config: FairKVConfig, prompt: Prompt) -> list:
     return [[sorted(order[t] for t in row) for row in layer] for layer in result]
 
 
-def expected_budget(rank: Rank, prompt: Prompt, always: int) -> int:
+def expected_budget(rank: Rank, prompt: Prompt, always: int, sink: int) -> int:
     """B(N) of a prompt of which ``always`` tokens are in the window or protected."""
     spec, total = prompt.keep.spec or rank.state.scope.spec, prompt.length
     share = math.ceil(Fraction(str(spec.ratio or 0)) * total)
-    least = always + max(rank.state.scorer.sink, 1)
+    least = always + max(sink, 1)
     return min(max(spec.tokens or share, least), total)
 
 
@@ -337,7 +362,7 @@ def check(ranks: list[Rank], config: FairKVConfig, prompts: list[Prompt]) -> lis
                     assert torch.equal(k, prompt.k[layer, positions, head]), (layer, head)
                     assert torch.equal(v, prompt.v[layer, positions, head])
                     stored[layer, head] += 1
-            if rank.state.scope.input_dependent:
+            if prompt.keep.scope(rank.state.scope, prompt.length).input_dependent:
                 noted = rank.book._lives[prompt.row].kept
                 assert noted is not None and torch.equal(noted, counts)
                 assert noted.dtype == torch.int64
@@ -415,6 +440,11 @@ def source_of(homes: Homes, head: int, owner: int) -> int:
     return owner if owner in ranks else ranks[owner % len(ranks)]
 
 
+def waits(scope: BudgetScope) -> bool:
+    """Whether tokens are selected after the last layer."""
+    return scope.name == "model"
+
+
 def check_traffic(
     ranks: list[Rank],
     collectives: Collectives,
@@ -426,12 +456,19 @@ def check_traffic(
     """Collectives and rows are those that the owners call for, counted one head at a time."""
     state = ranks[0].state
     homes, scope = state.heads.homes, state.scope
-    together = config.scope == "layer" or homes.replicas > 1 or config.scorer == "tova"
     exchanges, gathers = 0, 0
+
+    def together(prompt: Prompt) -> bool:
+        wanted = as_wanted(config, prompt.keep)
+        tova = wanted.scorer == "tova"
+        return wanted.scope in ("layer", "model") or homes.replicas > 1 or tova
+
     rows = [0] * homes.tp_size
     for ending in ranks[0].passes:
         own = {p.row: p.keep.scope(scope, p.length) for p in ending}
         compressed = [p for p in ending if own[p.row].budget(p.length) < p.length]
+        apart = [p for p in compressed if own[p.row].name in ("rank", "threshold")]
+        apart = [p for p in apart if not together(p)]  # nobody knows the counts of all heads
         for layer in range(LAYERS):
             moved: dict[tuple[int, int, int], list[int]] = {}
             for number, prompt in enumerate(ending):
@@ -439,20 +476,21 @@ def check_traffic(
                     source = source_of(homes, head, owner)
                     if source != owner:
                         moved.setdefault((number, source, owner), []).append(head)
-            exchanges += bool(moved)
+            late = {n for n, p in enumerate(ending) if p in compressed and waits(own[p.row])}
+            now = [number for number, *_ in moved if number not in late]
+            exchanges += bool(now) + any(number in late for number, *_ in moved)
             if homes.tp_size > 1:
-                gathers += bool(compressed) and together
-                if config.scope in ("rank", "threshold") and not together and moved:
-                    gathers += len(compressed)
+                gathers += any(together(p) for p in compressed)
+                gathers += len(apart) if now else 0
             for (number, source, _), heads in moved.items():
                 prompt = ending[number]
                 exact = sum(len(everything[prompt.row][layer][h]) for h in heads)
                 most = own[prompt.row].most(layer, prompt.length, heads)
                 assert exact <= most
-                loose = bounded and scope.input_dependent and prompt in compressed
+                loose = bounded and own[prompt.row].input_dependent and prompt in compressed
+                loose = loose and not waits(own[prompt.row])  # the host waits for its counts, too
                 rows[source] += most if loose else exact
-        if config.scope in ("rank", "threshold") and homes.tp_size > 1 and not together:
-            gathers += len(compressed)
+        gathers += len(apart) if homes.tp_size > 1 else 0
     assert collectives.count("all_to_all") == exchanges
     assert collectives.count("all_gather") == gathers
     for rank, sent in zip(ranks, rows, strict=True):

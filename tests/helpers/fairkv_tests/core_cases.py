@@ -20,7 +20,7 @@ from fairkv_sglang.placement.plan import HeadShare
 from fairkv_sglang.profiles import HeadProfile
 
 QUICK = settings(deadline=None, derandomize=True, database=None)
-SCOPES = ("uniform", "head", "layer", "rank", "threshold", "pyramid")
+SCOPES = ("uniform", "head", "layer", "rank", "threshold", "pyramid", "model")
 seeds = st.integers(0, 2**32 - 1)
 # (KV heads, ranks) that SGLang can split, fewer heads than ranks included.
 splits = st.sampled_from([(1, 1), (4, 1), (5, 1), (4, 2), (6, 2), (6, 3), (4, 4), (2, 4), (1, 2)])
@@ -83,7 +83,7 @@ def random_scope(
     )
     alpha = float(rng.random())
     profile = None
-    if name == "head" or (name == "layer" and rng.random() < 0.5):
+    if name == "head" or (name in ("layer", "model") and rng.random() < 0.5):
         shares = rng.random((layers, heads)) ** 3 + 1e-3
         profile = HeadProfile(model=None, shares=shares / shares.sum(), meta={})
     scorer = make_scorer("streaming", sink=0, window=window)
@@ -106,7 +106,12 @@ def random_keep(rng: np.random.Generator, scope: BudgetScope) -> Keep:
         BudgetSpec(ratio=1.0),
     ][int(rng.integers(4))]
     ends = np.sort(rng.integers(0, 120, (int(rng.integers(3)), 2)), axis=1).tolist()
-    return Keep(spec, merged((start, end) for start, end in ends))
+    spans = merged((start, end) for start, end in ends)
+    if spec is None or spec.tokens is not None or rng.random() < 0.5:
+        return Keep(spec, spans)
+    names = [name for name in SCOPES if name != "head" or scope.profile is not None]
+    scorer = make_scorer("streaming", sink=int(rng.integers(3)), window=int(rng.integers(1, 9)))
+    return Keep(spec, spans, scorer, (str(rng.choice(names)), ()))
 
 
 def random_scores(
@@ -129,6 +134,10 @@ def kept_counts(
     scope: BudgetScope, plan: Plan, prompt_len: int, scores: list[torch.Tensor]
 ) -> np.ndarray:
     """[L, H] kept tokens as the ranks find them from scores [H, M] of each layer."""
+    if scope.spans_layers:
+        flat = torch.cat(scores)
+        found = scope.counts(0, range(len(flat)), flat, prompt_len)
+        return found.view(plan.num_layers, -1).numpy()
     kept = np.zeros((plan.num_layers, plan.num_kv_heads), dtype=np.int64)
     homes = Homes(plan.num_kv_heads, plan.tp_size)
     groups = [range(plan.num_kv_heads)]
