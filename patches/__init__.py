@@ -21,12 +21,23 @@ def all_hooks() -> tuple[Hook, ...]:
         passes,
         pools,
         registries,
+        repeats,
         request_options,
         scheduling,
         state,
     )
 
-    modules = (pools, models, registries, request_options, scheduling, passes, state, loads)
+    modules = (
+        pools,
+        models,
+        registries,
+        request_options,
+        repeats,
+        scheduling,
+        passes,
+        state,
+        loads,
+    )
     return tuple(hook for module in modules for hook in module.HOOKS)
 
 

@@ -83,6 +83,8 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
         slots = self.ceil_paged_tokens(extend_input_len) + self.page_size
         if slots > self.remaining_current:
             return False, None
+        if self.book.admission.repeats:
+            return True, chunk_limit
         needs = self.book.admission.ask(input_tokens, asked())
         if np.any(needs.charge > self._unpromised()):
             return False, None

@@ -65,6 +65,7 @@ class FairKVRadixCache(UnifiedRadixCache):  # type: ignore[misc]
     def __init__(self, params: Any, *, book: RowBook, window: int) -> None:
         self.book, self.window = book, window
         self._storing = False
+        self.repeated = 0  # tokens behind the prompt of the request that SGLang asks for now
         super().__init__(params)
 
     def cache_unfinished_req(self, req: Req, chunked: bool = False, **kwargs: Any) -> None:
@@ -140,9 +141,11 @@ class FairKVRadixCache(UnifiedRadixCache):  # type: ignore[misc]
         """Caps a prefix hit so that the observation window is always recomputed.
 
         SGLang has this for sliding windows; window scorers need the same: the queries of the last
-        tokens of the prompt must exist. For scorers that observe all queries nothing is reused.
+        tokens of the prompt must exist. For scorers that observe all queries nothing is reused. A
+        pass that repeats its prompt computes all that it repeats.
         """
-        return max(int(super().swa_reprefill_tail_tokens(*request)), self.window)
+        tail = int(super().swa_reprefill_tail_tokens(*request))
+        return max(tail, self.window, self.repeated)
 
 
 def build_prefix_cache(context: Any) -> Any:

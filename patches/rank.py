@@ -21,6 +21,7 @@ from fairkv_sglang.planning import Start, budget_text
 
 if TYPE_CHECKING:  # a subclass of SGLang's, which is not to be imported before its platform is
     from fairkv_sglang.patches.attention_backend import FairKVAttnBackend
+    from fairkv_sglang.patches.repeats import Repeats
 
 MADE_BY = {
     "twins": "after ModelRunner.load_model",
@@ -47,6 +48,7 @@ class Rank:
     report: RankReport
     replanner: Replanner | None = None  # None where plans never change
     exporter: Exporter | None = None  # None where metrics are off
+    repeats: Repeats | None = None  # None unless the scorer has prompts repeated
 
     def __init__(self, start: Start, rank: int) -> None:
         self.start, self.config, self.model = start, start.config, start.model

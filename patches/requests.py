@@ -25,7 +25,15 @@ def before_validate(manager: Any, obj: Any, input_ids: Sequence[int] | None) -> 
     Raises:
         ValueError: SGLang answers it by status 400.
     """
-    check_request(input_ids, getattr(obj, "input_embeds", None), obj.sampling_params or {})
+    embeddings = getattr(obj, "input_embeds", None)
+    check_request(input_ids, embeddings, obj.sampling_params or {})
+    if (
+        embeddings is not None
+        and _configuration(os.environ.get(RESOLVED_VARIABLE)).scorer == "kvzip"
+    ):
+        raise ValueError(
+            "fairkv: scorer kvzip repeats the tokens of a prompt, embeddings have none."
+        )
     for name in ("top_logprobs_num", "logprob_start_len"):
         if isinstance(value := getattr(obj, name, None), list):
             raise ValueError(f"{name} of a single request must be a number, not {value}.")

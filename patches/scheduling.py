@@ -13,6 +13,7 @@ from fairkv_sglang.budgets import Keep
 from fairkv_sglang.memory.page_ledger import PAGE_TOKENS
 from fairkv_sglang.patches.ledger import Hook
 from fairkv_sglang.patches.rank import Rank, this_rank
+from fairkv_sglang.patches.repeats import repeat_of
 from fairkv_sglang.patches.request_options import asked, asking, keep_of
 from fairkv_sglang.patches.spills import has_spilled, retract_spilled
 from fairkv_sglang.patches.versions import forgets_preempted
@@ -26,9 +27,11 @@ def after_alloc_for_extend(result: Any, batch: Any) -> None:
     for req in batch.reqs:
         setattr(req, SLOTS, req.kv.kv_allocated_len)
         setattr(req, HANDED_OVER, False)
+        if repeat_of(req) is not None:
+            continue
         prompt_len = len(req.full_untruncated_fill_ids)
         new = book.admit(req.kv.req_pool_idx, prompt_len, keep_of(req), has_spilled(req))
-        book.readmitted += new and req.retracted_stain
+        book.readmitted += new and req.retraction_count > 0
 
 
 def replace_alloc_for_decode(batch: Any, token_per_req: int) -> torch.Tensor:
@@ -60,13 +63,20 @@ def around_create_prefill_budget(
 
 
 def around_add_request(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
-    """Admit by the budget alone, which is told what the request wants kept, and for certain who was
-    retracted because its prompt spilled.
+    """Admit by the budget alone, which is told what the request wants kept, for certain who was
+    retracted because its prompt spilled, and whose prompt is only repeated. A request whose prompt
+    another one repeats is passed over.
 
     Without prefix caching SGLang asks, for a request that ignores the end of sequence, whether its
     output fits into the pool, too.
     """
-    this_rank().book.admission.certain = has_spilled(req)
+    rank = this_rank()
+    if rank.repeats is not None and rank.repeats.waits(req):
+        from sglang.srt.managers.schedule_policy import AddReqResult
+
+        return AddReqResult.CONTINUE
+    rank.book.admission.certain = has_spilled(req)
+    rank.book.admission.repeats = repeat_of(req) is not None
     parameters = req.sampling_params
     ignores, parameters.ignore_eos = parameters.ignore_eos, False
     try:
@@ -86,10 +96,15 @@ def around_new_prefill(original: Any, scheduler: Any, *args: Any, **kwargs: Any)
       the pages that are missing are reserved for the prompt of the chunk.
     * SGLang up to 0.5.21 forgets a request that it preempted for one that did not fit after all.
     * Requests whose prompts spilled are retracted, and wait behind this pass (``spills.py``).
+    * So do those whose prompts were repeated (``repeats.py``).
     """
-    book, running = this_rank().book, _running(scheduler, args, kwargs)
+    rank, running = this_rank(), _running(scheduler, args, kwargs)
+    book, repeats = rank.book, rank.repeats
     ledger, spilled = book.ledger, retract_spilled(book, running)
-    if book.take_made_room():
+    repeated = repeats.take_out(running) if repeats is not None else []
+    if repeats is not None:
+        repeats.begin_pass(scheduler.chunked_req)
+    if book.take_made_room() or repeated:
         running.batch_is_full = False
     before, mixed = list(running.reqs), scheduler.is_mixed_chunk
     if scheduler.chunked_req is not None:
@@ -105,17 +120,21 @@ def around_new_prefill(original: Any, scheduler: Any, *args: Any, **kwargs: Any)
     for req in spilled:
         scheduler._add_request_to_queue(req)
         plan.running_batch.batch_is_full = False
+    if repeats is not None:
+        repeats.launched(plan, scheduler.chunked_req)
+        repeats.put_back(scheduler, repeated)
     return plan
 
 
 def around_defer_prefill(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> bool:
     """No decode steps between chunks (``--prefill-decode-interval``) that lack pages.
 
-    Nor with a request whose prompt spilled; the search for new prompts retracts it.
+    Nor with a request whose prompt spilled or was repeated; the search for new prompts retracts it.
     """
-    book, ledger = this_rank().book, this_rank().book.ledger
+    rank = this_rank()
+    book, ledger, repeats = rank.book, rank.book.ledger, rank.repeats
     lacking = scheduler.chunked_req is not None and not ledger.can_grow(ledger.rows)
-    if lacking or book.charges.spilled:
+    if lacking or book.charges.spilled or (repeats is not None and repeats.pending):
         return False
     return bool(original(scheduler, *args, **kwargs))
 

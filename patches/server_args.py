@@ -114,6 +114,11 @@ def _resolve(original: Any, server_args: Any) -> None:
         _settle_cpu(server_args)
     if config.enabled:
         support.refuse(server_args)
+        if config.scorer == "kvzip" and server_args.skip_tokenizer_init:
+            raise ConfigError(
+                "scorer kvzip asks the model in words to repeat a prompt, so it needs the "
+                "tokenizer: leave --skip-tokenizer-init out"
+            )
         own_engine = os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1"
         if not on_cpu and (own_engine or str(server_args.device).startswith("cpu")):
             raise ConfigError(

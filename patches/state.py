@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fairkv_sglang.budgets.repeats import wording_of
+from fairkv_sglang.budgets.scorers.kvzip import KVzip
 from fairkv_sglang.control.metrics import Exporter
 from fairkv_sglang.control.replan import Replanner
 from fairkv_sglang.control.server_info import RankReport, guarded
@@ -14,6 +16,7 @@ from fairkv_sglang.decode_backends import choose
 from fairkv_sglang.patches import measure
 from fairkv_sglang.patches.ledger import Hook, verify
 from fairkv_sglang.patches.rank import Rank, this_rank
+from fairkv_sglang.patches.repeats import Repeats
 
 REPLAN = "fairkv_replan"
 """Key of ``POST /set_internal_state`` with which an administrator asks for a new plan now."""
@@ -26,6 +29,9 @@ def after_scheduler_init(_: None, scheduler: Any, *args: Any, **kwargs: Any) -> 
     verify()
     rank = this_rank()
     rank.replanner = _replanner(rank, scheduler)
+    if isinstance(rank.scorer, KVzip):
+        wording = wording_of(scheduler.tokenizer)
+        rank.repeats = Repeats(rank.scorer, rank.scope, wording, rank.book.contexts)
     rank.report = RankReport(
         config=rank.config,
         scorer=rank.scorer,
@@ -84,6 +90,11 @@ def _rank_state(rank: Rank, scheduler: Any) -> dict[str, Any]:
     state = rank.report.rank()
     state["pool_tokens_held"] = _pool_tokens_held(scheduler)
     state["hooks"] = len(verify())
+    if rank.repeats is not None:
+        contexts = rank.book.contexts
+        state["repeated"] = {
+            "passes": contexts.passes, "tokens": contexts.tokens, "reused": contexts.reused,
+        }  # fmt: skip
     if measure.is_asked_for():
         state |= measure.seconds
     return state

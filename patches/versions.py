@@ -87,6 +87,14 @@ def forgets_preempted() -> bool:
     return not _since("0.5.22")
 
 
+def keep_prefix(cache: Any, req: Any, up_to: int) -> None:
+    """Put the first ``up_to`` tokens of a request into the tree, before its row is freed."""
+    if _since("0.5.22"):
+        cache.checkpoint(req, up_to=up_to)
+    else:
+        cache.insert_req(req, up_to=up_to)
+
+
 def let_go_of_prefix(cache: Any, req: Any) -> None:
     """Unlock what a request holds of the tree, and forget the slots of its prefix.
 

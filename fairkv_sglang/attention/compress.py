@@ -19,7 +19,9 @@ from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, IntArray, StoreBatch
 from fairkv_sglang.attention.over_layers import choices_of_layers
+from fairkv_sglang.attention.repeats import RepeatScorer
 from fairkv_sglang.budgets import Kept, PromptTensors, Rope, Scorer, pick
+from fairkv_sglang.budgets.scorers.kvzip import KVzip
 from fairkv_sglang.kernels.prompts import to_device
 from fairkv_sglang.memory.rows import RowBook
 
@@ -63,6 +65,7 @@ class PromptCompressor:
         self.scope = book.scope
         self.heads = heads = book.heads
         self._computed: dict[int, Tensor] = {}  # row -> slots so far, where the scorer observes
+        self._repeats = RepeatScorer(scorer) if isinstance(scorer, KVzip) else None
         self._endings: list[Ending] = []
         self._layers: list[LayerInputs] = []  # so far, if something waits for the last one
         self._batch: StoreBatch | None = None
@@ -89,6 +92,8 @@ class PromptCompressor:
             for s in spans.prompts
             if self._scorer(s.row).observes
         }
+        if self._repeats is not None:
+            self._repeats.begin(spans, req_to_token)
 
     def _scorer(self, row: int) -> Scorer:
         """The request's own, or the server's."""
@@ -131,6 +136,8 @@ class PromptCompressor:
         windows = [self._window(layer, q, span) for span in spans.prompts]
         inputs = LayerInputs(layer, k_pool, v_pool, scale)
         self._observe(inputs, q, spans)
+        if self._repeats is not None:
+            self._repeats.layer(layer, q, k_pool, scale)
         self.hand_over.finish()  # of the layer before, which travelled while this one was computed
         if not self._endings:
             return
@@ -279,6 +286,9 @@ class PromptCompressor:
         """``float32 [home heads, N - window]`` of a prompt."""
         row, slots = ending.span.row, ending.slots
         scorer = self._scorer(row)
+        seen = self.book.seen(row).pop(inputs.layer) if scorer.observes else None
+        if ending.span.context is not None:
+            seen = ending.span.context.scores[inputs.layer]
         values = inputs.v_pool.index_select(0, slots) if scorer.needs_values else None
         return scorer.score_prompt(
             PromptTensors(
@@ -289,7 +299,7 @@ class PromptCompressor:
                 layer=inputs.layer,
                 heads=self.heads.home,
                 rope=self.rope,
-                seen=self.book.seen(row).pop(inputs.layer) if scorer.observes else None,
+                seen=seen,
             )
         )
 

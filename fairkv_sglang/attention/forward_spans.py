@@ -10,6 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fairkv_sglang.memory.contexts import Context, Repeat
+
+REPEAT = "fairkv_repeat"
+"""On a request of SGLang's: the pass that repeats its prompt, if its next or current pass does."""
+CONTEXT = "fairkv_context"
+"""The same for the context whose scores its prompt is compressed by."""
+
 
 @dataclass(frozen=True)
 class PromptSpan:
@@ -20,7 +27,9 @@ class PromptSpan:
         start: Offset of the span in the pass's tokens.
         length: Tokens of the span.
         end: Prompt position after the span.
-        prompt_len: Tokens of the whole prompt.
+        prompt_len: Tokens of the whole prompt, with what repeats it.
+        repeat: The pass that repeats the prompt, if this is part of one.
+        context: Whose scores the prompt is compressed by, if the scorer repeats.
     """
 
     row: int
@@ -28,11 +37,13 @@ class PromptSpan:
     length: int
     end: int
     prompt_len: int
+    repeat: Repeat | None = None
+    context: Context | None = None
 
     @property
     def is_last(self) -> bool:
-        """The prompt ends with this span."""
-        return self.end == self.prompt_len
+        """The prompt ends with this span, and is to be compressed."""
+        return self.end == self.prompt_len and self.repeat is None
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,8 @@ def forward_spans(batch: Any) -> ForwardSpans:
                 length=length,
                 end=cached + length,
                 prompt_len=len(req.full_untruncated_fill_ids),
+                repeat=getattr(req, REPEAT, None),
+                context=getattr(req, CONTEXT, None),
             )
         )
         start += length

@@ -86,6 +86,8 @@ class Admission:
         self._factor = forecast_factor
         self.certain = False
         """Whether who is asked about next has to stay within its charge, whatever it keeps."""
+        self.repeats = False
+        """Whether who is asked about next only repeats its prompt, and takes no head pages."""
         self._promised: deque[tuple[int, Asked]] = deque()
         self._keys = count(-1, -1)  # of promised prompts in the router; rows are positive
 

@@ -24,6 +24,7 @@ from fairkv_sglang.kernels.pages import HeadPages, describe_error
 from fairkv_sglang.kernels.prompts import to_device
 from fairkv_sglang.memory.admission import Admission
 from fairkv_sglang.memory.charges import Charges
+from fairkv_sglang.memory.contexts import Contexts
 from fairkv_sglang.memory.decisions import DecisionLog
 from fairkv_sglang.memory.demand import PageDemand
 from fairkv_sglang.memory.device_errors import DeviceErrors
@@ -89,6 +90,7 @@ class RowBook:
         self.residents = Residents(plan.num_layers, plan.tp_size, plan.num_kv_heads)
         self.recorder = Recorder(plan.num_layers, plan.num_kv_heads, window)
         self.admission = Admission(scope, demand, router, self.recorder, forecast_factor)
+        self.contexts = Contexts()
         self.log = DecisionLog(verbose)
         self.peak_requests = 0
         self.peak_pages = np.zeros_like(ledger.capacity)
@@ -269,6 +271,7 @@ class RowBook:
 
     def clear(self) -> None:
         """SGLang clears its request table (flush at idle)."""
+        self.contexts.clear()
         for row in list(self._lives):
             self.free(row)
 

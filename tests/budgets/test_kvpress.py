@@ -7,200 +7,25 @@ kvpress's own list of packages does not fit the pinned ones, so it goes in witho
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from fairkv_sglang.budgets import (
-    BudgetSpec,
-    PromptTensors,
-    Rope,
-    make_scorer,
-    pick,
-)
+from fairkv_sglang.budgets import BudgetSpec, pick
 from fairkv_sglang.budgets.scopes.base import SCOPES
-from fairkv_sglang.budgets.scorers.leverage import sketching
+from fairkv_tests.kvpress_layers import (
+    CASES,
+    LAYERS,
+    WINDOW,
+    kept_by_them,
+    kept_by_us,
+    layers,
+)
 
-DIM, HIDDEN, LAYERS, WINDOW = 16, 96, 2, 12
 SPLITS = {"2 x 3": (2, 3), "6 x 1": (6, 1), "1 x 6": (1, 6)}
-
-
-@pytest.fixture(scope="module")
-def kvpress() -> Iterator[Any]:
-    """kvpress, without what its import does to transformers' attention in the whole process."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    before = dict(ALL_ATTENTION_FUNCTIONS.items())
-    try:
-        yield pytest.importorskip(
-            "kvpress", reason="kvpress is not installed (requirements/kvpress.txt)"
-        )
-    finally:
-        for name, function in before.items():
-            ALL_ATTENTION_FUNCTIONS[name] = function
-
-
-@dataclass
-class Layer:
-    """Attention of one layer to a prompt: what kvpress's presses get."""
-
-    module: Any
-    hidden: Tensor
-    position_embeddings: tuple[Tensor, Tensor]
-    keys: Tensor  # [1, H, N, D]
-    values: Tensor
-    attention: Tensor  # [1, Hq, N, N]
-    index: int
-
-    @property
-    def queries(self) -> Tensor:
-        """[1, Hq, N, D], rotated."""
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-        q = self.module.q_proj(self.hidden).view(1, -1, self.attention.shape[1], DIM)
-        turned, _ = apply_rotary_pos_emb(
-            q.transpose(1, 2), q.transpose(1, 2), *self.position_embeddings
-        )
-        return turned
-
-    def score(self, press: Any, attention: Tensor | None = None) -> Tensor:
-        """[H, N] of a press."""
-        return press.score(
-            self.module, self.hidden, self.keys.clone(), self.values, attention,
-            {"position_embeddings": self.position_embeddings},
-        )[0]  # fmt: skip
-
-    def ours(self, name: str, **options: Any) -> tuple[Any, Tensor]:
-        """Scorer, and scores [H, N - window] of the prompt in two chunks."""
-        scorer = make_scorer(name, **{"window": WINDOW, **options})
-        heads, total = self.keys.shape[1], self.keys.shape[2]
-        q = self.queries[0].transpose(0, 1).reshape(total, heads, -1, DIM)
-        k, v = self.keys[0].transpose(0, 1), self.values[0].transpose(0, 1)
-        positions = torch.arange(total + 600)[None]
-        cos, sin = self.module.rotary_emb(self.hidden, positions)
-        table = torch.cat([cos[0, :, : DIM // 2], sin[0, :, : DIM // 2]], dim=1)
-        prompt = PromptTensors(
-            q[-scorer.window :], k, DIM**-0.5, v, self.index, range(heads), Rope(lambda: table)
-        )
-        seen = None
-        for start, end in ((0, 100), (100, total)) if scorer.observes else ():
-            part = PromptTensors(q[start:end], k[:end], DIM**-0.5, rope=prompt.rope)
-            seen = scorer.observe(seen, part)
-        scores = scorer.score_prompt(
-            PromptTensors(prompt.q, k, prompt.scale, v, self.index, range(heads), prompt.rope, seen)
-        )
-        return scorer, scorer.combine(scores) if scorer.spans_heads else scores
-
-    def head(self, i: int) -> Layer:
-        """KV head i with its query heads as a layer of its own."""
-        group = self.attention.shape[1] // self.keys.shape[1]
-
-        def part(layer: Any, heads: int) -> Any:
-            return lambda x: layer(x)[..., i * heads * DIM : (i + 1) * heads * DIM]
-
-        module = SimpleNamespace(
-            config=SimpleNamespace(num_attention_heads=group, num_key_value_heads=1),
-            head_dim=DIM,
-            q_proj=part(self.module.q_proj, group),
-            k_proj=part(self.module.k_proj, 1),
-            rotary_emb=self.module.rotary_emb,
-        )
-        one = slice(i, i + 1)
-        return Layer(
-            module, self.hidden, self.position_embeddings, self.keys[:, one], self.values[:, one],
-            self.attention[:, i * group : (i + 1) * group], self.index,
-        )  # fmt: skip
-
-
-@torch.no_grad()
-def layers(split: tuple[int, int], total: int, seed: int = 0) -> list[Layer]:
-    """Layers of a random Llama that reads a random prompt."""
-    from transformers import LlamaConfig, LlamaModel
-
-    torch.manual_seed(seed)
-    heads, group = split
-    config = LlamaConfig(
-        hidden_size=HIDDEN, num_attention_heads=heads * group, num_key_value_heads=heads,
-        head_dim=DIM, num_hidden_layers=LAYERS, intermediate_size=64, vocab_size=400,
-        attn_implementation="eager",
-    )  # fmt: skip
-    model = LlamaModel(config).eval()
-    found: list[Layer] = []
-
-    def keep(module: Any, args: Any, kwargs: Any) -> None:
-        hidden = kwargs["hidden_states"]
-        with torch.no_grad():
-            none = torch.empty(0)
-            found.append(
-                Layer(module, hidden, kwargs["position_embeddings"], none, none, none, len(found))
-            )
-
-    for layer in model.layers:
-        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-            projection.weight.mul_(8)  # attention that is not even
-        layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True)
-    # No token twice: their keys would differ by the rotation alone, and norms and leverage tie.
-    prompt = torch.randperm(400)[None, :total]
-    output = model(prompt, use_cache=True, output_attentions=True)
-    for layer, cached, attention in zip(
-        found, output.past_key_values.layers, output.attentions, strict=True
-    ):
-        layer.module.rotary_emb = model.rotary_emb
-        layer.keys, layer.values, layer.attention = cached.keys, cached.values, attention
-    return found
-
-
-def kept_by_them(scores: Tensor, budget: int, window: int = WINDOW) -> list[set[int]]:
-    """kvpress's cut through its scores, with a window that is always kept as its SnapKV has it."""
-    scores = scores.clone()
-    scores[:, len(scores[0]) - window :] = torch.inf
-    return [set(row) for row in scores.topk(budget, dim=1).indices.tolist()]
-
-
-def kept_by_us(scores: Tensor, budget: int, total: int) -> list[set[int]]:
-    counts = torch.full((len(scores),), budget)
-    return [set(row) for row in pick(scores, counts, total).indices.tolist()]
-
-
-@pytest.fixture
-def same_sketch() -> Iterator[None]:
-    """kvpress draws the numbers of a sketch anew for every head and prompt; ours are fixed."""
-
-    real = torch.randn
-
-    def drawn(*shape: int, **options: Any) -> Tensor:
-        if "generator" in options:  # ours
-            return real(*shape, **options)
-        return (sketching(*shape[-2:], torch.device("cpu")) * math.sqrt(shape[-1])).expand(shape)
-
-    with mock.patch.object(torch, "randn", drawn):
-        yield
-
-
-# Ours with options; kvpress's press with the same ones.
-CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
-    "keydiff": ("keydiff", {}, "KeyDiffPress", {}),
-    "knorm": ("knorm", {}, "KnormPress", {}),
-    "tova": ("tova", {}, "TOVAPress", {}),
-    "leverage": ("leverage", {"sketch": 10}, "LeverageScorePress", {"sketch_dimension": 10}),
-    "snapkv": (
-        "snapkv", {"pooling": "avg", "kernel_size": 5},
-        "SnapKVPress", {"window_size": WINDOW, "kernel_size": 5},
-    ),
-    "expected_attention": ("expected_attention", {}, "ExpectedAttentionPress", {}),
-    "expected_attention 2": (
-        "expected_attention", {"sink": 7, "future": 30, "epsilon": 0.01},
-        "ExpectedAttentionPress", {"n_sink": 7, "n_future_positions": 30, "epsilon": 0.01},
-    ),
-    "h2o": ("h2o", {"accumulation": "mean"}, "ObservedAttentionPress", {}),
-}  # fmt: skip
 
 
 @pytest.mark.usefixtures("same_sketch")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,8 @@ from fairkv_sglang.budgets import (
     make_scorer,
     pick,
 )
+from fairkv_sglang.budgets.repeats import Wording
+from fairkv_sglang.budgets.scorers.kvzip import KVzip, PassPart
 from fairkv_tests import scorer_references as references
 from fairkv_tests.budgets_reference import snapkv_scores
 from fairkv_tests.scorer_references import rope
@@ -167,6 +170,14 @@ class Asked:
         self.k, self.v = torch.randn(2, total, heads, dim, generator=source).to(dtype)
         self.scorer, self.options = make_scorer(name, **options), options
         self.rope = rope(total + 9, dim)
+        self.passes = []
+        if isinstance(self.scorer, KVzip):
+            plain = Wording((), (), ())
+            for start, end in plain.chunks(range(total), self.scorer.chunk):
+                behind = 5 + end - start
+                q = torch.randn(behind, heads, 2, dim, generator=source).to(dtype) * 2
+                own = torch.randn(behind, heads, dim, generator=source).to(dtype)
+                self.passes.append((start, end, q, own))
 
     def scores(self, heads=slice(None), layer=1):
         """Of some heads, told in one call; queries come in two pieces."""
@@ -180,16 +191,31 @@ class Asked:
                     seen, replace(prompt, q=q[part], k=k[: part.stop], v=None)
                 )
             prompt = replace(prompt, seen=seen)
+        if self.passes:
+            prompt = replace(prompt, seen=self.repeated(heads))
         found = self.scorer.score_prompt(prompt)
         assert found.shape == (len(number), max(len(k) - self.scorer.window, 0))
         assert found.dtype == torch.float32
         return found
+
+    def repeated(self, heads):
+        """float32 [heads, N] of all passes, each in three pieces."""
+        found = []
+        for start, end, q, own in self.passes:
+            seen, sinks = None, min(self.scorer.sink, start)
+            for a, b in itertools.pairwise((0, 2, 1 + len(q) // 2, len(q))):
+                k = torch.cat([self.k[:sinks], self.k[start:end], own[:b]])
+                part = PassPart(q[a:b, heads], k[:, heads], sinks, end - start, 0.3, b == len(q))
+                seen = self.scorer.attend(seen, part)
+            found.append(seen.most)
+        return torch.cat(found, dim=1)
 
     def wanted(self):
         """By the formula, of all heads."""
         scorer = self.scorer
         return references.scores(
             scorer.name, self.q.float(), self.k.float(), self.v.float(), scale=0.3, layer=1,
+            passes=[(a, b, q.float(), k.float()) for a, b, q, k in self.passes],
             last=len(self.k) + 9, **{"window": scorer.window, **self.options},
         )  # fmt: skip
 
@@ -210,7 +236,7 @@ def test_every_scorer_equals_its_formula(
 ):
     values = {
         "sink": sink, "lag": 5, "sketch": 4, "attention_block": 7, "future": 12, "group": group,
-        "accumulation": accumulation, "seed": seed,
+        "accumulation": accumulation, "seed": seed, "chunk": 13,
     }  # fmt: skip
     # All of no more tokens than the sketch has columns have a leverage of 1: what compactor's
     # normalisation makes of their differences is rounding.

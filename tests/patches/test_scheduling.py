@@ -50,7 +50,7 @@ def server(seed: int, name: str, ranks: int, pages: int, page_size: int = 1, poo
     lanes = (plan.shares() > 0).sum(axis=(0, 2))
     book = make_books(plan, scope, lanes * pages, max_pages=2)[0]
     division = SimpleNamespace(pool_tokens=pool, max_head_tokens=MAX_HEAD_TOKENS)
-    rank = SimpleNamespace(book=book, scope=scope, division=division)
+    rank = SimpleNamespace(book=book, scope=scope, division=division, repeats=None)
     return rank, Pool(pool, page_size), rng
 
 

@@ -67,6 +67,8 @@ class Prompt:
     v: torch.Tensor
     slots: torch.Tensor  # int64 [N]
     keep: Keep = AS_SERVER
+    # Start and end of each chunk that is repeated; q and k, as above, of what stands behind.
+    passes: tuple[tuple[int, int, torch.Tensor, torch.Tensor], ...] = ()
 
     @property
     def length(self) -> int:
@@ -269,6 +271,7 @@ def scores_of(config: FairKVConfig, first_number: bool, prompt: Prompt, layer: i
         scale=SCALE,
         last=CONTEXT,
         layer=layer,
+        passes=[(start, end, q[layer], k[layer]) for start, end, q, k in prompt.passes],
         **config.options("scorer"),
     ).tolist()
     return found

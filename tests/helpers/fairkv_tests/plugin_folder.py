@@ -90,3 +90,16 @@ HookRegistry.register(
 """
 """Aborts requests of that name between the pass in which their prompt ends and the next step, where
 an abort from outside would be read, on every rank."""
+
+KEPT_PROBE = """
+import json
+from fairkv_sglang.attention.compress import PromptCompressor
+original = PromptCompressor._pick
+def pick(compressor, layer, *args):
+    kept = original(compressor, layer, *args)
+    rows = [[t for t in row if t >= 0] for row in kept.indices.tolist()]
+    mark("kept", json.dumps([layer, list(map(int, compressor.heads.home)), rows]))
+    return kept
+PromptCompressor._pick = pick
+"""
+"""Says what each home head keeps of a prompt."""

@@ -135,6 +135,19 @@ def _h2o(q, k, scale, *, accumulation="sum", **_):
     return scores / np.arange(total, 0, -1) if accumulation == "mean" else scores
 
 
+def _kvzip(k, scale, head, passes, *, sink=4, **_):
+    scores = np.zeros(len(k))
+    for start, end, queries, own in passes:
+        sinks = min(sink, start)
+        for i, group in enumerate(queries[:, head]):
+            keys = np.concatenate([k[:sinks], k[start:end], own[: i + 1, head]])
+            for query in group:
+                got = softmax(keys @ query * scale)[sinks : sinks + end - start]
+                scores[start:end] = np.maximum(scores[start:end], got)
+    scores[:sink] = 1e30
+    return scores
+
+
 def _random(k, layer, head, *, seed=0, **_):
     def mixed(x):
         for _ in range(2):
@@ -152,7 +165,7 @@ def _streaming(k, window, *, sink=4, **_):
 
 _OF_HEAD = {
     "compactor": _compactor, "expected_attention": _expected_attention, "h2o": _h2o,
-    "keydiff": _keydiff, "knorm": _knorm, "lagkv": _lagkv, "leverage": _leverage,
+    "keydiff": _keydiff, "knorm": _knorm, "kvzip": _kvzip, "lagkv": _lagkv, "leverage": _leverage,
     "random": _random, "streaming": _streaming, "tova": _tova,
 }  # fmt: skip
 
@@ -165,7 +178,7 @@ def _snapkv(q, k, window, scale, *, kernel_size=7, pooling="max", group="mean"):
     return np.max(each, axis=0)
 
 
-def scores(name, q, k, v, *, window, scale, last, layer=0, **options):
+def scores(name, q, k, v, *, window, scale, last, layer=0, passes=(), **options):
     """float64 [H, N - window] of all heads of a layer.
 
     Args:
@@ -173,15 +186,21 @@ def scores(name, q, k, v, *, window, scale, last, layer=0, **options):
         q: [N, H, g, D] all queries, rotated.
         k, v: [N, H, D], keys rotated.
         last: Positions of the model.
+        passes: Of each pass that repeats a chunk start and end of it, and queries and keys of all
+            tokens behind the prompt, as q and k.
     """
     q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
+    passes = [
+        (start, end, np.asarray(queries, dtype=np.float64), np.asarray(own, dtype=np.float64))
+        for start, end, queries, own in passes
+    ]
     scored = max(len(k) - window, 0)
     if name == "snapkv":
         return _snapkv(q, k, window, scale, **options)
     rows = [
         _OF_HEAD[name](
             q=q[:, h], k=k[:, h], v=v[:, h], window=window, scale=scale, layer=layer, head=h,
-            last=last, **options,
+            last=last, passes=passes, **options,
         )[:scored]
         for h in range(k.shape[1])
     ]  # fmt: skip

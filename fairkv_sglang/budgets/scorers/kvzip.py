@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KVzip (arXiv 2505.23416): attention that tokens get while the model repeats the prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fairkv_sglang.budgets.prompt_tensors import PromptTensors
+from fairkv_sglang.budgets.scorers.base import SCORERS, Scorer
+from fairkv_sglang.budgets.scorers.per_head import ALWAYS
+from fairkv_sglang.registry import option
+
+BLOCK = 256
+"""Queries whose logits are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class PassPart:
+    """What is computed at once of a pass that repeats a chunk (``budgets/repeats.py``).
+
+    Attributes:
+        q: ``[T, n, g, D]`` queries of the next tokens behind the prompt, rotary embedding applied.
+        k: ``[sinks + chunk + own, n, D]`` keys of the prompt's first tokens, of the chunk, and of
+            all tokens behind the prompt up to here; any float dtype.
+        sinks: First tokens of the prompt among them.
+        chunk: Tokens of the chunk.
+        scale: Factor of the attention logits.
+        ends: Whether these are the last tokens of the pass.
+    """
+
+    q: Tensor
+    k: Tensor
+    sinks: int
+    chunk: int
+    scale: float
+    ends: bool
+
+
+@dataclass(frozen=True)
+class Attended:
+    """A pass so far.
+
+    Attributes:
+        done: Tokens behind the prompt whose blocks are taken in.
+        pending: ``[r, n, g, D]`` queries from there on.
+        most: float32 ``[n, chunk]`` the most attention that each token of the chunk has got.
+    """
+
+    done: int
+    pending: Tensor
+    most: Tensor
+
+
+@SCORERS.register
+@dataclass(frozen=True)
+class KVzip(Scorer):
+    """The most attention that a token gets in the pass that repeats its chunk.
+
+    Behind the prompt stand an instruction to repeat it and a chunk of ``chunk`` tokens. For query
+    head j of the KV head, token i behind the prompt and token t of the chunk:
+
+        a[j, i, t] = softmax of (q[j, i] . k) * scale over the first ``sink`` tokens of the prompt
+                     (those before the chunk), the chunk, and the tokens behind the prompt up to i
+        score[t]   = max over j and i of a[j, i, t]      (float32)
+
+    The first ``sink`` tokens are always kept, tokens of the chat template before the prompt's first
+    chunk score 0. Asks no particular question.
+
+    Queries are taken in by blocks that do not depend on how a pass is cut, head by head.
+    """
+
+    name: ClassVar[str] = "kvzip"
+    summary: ClassVar[str] = "attention that tokens get while the model repeats the prompt"
+
+    sink: int = option(4, "First tokens of the prompt, always kept.", ge=0)
+    chunk: int = option(2048, "Tokens of the prompt that are repeated in one pass.", gt=0)
+
+    @property
+    def averages_group(self) -> bool:
+        """No: the score is the largest of the group."""
+        return False
+
+    def attend(self, seen: Attended | None, part: PassPart) -> Attended:
+        """Takes in the next tokens of a pass.
+
+        Args:
+            seen: What the last call for this pass and layer gave; None at its start.
+            part: The tokens.
+
+        Returns:
+            For the next call; after the pass's last tokens ``most`` are the scores of the chunk.
+        """
+        if seen is None:
+            shape = part.k.shape[1], part.chunk
+            seen = Attended(0, part.q[:0], part.q.new_zeros(shape, dtype=torch.float32))
+        q, done, most = torch.cat([seen.pending, part.q]), seen.done, seen.most
+        while len(q) >= BLOCK or (part.ends and len(q)):
+            rows = q[:BLOCK]
+            most = torch.stack(
+                [
+                    torch.maximum(most[i], _most(rows[:, i], part.k[:, i], part, done))
+                    for i in range(len(most))
+                ]
+            )
+            q, done = q[len(rows) :], done + len(rows)
+        return Attended(done, q.clone(), most)
+
+    def score(self, q: Tensor | None, k: Tensor, *, scale: float) -> Tensor:
+        """See the base class."""
+        return self.score_prompt(PromptTensors(q, k, scale))
+
+    def score_prompt(self, prompt: PromptTensors) -> Tensor:
+        """See the base class; ``seen`` is float32 ``[n, >= N - window]``, made of the passes."""
+        total, n, _ = prompt.k.shape
+        scored = max(total - self.window, 0)
+        if not scored:
+            return prompt.k.new_empty((n, 0), dtype=torch.float32)
+        if prompt.seen is None:
+            raise ValueError("scorer 'kvzip' needs passes that repeat the prompt")
+        scores: Tensor = prompt.seen[:, :scored].clone()
+        scores[:, : self.sink] = ALWAYS
+        return scores
+
+
+def _most(q: Tensor, k: Tensor, part: PassPart, done: int) -> Tensor:
+    """float32 ``[chunk]`` the most attention of a block's queries ``[T, g, D]`` in one head."""
+    first = part.sinks + part.chunk + done
+    queries = q.transpose(0, 1).float().contiguous()  # [g, T, D]
+    keys = k[: first + q.shape[0]].contiguous().float()
+    logits = queries @ keys.T * part.scale
+    hidden = torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).triu(first + 1)
+    attention = logits.masked_fill_(hidden, -torch.inf).softmax(dim=2)
+    return attention[..., part.sinks : part.sinks + part.chunk].amax(dim=(0, 1))
