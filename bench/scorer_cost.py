@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,7 +36,7 @@ def parse() -> argparse.Namespace:
         "--scorers", default="keydiff,kvzip", help="of FairKV; the others are compared to the first"
     )
     add("--lengths", default="1024,4096", help="prompt tokens")
-    add("--prompts", type=int, default=4, help="of a round")
+    add("--prompts", type=int, default=1, help="of a round")
     add("--rounds", type=int, default=3)
     add("--tp", type=int, default=1, help="ranks")
     return parser.parse_args()
@@ -93,6 +94,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     runs: dict[tuple[int, str], list[dict[str, float]]] = {}
     with ExitStack() as stack:
+        print("starting engines", file=sys.stderr, flush=True)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (folder / "model").mkdir()
         model = longer(folder / "model")
@@ -100,14 +102,16 @@ def main() -> None:
         for scorer in scorers:
             engines[scorer] = start(scorer, model, args.tp, folder)
             stack.callback(engines[scorer].close)
-        for turn in range(args.rounds + 1):  # the first one warms up
+        for engine in engines.values():
+            measure(engine, np.random.default_rng(0).integers(8, 490, size=(2, 300)).tolist())
+        for turn in range(args.rounds):
             for length in lengths:
                 numbers = np.random.default_rng([turn, length])
                 prompts: Any = numbers.integers(8, 490, size=(args.prompts, length)).tolist()
                 for scorer in rotated(scorers, turn):
                     found = measure(engines[scorer], prompts)
-                    if turn:
-                        runs.setdefault((length, scorer), []).append(found)
+                    print(f"{length} {scorer} {found}", file=sys.stderr, flush=True)
+                    runs.setdefault((length, scorer), []).append(found)
     on = machine("cpu")
     print(
         f"TP {args.tp}, {args.rounds} rounds of {args.prompts} prompts, {on['cores']} cores, "
