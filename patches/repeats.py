@@ -179,6 +179,8 @@ def around_init_next_round(
         return
     prompt, output = req.origin_input_ids, req.output_ids
     req.origin_input_ids, req.output_ids = prompt + output + repeat.tokens, output[:0]
+    # SGLang keeps them while their number is right; those of another chunk may be as many.
+    req.full_untruncated_fill_ids = output[:0]
     if tree_cache is not None:
         tree_cache.repeated = len(repeat.tokens)
     try:

@@ -23,7 +23,7 @@ sys.path.append(str(ROOT))  # behind everything else: kernels/ must not be found
 from demo.prompts import is_exact, make_prompts  # noqa: E402
 
 MODEL = ROOT / "demo" / "model"
-CHUNK, CHUNKS = 300, 3
+CHUNK, CHUNKS = 200, 4  # the second and third pass of a prompt have as many tokens
 PROMPTS = make_prompts(seed=46_000, count=5, tokens=700, facts=4)
 TOKENS = [prompt.token_ids for prompt in PROMPTS]
 FAIRKV = {"scorer": "kvzip", "scope": "layer", "ratio": 0.25, "chunk": CHUNK}
@@ -111,7 +111,7 @@ def test_aborted_while_it_is_repeated(engine: Any) -> None:
 
 def test_a_prompt_that_cannot_be_repeated_is_refused(engine: Any) -> None:
     long = (TOKENS[0] * 6)[:3900]  # of 4,096 positions
-    with pytest.raises(RuntimeError, match="repeats prompts in chunks of 300 tokens; this one has"):
+    with pytest.raises(RuntimeError, match="repeats prompts in chunks of 200 tokens; this one has"):
         ask(engine, [long], [{}])
     assert len(ask(engine, [long], [{"compress": False}])[0]["output_ids"]) == 6
 

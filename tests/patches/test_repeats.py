@@ -26,6 +26,7 @@ WINDOW, CHUNK = 8, 50
 def request(length: int, first: int = 100, **parameters: Any) -> SimpleNamespace:
     return SimpleNamespace(
         origin_input_ids=array("q", range(first, first + length)), output_ids=array("q"),
+        full_untruncated_fill_ids=array("q"),
         extra_key=None, cache_salt=None, rid="r", to_finish=None, is_retracted=False,
         return_logprob=True, logprob_start_len=3, retraction_count=0, skip_radix_cache_insert=False,
         kv=SimpleNamespace(holds_kv=True, cache_protected_len=0),
@@ -185,7 +186,9 @@ def test_what_repeats_a_prompt_is_among_its_tokens_and_not_taken_from_the_cache(
     cache = SimpleNamespace(repeated=0)
 
     def original(req: Any, tree_cache: Any = None) -> None:
-        seen.append((len(req.origin_input_ids) + len(req.output_ids), cache.repeated))
+        assert not req.full_untruncated_fill_ids
+        req.full_untruncated_fill_ids = req.origin_input_ids + req.output_ids
+        seen.append((len(req.full_untruncated_fill_ids), cache.repeated))
 
     rank = SimpleNamespace(repeats=repeats)
     with mock.patch.object(fairkv_sglang.patches.rank, "_rank", rank):
