@@ -10,6 +10,7 @@ nothing in it can be imported under a bare name:
     python -m fairkv_sglang.bench.replan       re-planning while serving
     python -m fairkv_sglang.bench.accuracy     what budgets cost in answers
     python -m fairkv_sglang.bench.scorer_cost  what scorers cost before the first token
+    python -m fairkv_sglang.bench.long_outputs what compressing outputs costs in answers
     python -m fairkv_sglang.bench.cpu_kernels  the CPU decode kernel
     python -m fairkv_sglang.bench.gpu_check    everything that runs on CUDA (``gpu/``)
 """

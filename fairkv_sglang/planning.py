@@ -18,7 +18,7 @@ from fairkv_sglang.placement import CostModel, Plan, Planner
 from fairkv_sglang.placement.options import SPARE_LANES, FloatArray
 from fairkv_sglang.profiles import HeadProfile, read_profile
 
-__all__ = ["Start", "budget_text", "make_budgets", "make_start"]
+__all__ = ["Start", "budget_text", "make_budgets", "make_start", "outputs_text"]
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,16 @@ def budget_text(config: FairKVConfig) -> str:
     ]
     share = f"{100 * (config.effective_ratio or 0):g}% of the prompt"  # 12.5% is not 12%
     return ", ".join([share, *(f"at {b}" for b in bounds)])
+
+
+def outputs_text(config: FairKVConfig) -> str:
+    """What becomes of outputs, as a person would say it."""
+    if not config.decode_compression:
+        return "outputs all kept"
+    return (
+        f"outputs compressed every {config.decode_slack} tokens by the attention of the last "
+        f"{config.decode_window}, redundancy {config.decode_redundancy:g}"
+    )
 
 
 def _expected(config: FairKVConfig, scope: BudgetScope) -> FloatArray:

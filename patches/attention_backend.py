@@ -53,7 +53,7 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         self.req_to_token_pool = runner.req_to_token_pool  # SGLang reads both off the backend
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.device = runner.device
-        self.pages = book.pages
+        self.pages, self.recent = book.pages, book.recent
         self.lane_start = book.heads.lane_start
         # Decode reads lengths of its page tables; what else SGLang asks of a backend is prefill's.
         self.needs_cpu_seq_lens = prefill.needs_cpu_seq_lens
@@ -74,7 +74,8 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         spans = self.spans
         if spans.decode_rows:
             self._start_decode(
-                to_device(torch.tensor(spans.decode_rows), torch.device(self.device))
+                to_device(torch.tensor(spans.decode_rows), torch.device(self.device)),
+                forward_batch.seq_lens[len(spans.prompts) :],
             )
             forward_batch = prompts_only(forward_batch, spans)
         self.prefill.init_forward_metadata(forward_batch)
@@ -86,9 +87,9 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """Device-side part: the next token's slots of all lanes, and the decode plan."""
         if forward_batch.forward_mode.is_decode():
-            self._start_decode(forward_batch.req_pool_indices.long())
+            self._start_decode(forward_batch.req_pool_indices.long(), forward_batch.seq_lens)
 
-    def _start_decode(self, rows: torch.Tensor) -> None:
+    def _start_decode(self, rows: torch.Tensor, lengths: torch.Tensor) -> None:
         pages = self.pages
         self._rows = rows
         self._slots = torch.empty(
@@ -96,6 +97,8 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         )
         pages.kernels.grow(pages, rows, self._slots)
         self.decoder.plan(rows)
+        if self.recent is not None:
+            self.recent.begin(rows, lengths)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """Padded rows point at row 0, which owns no lane."""
@@ -146,6 +149,8 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         lane = self.lane_start[index]
         batch, dim = q.shape[0], self.pages.head_dim
         q = q.view(batch, -1, dim)
+        if self.recent is not None:
+            self.recent.add(lane, q.view(batch, heads, -1, dim))
         if save_kv_cache and k is not None:
             q = self.decoder.append(
                 self._slots[:, lane : lane + heads],

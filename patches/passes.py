@@ -16,11 +16,15 @@ ERRORS = "fairkv_errors"
 def before_forward_batch(
     worker: Any, batch: Any, *args: Any, **kwargs: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """On the forward stream: return freed pages, then tell the backend which prompts end here."""
+    """On the forward stream: return freed pages, compress outputs that are due, then tell the
+    backend which prompts end here.
+    """
     if batch is not None:
         rank = this_rank()
         spans = forward_spans(batch)
         rank.book.begin_forward([span.row for span in spans.last])
+        if rank.outputs is not None:
+            rank.outputs.step()
         rank.backend.spans = spans
         if rank.replanner is not None:
             rank.replanner.step()

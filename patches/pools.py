@@ -73,6 +73,10 @@ def after_resolve_pool_config(result: Any, configurator: Any, *args: Any, **kwar
         prefill_pool=rank.config.prefill_pool,
         max_head_tokens=rank.config.max_head_tokens,
         arena_pages=rank.config.debug.arena_pages,
+        recent_bytes=rank.config.recent_queries
+        * rank.model.group_size
+        * rank.model.head_dim
+        * torch.empty((), dtype=configurator.kv_cache_dtype).element_size(),
     )
     rank.division = division
     result.max_total_num_tokens = division.pool_tokens
@@ -103,6 +107,8 @@ def after_configure(result: Any, configurator: Any, *args: Any, **kwargs: Any) -
         window=rank.config.replan_window,
         verbose=rank.config.debug.log_decisions,
         forecast_factor=rank.config.debug.forecast_factor,
+        slack=rank.config.decode_slack if rank.config.decode_compression else None,
+        recent=rank.config.recent_queries or None,
     )
     result.req_to_token_pool.attach_aux_cache(rank.book)
 

@@ -115,6 +115,8 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
             self.ceil_paged_tokens(extend_input_len) + self.page_size + extra_tokens
         )
         if is_chunked_continuation:  # it is charged; its output comes after the last chunk
+            if self.book.outputs is not None:
+                max_new_tokens = self.book.outputs.growth(max_new_tokens)
             self.lasting = self.lasting + self.book.demand.growth(max_new_tokens)
         elif self._candidate is not None:
             needs, lasting = self._candidate

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
+from fairkv_sglang.attention.compress_outputs import OutputCompressor
 from fairkv_sglang.control.in_force import PlanInForce
 from fairkv_sglang.control.metrics import Exporter
 from fairkv_sglang.control.replan import Replanner
@@ -17,7 +18,7 @@ from fairkv_sglang.control.server_info import RankReport
 from fairkv_sglang.memory import MemoryDivision
 from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.parallel import LaneTable, RankHeads, TwinWeights
-from fairkv_sglang.planning import Start, budget_text
+from fairkv_sglang.planning import Start, budget_text, outputs_text
 
 if TYPE_CHECKING:  # a subclass of SGLang's, which is not to be imported before its platform is
     from fairkv_sglang.patches.attention_backend import FairKVAttnBackend
@@ -46,6 +47,7 @@ class Rank:
     book: RowBook
     backend: FairKVAttnBackend
     report: RankReport
+    outputs: OutputCompressor | None = None  # None where outputs are all kept
     replanner: Replanner | None = None  # None where plans never change
     exporter: Exporter | None = None  # None where metrics are off
     repeats: Repeats | None = None  # None unless the scorer has prompts repeated
@@ -78,7 +80,7 @@ class Rank:
         return (
             f"FairKV on: scorer {config.scorer}, scope {config.scope}, budget "
             f"{budget_text(config)}, placement {plan.policy} over {self.tp_size} ranks "
-            f"with {int(plan.copy_counts().sum())} copies{planned}, plan "
+            f"with {int(plan.copy_counts().sum())} copies{planned}, {outputs_text(config)}, plan "
             f"{plan.digest[:12]} from {self.start.text}; rank {self.heads.rank} "
             f"serves {sum(map(len, self.heads.heads))} lanes"
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fairkv_sglang.attention.compress_all import make_compressor
+from fairkv_sglang.attention.compress_outputs import OutputCompressor
 from fairkv_sglang.attention.decoders import make_decoder
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.hand_over import HandOver
@@ -63,6 +64,8 @@ def after_build_backend(result: Any, *, model_runner: Any, **kwargs: Any) -> Any
     prefill = getattr(result, "prefill_backend", result)
     decoder = make_decoder(rank.config.decode_backend, book.pages, heads)
     warm_up(book.pages, decoder, rank.scorer, heads.lane_start, heads.group_size, rope)
+    if book.recent is not None:
+        rank.outputs = OutputCompressor(book, book.recent, rank.config.decode_redundancy)
     rank.backend = FairKVAttnBackend(model_runner, prefill, decoder, compressor, book)
     return rank.backend
 

@@ -86,6 +86,13 @@ def around_add_request(original: Any, adder: Any, req: Any, *args: Any, **kwargs
         parameters.ignore_eos = ignores
 
 
+def around_running_output(original: Any, adder: Any, req: Any) -> Any:
+    """What a running request is expected to write: no more than until it is compressed again."""
+    tokens, outputs = original(adder, req), this_rank().book.outputs
+    left = outputs.left(req.kv.req_pool_idx) if outputs is not None and req.kv.holds_kv else None
+    return tokens if left is None else min(tokens, left)
+
+
 def around_new_prefill(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """Look for new prompts with what SGLang cannot know of head pages.
 
@@ -172,10 +179,29 @@ def around_max_new_tokens(
     by_table = division.max_head_tokens - longest_head
     if by_table < 1:
         return None
+    if _holds_for_ever(rank, keep, input_tokens, by_pages, by_table):
+        by_pages = by_table = max_new_tokens
     # A retracted request prefills its output again, in whole pages of the pool and one to spare.
     by_pool = division.pool_tokens - allocator.page_size - input_tokens
     longest = max(0, min(max_new_tokens, by_pages, by_table, by_pool))
     return _longest_return(rank, keep, input_tokens, longest)
+
+
+def _holds_for_ever(
+    rank: Rank, keep: Keep, input_tokens: int, by_pages: int, by_table: int
+) -> bool:
+    """Whether a request alone has room for all that it may hold, however much it writes."""
+    book = rank.book
+    bound = book.outputs.rule.bound(input_tokens, keep) if book.outputs is not None else None
+    if bound is None:
+        return False
+    if bound.whole is None:
+        return min(by_pages, by_table) >= bound.due
+    most = bound.most(np.full_like(bound.whole, input_tokens))
+    return bool(
+        most.max() <= rank.division.max_head_tokens
+        and np.all(book.demand.of_tokens(most) <= book.ledger.capacity)
+    )
 
 
 def _longest_return(rank: Rank, keep: Keep, input_tokens: int, longest: int) -> int:
@@ -185,13 +211,16 @@ def _longest_return(rank: Rank, keep: Keep, input_tokens: int, longest: int) -> 
     always this is ``longest`` and costs one look.
     """
     book, most = rank.book, rank.division.max_head_tokens
+    bounded = book.outputs is not None and book.outputs.rule.bound(input_tokens, keep) is not None
+    slack = book.outputs.rule.slack if bounded else 0  # it goes on from there
+    more = book.demand.most_lanes * -(-slack // PAGE_TOKENS)
 
     def fits(output: int) -> bool:
         length = input_tokens + output
         scope = keep.scope(rank.scope, length)
         return bool(
-            np.all(book.demand.under_any_plan(length, scope) <= book.ledger.capacity)
-            and scope.per_head_bound(length).max() <= most
+            np.all(book.demand.under_any_plan(length, scope) + more <= book.ledger.capacity)
+            and scope.per_head_bound(length).max() + slack <= most
         )
 
     if fits(longest):
@@ -282,6 +311,16 @@ HOOKS: tuple[Hook, ...] = (
         "by the most it could",
         since="0.5.17",
         upstream="sglang/srt/managers/schedule_policy.py (add_one_req_ignore_eos)",
+        test="tests/patches/test_scheduling.py",
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_policy.PrefillAdder."
+        "_get_running_request_total_token_offset",
+        kind="around",
+        function=around_running_output,
+        why="the room of outputs to come ends where a request is compressed again",
+        since="0.5.21",
+        upstream="sglang/srt/managers/schedule_policy.py",
         test="tests/patches/test_scheduling.py",
     ),
     Hook(

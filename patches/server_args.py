@@ -201,6 +201,7 @@ def _check_memory(start: Start, view: Any) -> None:
             prefill_pool=config.prefill_pool,
             max_head_tokens=config.max_head_tokens,
             arena_pages=config.debug.arena_pages,
+            recent_bytes=config.recent_queries * model.group_size * model.head_dim * dtype_bytes,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

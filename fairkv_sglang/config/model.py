@@ -131,6 +131,29 @@ class FairKVConfig(Options):
         gt=0,
         description="Longest kept prompt plus output of one head in tokens; sizes the page tables.",
     )
+    decode_compression: bool = Field(
+        False,
+        description="Compress outputs, too: each head of a request goes back to its budget every "
+        "--fairkv-decode-slack tokens. Needs --fairkv-budget or --fairkv-budget-least.",
+    )
+    decode_slack: int = Field(
+        128,
+        ge=32,
+        multiple_of=16,
+        description="Tokens of output beyond the budget after which a request is compressed.",
+    )
+    decode_window: int = Field(
+        8,
+        gt=0,
+        description="Last output tokens, always kept, by whose attention outputs are compressed.",
+    )
+    decode_redundancy: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Weight of R-KV's redundancy beside attention when outputs are compressed; its "
+        "paper has 0.9.",
+    )
     decode_backend: str = Field("auto", description="Decode attention")
     debug: Debug = Field(Debug(), description="Switches for tests.")
 
@@ -215,11 +238,36 @@ class FairKVConfig(Options):
                     "least": scorer.least_budget,
                 },
             )
+        if wrong := self._wrong_with_outputs(scorer.window):
+            raise PydanticCustomError("decode", "{text}", {"text": wrong})
         if self.profile is None and registries()["scope"][self.scope].needs_profile:
             from fairkv_sglang.budgets.scopes.base import profile_needed
 
             raise PydanticCustomError("profile", "{text}", {"text": profile_needed(self.scope)})
         return self
+
+    def _wrong_with_outputs(self, window: int) -> str | None:
+        """What does not fit together among the options of output compression, in a line."""
+        names = ("decode_slack", "decode_window", "decode_redundancy")
+        if not self.decode_compression:
+            for name in names:
+                if getattr(self, name) != FairKVConfig.model_fields[name].default:
+                    return f"{name} is given but outputs are not compressed: add decode_compression"
+            return None
+        if self.ratio == 1.0:
+            return "decode_compression: a ratio of 1 keeps everything; give budget some tokens"
+        if self.budget is None and self.budget_least is None:
+            return (
+                "decode_compression keeps outputs within a budget in tokens, and a share of a "
+                "short prompt is none: give budget, or budget_least beside the ratio"
+            )
+        most = min(window, self.decode_slack)
+        if self.decode_window > most:
+            return (
+                f"decode_window: {self.decode_window} is above the scorer's window {window} or "
+                f"decode_slack {self.decode_slack}; give at most {most}"
+            )
+        return None
 
     def options(self, field: str) -> dict[str, Any]:
         """Options of the method that ``field`` names."""
@@ -253,6 +301,11 @@ class FairKVConfig(Options):
         if self.budget is not None:
             return None
         return DEFAULT_RATIO if self.ratio is None else self.ratio
+
+    @property
+    def recent_queries(self) -> int:
+        """Output tokens whose queries are kept; 0 where outputs are not compressed."""
+        return self.decode_window if self.decode_compression else 0
 
     def to_json(self) -> str:
         """The value of ``FAIRKV_RESOLVED``."""

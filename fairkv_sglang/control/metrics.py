@@ -33,6 +33,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("compressions", "counter", "Prompts that were compressed."),
     Metric("retractions", "counter", "Requests that were admitted again after a retraction."),
     Metric("spills", "counter", "Prompts that kept more than was charged, a retraction each."),
+    Metric("output_compressions", "counter", "Times that a request was compressed as it wrote."),
+    Metric("output_pages_freed", "counter", "Head pages that this gave back on this rank."),
     Metric("replans", "counter", "Plans adopted while serving."),
     Metric("lane_weight_bytes", "counter", "Bytes of weights brought to this rank by new plans."),
     Metric("handed_over_bytes", "counter", "Bytes of kept rows that left this rank."),
@@ -45,7 +47,7 @@ REFRESH_SECONDS = 1.0
 def read(report: RankReport) -> dict[str, float]:
     """Present value of every metric, by name."""
     book, replanner, twins = report.book, report.replanner, report.twins
-    rank = book.heads.rank
+    rank, outputs = book.heads.rank, book.outputs
     return {
         "head_pages_used": int(book.ledger.held[rank]),
         "head_pages_total": int(book.ledger.capacity[rank]),
@@ -58,6 +60,8 @@ def read(report: RankReport) -> dict[str, float]:
         "compressions": book.kept_prompts,
         "retractions": book.readmitted,
         "spills": book.charges.spills,
+        "output_compressions": outputs.compressions if outputs else 0,
+        "output_pages_freed": int(outputs.freed_pages[rank]) if outputs else 0,
         "replans": replanner.adopted if replanner else 0,
         "lane_weight_bytes": twins.bytes_brought,
         "handed_over_bytes": report.hand_over.bytes_sent,

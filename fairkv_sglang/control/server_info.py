@@ -88,6 +88,19 @@ class RankReport:
             "decisions": {"count": book.log.count, "digest": book.log.digest},
         }
 
+    def outputs(self) -> dict[str, Any] | None:
+        """How outputs are compressed, and how often they were; None: they are all kept."""
+        config, outputs = self.config, self.book.outputs
+        if outputs is None:
+            return None
+        return {
+            "slack": config.decode_slack,
+            "window": config.decode_window,
+            "redundancy": config.decode_redundancy,
+            "compressions": outputs.compressions,
+            "freed_pages": outputs.freed_pages.tolist(),
+        }
+
     def server(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         """State of the server.
 
@@ -113,6 +126,7 @@ class RankReport:
             "prompt_tokens": book.kept_prompt_tokens,
             "compactions": book.kept_prompts,
             "spills": book.charges.spills,
+            "outputs": self.outputs(),
             "balancedness": residents.balancedness(),
             "balancedness_planned": self.in_force.balancedness,
             "rank_loads": residents.reads.sum(axis=0).tolist(),

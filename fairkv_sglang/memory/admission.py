@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fairkv_sglang.budgets import AS_SERVER, BudgetScope, Keep
 from fairkv_sglang.memory.demand import PageDemand
 from fairkv_sglang.memory.forecast import LEAST_SEEN, forecast_pages
+from fairkv_sglang.memory.outputs import OutputBound, OutputRule
 from fairkv_sglang.memory.page_ledger import PAGE_TOKENS, Pages
 from fairkv_sglang.placement import Router
 from fairkv_sglang.profiles.recorder import Recorder
@@ -38,6 +39,7 @@ class Asked:
         limit: ``[R]`` pages that they are charged, at most ``bound``.
         lanes: ``[R]`` heads that it has on each rank.
         keep: What it wants kept.
+        outputs: What it may hold while it writes; None: all of its output.
     """
 
     prompt_len: int
@@ -47,6 +49,7 @@ class Asked:
     limit: Pages
     lanes: Pages
     keep: Keep = AS_SERVER
+    outputs: OutputBound | None = None
 
     @property
     def charge(self) -> Pages:
@@ -55,10 +58,13 @@ class Asked:
         return pages
 
     def lasting(self, output: int) -> Pages:
-        """``[R]`` pages that it is expected to hold when it has written ``output`` tokens."""
-        kept = np.ceil(self.expected / PAGE_TOKENS).ravel()
+        """``[R]`` pages that it is expected to hold at most, writing ``output`` tokens."""
+        tokens, more = self.expected, self.lanes * -(-output // PAGE_TOKENS)
+        if self.outputs is not None:
+            tokens, more = np.minimum(tokens + output, self.outputs.most(tokens)), 0 * more
+        kept = np.ceil(tokens / PAGE_TOKENS).ravel()
         pages = np.bincount(self.owners.ravel(), weights=kept, minlength=len(self.lanes))
-        lasting: Pages = pages.astype(np.int64) + self.lanes * -(-output // PAGE_TOKENS)
+        lasting: Pages = pages.astype(np.int64) + more
         return lasting
 
 
@@ -71,6 +77,7 @@ class Admission:
         router: Chooses owners of copied heads.
         recorder: Kept tokens of the last prompts.
         forecast_factor: For tests: forecasts are taken times this.
+        outputs: When outputs are compressed; None: never.
     """
 
     def __init__(
@@ -80,7 +87,9 @@ class Admission:
         router: Router,
         recorder: Recorder,
         forecast_factor: float = 1.0,
+        outputs: OutputRule | None = None,
     ) -> None:
+        self._outputs = outputs
         self._scope, self._demand = scope, demand
         self._router, self._recorder = router, recorder
         self._factor = forecast_factor
@@ -100,7 +109,8 @@ class Admission:
         certain = self.certain or keep.has_method
         limit = bound if certain else self._limit(scope, prompt_len, owners, bound)
         lanes = np.bincount(owners.ravel(), minlength=len(bound))
-        return Asked(prompt_len, owners, expected, bound, limit, lanes, keep)
+        outputs = self._outputs.bound(prompt_len, keep) if self._outputs else None
+        return Asked(prompt_len, owners, expected, bound, limit, lanes, keep, outputs)
 
     def promise(self, asked: Asked) -> None:
         """The prompt is in the pass that is being put together."""

@@ -58,6 +58,22 @@ class PageDemand:
         pages: Pages = self._pages(scope or self.scope, prompt_len, self._served) + self.lanes
         return pages
 
+    def of_tokens(self, tokens: NDArray[np.number]) -> Pages:
+        """``[R]`` pages of heads that hold ``tokens [L, H]``, for whichever lanes the slots may
+        come to hold.
+        """
+        pages = -(-tokens.astype(np.int64) // PAGE_TOKENS)
+        if self.capacity is None:
+            total: Pages = (pages[:, None, :] * self._served).sum(axis=(0, 2))
+            return total
+        first = np.concatenate(
+            [np.zeros((len(pages), 1), dtype=np.int64), (-np.sort(-pages, axis=1)).cumsum(axis=1)],
+            axis=1,
+        )
+        slots = np.minimum(self.capacity, pages.shape[1])
+        fullest: Pages = np.take_along_axis(first, slots, axis=1).sum(axis=0)
+        return fullest
+
     def growth(self, tokens: float) -> Pages:
         """``[R]`` pages that so many tokens of output take, whoever writes them."""
         pages = np.ceil(self.expected_lanes * (tokens / PAGE_TOKENS))

@@ -24,7 +24,7 @@ class _Row:
     owners: NDArray[np.int16]  # [L, H]
     held: Pages  # [R] pages charged
     residues: Pages | None  # [16, R] lanes by (kept tokens mod 16); None until counts are known
-    decoded: int = 0  # tokens appended since the prompt
+    decoded: int = 0  # tokens appended since the prompt, or since the row was compressed again
 
 
 class PageLedger:
@@ -114,6 +114,11 @@ class PageLedger:
         self.held += exact - entry.held
         entry.held = exact
         entry.residues = residues
+
+    def shrink(self, row: int, tokens: NDArray[np.integer]) -> None:
+        """The row holds ``tokens [L, H]`` now, its output included."""
+        self._rows[row].decoded = 0
+        self.settle(row, tokens)
 
     def growth(self, rows: list[int]) -> Pages:
         """``[R]`` new pages that one more token of each row takes."""

@@ -66,6 +66,13 @@ class Residents:
         fullest = int(self.reads.max(axis=1).sum())
         self._history.append((fullest, int(self.reads.sum())))
 
+    def shrink(self, row: int, tokens: IntArray) -> None:
+        """The row was compressed again: ``tokens [L, H]`` are left."""
+        entry = self._rows[row]
+        self.reads -= entry.tokens + entry.steps * entry.lanes
+        entry.tokens[:], entry.steps = 0, 0
+        self.settle(row, tokens)
+
     def release(self, row: int) -> None:
         """The request has left."""
         entry = self._rows.pop(row)

@@ -28,7 +28,9 @@ from fairkv_sglang.memory.contexts import Contexts
 from fairkv_sglang.memory.decisions import DecisionLog
 from fairkv_sglang.memory.demand import PageDemand
 from fairkv_sglang.memory.device_errors import DeviceErrors
+from fairkv_sglang.memory.outputs import OutputRule, Outputs
 from fairkv_sglang.memory.page_ledger import PageLedger
+from fairkv_sglang.memory.recent import RecentQueries
 from fairkv_sglang.memory.residents import Residents
 from fairkv_sglang.memory.sizing import MemoryDivision
 from fairkv_sglang.parallel import RankHeads
@@ -62,6 +64,8 @@ class RowBook:
         window: Latest prompts whose kept tokens are remembered.
         verbose: Log every decision.
         forecast_factor: For tests; see :class:`Admission`.
+        slack: Tokens of output after which a request is compressed again; None: never.
+        recent: Queries of the last output tokens, where outputs are compressed.
     """
 
     def __init__(
@@ -77,6 +81,8 @@ class RowBook:
         window: int = 64,
         verbose: bool = False,
         forecast_factor: float = 1.0,
+        slack: int | None = None,
+        recent: RecentQueries | None = None,
     ) -> None:
         self.heads = heads
         self.scope = scope
@@ -89,9 +95,14 @@ class RowBook:
         plan = heads.plan
         self.residents = Residents(plan.num_layers, plan.tp_size, plan.num_kv_heads)
         self.recorder = Recorder(plan.num_layers, plan.num_kv_heads, window)
-        self.admission = Admission(scope, demand, router, self.recorder, forecast_factor)
+        rule = None if slack is None else OutputRule(scope, slack)
+        self.admission = Admission(scope, demand, router, self.recorder, forecast_factor, rule)
         self.contexts = Contexts()
         self.log = DecisionLog(verbose)
+        self.outputs = (
+            None if rule is None else Outputs(rule, ledger, self.residents, router, self.log)
+        )
+        self.recent = recent
         self.peak_requests = 0
         self.peak_pages = np.zeros_like(ledger.capacity)
         self.handed_over_tokens = 0
@@ -128,6 +139,8 @@ class RowBook:
         self._lives[row] = _Life(prompt_len, owned, keep, spilled)
         said = prompt_len.to_bytes(8, "little") + owners.tobytes() + repr(keep).encode()
         self.log.add("admit", row, said)
+        if self.outputs is not None:
+            self.outputs.admit(row, prompt_len, keep)
         scope = keep.scope(self.scope, prompt_len)
         if not scope.input_dependent:
             self._settle(row, scope.expected(prompt_len))
@@ -137,6 +150,10 @@ class RowBook:
     def owners(self, row: int) -> NDArray[np.int16]:
         """``[L, H]`` owner of each head for the row."""
         return self.ledger.owners(row)
+
+    def owned(self, row: int) -> NDArray[np.uint8]:
+        """``[lanes]``: 1 where this rank serves the lane for the row."""
+        return self._lives[row].owned.numpy()
 
     def keep(self, row: int) -> Keep:
         """What the request wants kept."""
@@ -180,6 +197,8 @@ class RowBook:
         """Charge the next token of each row."""
         self.ledger.grow(rows)
         self.residents.grow(rows)
+        if self.outputs is not None:
+            self.outputs.grow(rows)
         self._note_peak()
 
     # -- lanes ----------------------------------------------------------------------------------
@@ -194,6 +213,8 @@ class RowBook:
             tensor[:, target] = tensor[:, source]
         pages.lens[:, source] = 0
         pages.owned[:, source] = 0
+        if self.recent is not None:
+            self.recent.shift(source, target)
         for life in self._lives.values():
             life.owned[target], life.owned[source] = life.owned[source].clone(), 0
 
@@ -230,6 +251,8 @@ class RowBook:
         self.ledger.settle(row, kept)
         self.router.update(row, kept)
         self.residents.settle(row, kept)
+        if self.outputs is not None:
+            self.outputs.settle(row, kept)
         life = self._lives[row]
         if not life.recorded:
             self._record(life, kept)
@@ -265,6 +288,8 @@ class RowBook:
         self.charges.release(row)
         self.router.release(row)
         self.residents.release(row)
+        if self.outputs is not None:
+            self.outputs.release(row)
         if life.stored:
             self._to_release.append(row)
         self.log.add("free", row)
@@ -319,17 +344,31 @@ def make_book(
     window: int,
     verbose: bool,
     forecast_factor: float = 1.0,
+    slack: int | None = None,
+    recent: int | None = None,
 ) -> RowBook:
     """Allocate the arena and the page tables of a rank, and open the book on them.
 
     Args:
-        heads, scope, window, verbose, forecast_factor: As :class:`RowBook` has them.
+        heads, scope, window, verbose, forecast_factor, slack: As :class:`RowBook` has them.
+        recent: Output tokens of a row whose queries are kept; None: of none.
         division: Division of the KV memory.
         head_dim: D.
         dtype: Of K and V.
         device: Where SGLang's pool is.
     """
-    table = heads.table
+    table, rows = heads.table, division.max_requests + 1
+    queries = None
+    if recent is not None:
+        queries = RecentQueries(
+            rows=rows,
+            window=recent,
+            lanes=heads.num_lanes,
+            group=heads.group_size,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=torch.device(device),
+        )
     return RowBook(
         heads=heads,
         scope=scope,
@@ -338,7 +377,7 @@ def make_book(
         ledger=PageLedger(np.asarray(division.arena_pages)),
         pages=HeadPages.create(
             num_pages=int(division.arena_pages[heads.rank]),
-            rows=division.max_requests + 1,
+            rows=rows,
             lanes=heads.num_lanes,
             max_pages=division.max_pages,
             head_dim=head_dim,
@@ -349,4 +388,6 @@ def make_book(
         window=window,
         verbose=verbose,
         forecast_factor=forecast_factor,
+        slack=slack,
+        recent=queries,
     )

@@ -13,6 +13,8 @@ from fairkv_sglang.memory.page_ledger import PAGE_TOKENS, Pages
 # The rows of page tables may take this part of the KV memory; more requests than that are not
 # admitted at once. In bfloat16 with D 128 that is 256 for each context that the memory would hold.
 TABLE_FRACTION = 1 / 128
+# The same for the queries of the last output tokens, where outputs are compressed.
+RECENT_FRACTION = 1 / 16
 # What the prefill pool has at least, for cached prefixes, where the scheduler needs less.
 CACHE_FRACTION = 1 / 16
 ID_BYTES = 4
@@ -35,6 +37,7 @@ class MemoryDivision:
         page_bytes: Bytes of one head page (K and V).
         max_requests: Requests that the page tables have rows for.
         max_head_tokens: Longest kept length plus output of one head.
+        recent_bytes: ``[R]`` bytes of the queries of the last output tokens.
     """
 
     total_bytes: int
@@ -45,6 +48,7 @@ class MemoryDivision:
     page_bytes: int
     max_requests: int
     max_head_tokens: int
+    recent_bytes: Pages | None = None
 
     @property
     def max_pages(self) -> int:
@@ -56,12 +60,15 @@ class MemoryDivision:
         arena = int(self.arena_pages[rank])
         mean_tokens = arena * PAGE_TOKENS // max(lanes, 1)
         mib = 1 << 20
+        recent = ""
+        if self.recent_bytes is not None:
+            recent = f" + queries of the last tokens {self.recent_bytes[rank] / mib:.1f} MiB"
         return (
             f"KV memory of rank {rank}: {self.total_bytes / mib:.1f} MiB = prefill pool "
             f"{self.pool_bytes / mib:.1f} MiB ({self.pool_tokens} tokens of full KV) + head "
             f"pages {arena * self.page_bytes / mib:.1f} MiB ({arena} pages, {mean_tokens} tokens "
             f"in each of {lanes} lanes) + page tables {self.table_bytes[rank] / mib:.1f} MiB "
-            f"({self.max_requests} requests, {self.max_head_tokens} tokens a head)"
+            f"({self.max_requests} requests, {self.max_head_tokens} tokens a head){recent}"
         )
 
 
@@ -79,6 +86,7 @@ def divide_memory(
     prefill_pool: int | None = None,
     max_head_tokens: int | None = None,
     arena_pages: int | None = None,
+    recent_bytes: int = 0,
 ) -> MemoryDivision:
     """Divide the KV memory that stock SGLang would use.
 
@@ -96,6 +104,7 @@ def divide_memory(
             :func:`default_pool`.
         max_head_tokens: Longest kept length plus output of one head; None means the context.
         arena_pages: Overrides the number of head pages of every rank.
+        recent_bytes: Bytes of the queries of the last output tokens, of each row and lane slot.
 
     Raises:
         ValueError: if the parts do not fit, with the value that would.
@@ -131,6 +140,15 @@ def divide_memory(
         )
     row_bytes = lanes * -(-(-(-head_tokens // PAGE_TOKENS) + 1) // RUN_PAGES) * ID_BYTES
     rows = min(max_requests, int(total_bytes * TABLE_FRACTION // int(row_bytes.max())) - 1)
+    if recent_bytes:
+        most = int(total_bytes * RECENT_FRACTION // (recent_bytes * int(lanes.max())))
+        if most < 2:
+            raise ValueError(
+                f"the queries of the last output tokens do not fit into {RECENT_FRACTION:.1%} of "
+                f"the KV memory ({total_bytes} bytes): give a smaller --fairkv-decode-window or "
+                "more memory"
+            )
+        rows = min(rows, most - 1)
     if rows < 1:
         raise ValueError(
             f"page tables for heads of {head_tokens} tokens do not fit into "
@@ -138,9 +156,11 @@ def divide_memory(
             "--fairkv-max-head-tokens or more memory"
         )
     row_table_bytes = (rows + 1) * row_bytes
+    all_recent = (rows + 1) * lanes * recent_bytes
     run_bytes = RUN_PAGES * ID_BYTES
 
-    pages = (total_bytes - pool_bytes - row_table_bytes) // (page_bytes + run_bytes)
+    left = total_bytes - pool_bytes - row_table_bytes - all_recent
+    pages = left // (page_bytes + run_bytes)
     if arena_pages is not None:
         pages = np.full_like(pages, arena_pages)
     # Per lane: one page of the prompt, the spare page of admission and that of a retraction.
@@ -161,6 +181,7 @@ def divide_memory(
         page_bytes=page_bytes,
         max_requests=rows,
         max_head_tokens=head_tokens,
+        recent_bytes=all_recent if recent_bytes else None,
     )
 
 

@@ -156,6 +156,9 @@ def test_flags_and_mapping_agree(values: dict[str, object]) -> None:
     assert _parse(*argv) == from_mapping({**values, "enabled": True})
 
 
+_OUTPUTS = ["--fairkv", "--fairkv-budget", "512", "--fairkv-decode-compression"]
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -199,6 +202,19 @@ def test_flags_and_mapping_agree(values: dict[str, object]) -> None:
             ["--fairkv-debug-arena-pages", "greater than 0"],
         ),
         (["--fairkv-budget", "64"], ["--fairkv-budget", "off", "add --fairkv"]),
+        (["--fairkv", "--fairkv-decode-compression"], ["give budget, or budget_least"]),
+        (
+            ["--fairkv", "--fairkv-decode-compression", "--fairkv-ratio", "1"],
+            ["ratio of 1 keeps everything"],
+        ),
+        (
+            [*_OUTPUTS, "--fairkv-decode-slack", "40"],
+            ["--fairkv-decode-slack", "multiple of 16"],
+        ),
+        ([*_OUTPUTS, "--fairkv-decode-slack", "16"], ["--fairkv-decode-slack", "at least 32"]),
+        ([*_OUTPUTS, "--fairkv-decode-window", "33"], ["window 32", "give at most 32"]),
+        ([*_OUTPUTS, "--fairkv-decode-redundancy", "2"], ["redundancy", "at most 1"]),
+        (["--fairkv", "--fairkv-decode-slack", "64"], ["decode_slack", "add decode_compression"]),
     ],
 )
 def test_a_wrong_command_line_is_one_clear_line(argv: list[str], words: list[str]) -> None:
@@ -249,6 +265,14 @@ def test_it_cannot_be_changed() -> None:
     """Frozen: what was validated is what is used."""
     with pytest.raises(ValueError, match="frozen"):
         FairKVConfig().window = 3  # type: ignore[misc]
+
+
+def test_outputs_are_compressed_within_a_budget_in_tokens() -> None:
+    """Given outright, or as the least of a share; the queries of no token are kept without."""
+    assert _parse(*_OUTPUTS).recent_queries == 8
+    least = ["--fairkv-decode-compression", "--fairkv-budget-least", "256"]
+    assert _parse("--fairkv", *least, "--fairkv-decode-window", "1").recent_queries == 1
+    assert _parse("--fairkv").recent_queries == 0
 
 
 def test_switches_for_tests_stand_under_debug(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from fairkv_tests.engine_model import Engine
     chunk=st.sampled_from([32, 64, 1000]),
     page_size=st.sampled_from([1, 16]),
     forecast=st.sampled_from([1.0, 0.5, 0.01]),
+    slack=st.sampled_from([None, 32, 48]),
 )
 def test_pages_of_random_lives(
     name: str,
@@ -43,8 +44,11 @@ def test_pages_of_random_lives(
     chunk: int,
     page_size: int,
     forecast: float,
+    slack: int | None,
 ) -> None:
-    """Also where prompts need more than they are charged: no ledger, no device is overdrawn."""
+    """Also where prompts need more than they are charged: no ledger, no device is overdrawn. With
+    outputs that are compressed a request stays within what it may hold.
+    """
     rng = np.random.default_rng(seed)
     heads, ranks = split
     plan = random_plan(rng, 2, ranks, heads)
@@ -57,6 +61,7 @@ def test_pages_of_random_lives(
         chunk=chunk,
         page_size=page_size,
         forecast=forecast,
+        slack=slack,
     )
     for _ in range(40):
         if rng.random() < 0.4:

@@ -17,6 +17,7 @@ import fairkv_sglang.patches.rank
 from fairkv_sglang.attention.decoders import PageTableDecoder
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.kernels import torch_decode
+from fairkv_sglang.memory.recent import RecentQueries
 from fairkv_sglang.patches import measure
 from fairkv_sglang.patches.attention_backend import FairKVAttnBackend
 from fairkv_tests.compress_cases import (
@@ -219,6 +220,15 @@ def decode(server: Server, batch: Any, rows: list[int], seed: int) -> None:
                 torch.testing.assert_close(found, weights @ values)
 
 
+def decode_batch(rows: list[int], lengths: list[int]) -> Any:
+    """SGLang's batch of a decode step; lengths with the new token."""
+    return SimpleNamespace(
+        forward_mode=ForwardMode.DECODE,
+        req_pool_indices=torch.tensor(rows, dtype=torch.int32),
+        seq_lens=torch.tensor(lengths),
+    )
+
+
 def test_decode_reads_and_writes_head_pages(server: Server) -> None:
     prompts = random_prompts(np.random.default_rng(1), ([30], [41]))
     for prompt in prompts:
@@ -232,9 +242,7 @@ def test_decode_reads_and_writes_head_pages(server: Server) -> None:
     rows = [prompts[1].row, prompts[0].row]
     for step in range(3):
         lengths = [len(k) for k, _ in kept_of(server, rows[0])]
-        batch = SimpleNamespace(
-            forward_mode=ForwardMode.DECODE, req_pool_indices=torch.tensor(rows, dtype=torch.int32)
-        )
+        batch = decode_batch(rows, [41 + step, 30 + step])
         server.backend.init_forward_metadata(batch)
         decode(server, batch, rows, step)
         assert [len(k) for k, _ in kept_of(server, rows[0])] == [n + 1 for n in lengths]
@@ -260,6 +268,41 @@ def test_a_mixed_batch(server: Server) -> None:
     decode(server, batch, [first.row], 5)
     assert sum(len(k) for k, _ in kept_of(server, second.row)) == LAYERS * 4 * -(-41 * 4 // 10)
     server.book.pages.check_integrity()
+
+
+def test_queries_of_the_last_tokens_are_kept_where_outputs_are_compressed(server: Server) -> None:
+    """By decode steps and by mixed passes alike, with the length that SGLang gives the row."""
+    pages, heads, window = server.book.pages, server.heads, 4
+    server.backend.recent = recent = RecentQueries(
+        rows=pages.rows,
+        window=window,
+        lanes=heads.num_lanes,
+        group=MODEL.group,
+        head_dim=DIM,
+        dtype=torch.float32,
+        device=pages.device,
+    )
+    first, second = random_prompts(np.random.default_rng(2), ([30], [41]))
+    server.rank.admit(first)
+    batch = server.extend([(first, 0, 30)], [])
+    server.backend.init_forward_metadata(batch)
+    server.run_prompts(batch, [(first, 0, 30)])
+    said = []
+    for length in range(31, 38):
+        batch = decode_batch([first.row], [length])
+        if length == 35:
+            server.rank.admit(second)
+            batch = server.extend([(second, 0, 41)], [first.row])
+            batch.seq_lens = torch.tensor([41, length])
+        server.backend.init_forward_metadata(batch)
+        queries = torch.randn(heads.num_lanes, MODEL.group, DIM)
+        said.append(queries)
+        for index in range(LAYERS):
+            n, lane = len(heads.heads[index]), heads.lane_start[index]
+            q, new = queries[lane : lane + n].reshape(1, -1), torch.zeros(1, n * DIM)
+            server.backend.forward_decode(q, new, new, server.layer(index, n), batch)
+    found = recent.last(first.row, 37, np.arange(heads.num_lanes))
+    assert torch.equal(found, torch.stack(said[-window:], dim=1))
 
 
 def test_an_idle_pass_touches_nothing(server: Server) -> None:

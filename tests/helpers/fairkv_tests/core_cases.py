@@ -168,6 +168,7 @@ def make_books(
     head_dim: int = 8,
     slots: int | None = None,
     forecast_factor: float = 1.0,
+    slack: int | None = None,
 ) -> list:
     """One RowBook per rank, as the ranks' processes would have them."""
     from fairkv_sglang.kernels import HeadPages
@@ -188,6 +189,7 @@ def make_books(
                 ),
                 pool_tokens=pool_tokens,
                 forecast_factor=forecast_factor,
+                slack=slack,
             )
         )
     return books

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 import fairkv_sglang.patches.rank
+from fairkv_sglang.attention.compress_outputs import OutputCompressor
 from fairkv_sglang.budgets import AS_SERVER, BudgetScope, Keep, pick
+from fairkv_sglang.memory.recent import RecentQueries
 from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.patches import scheduling
 from fairkv_sglang.patches.prefill_budget import FairKVPrefillBudget
@@ -32,6 +34,7 @@ from fairkv_tests.core_cases import (
 )
 
 ROWS, MAX_HEAD_TOKENS, POOL = 7, 420, 460
+WINDOW = 4  # of recent queries
 
 
 @dataclass(eq=False)
@@ -87,6 +90,7 @@ class Engine:
         chunk: int,
         page_size: int,
         forecast: float = 1.0,
+        slack: int | None = None,
     ) -> None:
         self.rng, self.plan, self.scope = rng, plan, scope
         self.overlap, self.mixed, self.chunk = overlap, mixed, chunk
@@ -101,7 +105,11 @@ class Engine:
             max_pages=max_pages,
             pool_tokens=POOL,
             forecast_factor=forecast,
+            slack=slack,
         )
+        self.compressors = [self.compressor(book) for book in self.books if book.outputs]
+        self.longest = 0  # output of a request that ended
+        self.calm = False  # nobody aborts, pauses, or ends before it has written all
         seen_before(self.books, rng)
         self.allocator = Allocator(self, page_size)
         self.free_rows = list(range(1, ROWS))
@@ -113,6 +121,19 @@ class Engine:
         self.pending: list[Batch] = []
         self.finished = self.retractions = self.aborts = self.overshoot = self.spills = 0
         self.zeros = torch.zeros((POOL, plan.num_kv_heads, 8))
+
+    @staticmethod
+    def compressor(book: RowBook) -> OutputCompressor:
+        recent = RecentQueries(
+            rows=ROWS,
+            window=WINDOW,
+            lanes=book.pages.lanes,
+            group=2,
+            head_dim=book.pages.head_dim,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        return OutputCompressor(book, recent)
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -168,11 +189,11 @@ class Engine:
     # -- one turn of the loop -------------------------------------------------------------------
 
     def turn(self) -> None:
-        if self.chunked is not None and self.rng.random() < 0.05:
+        if self.chunked is not None and not self.calm and self.rng.random() < 0.05:
             self.lose_row(self.chunked)  # abort inside a chunked prefill
             self.chunked = None
             self.aborts += 1
-        if self.rng.random() < 0.04:
+        if not self.calm and self.rng.random() < 0.04:
             self.pause()
         batch = self.choose()
         if batch is not None:
@@ -218,7 +239,7 @@ class Engine:
             for book in self.books
         ]
         for budget in budgets:
-            budget.total_offset += sum(r.want - r.outputs for r in self.running) * 0.3
+            budget.total_offset += sum(self.expected_output(budget.book, r) for r in self.running)
         left = self.chunk
         chosen: list[tuple[Request, int]] = []
         if self.chunked is not None:
@@ -287,11 +308,21 @@ class Engine:
             self.running = []
         return batch
 
+    @staticmethod
+    def expected_output(book: RowBook, request: Request) -> float:
+        kv = SimpleNamespace(holds_kv=bool(request.row), req_pool_idx=request.row)
+        with mock.patch.object(fairkv_sglang.patches.rank, "_rank", SimpleNamespace(book=book)):
+            return scheduling.around_running_output(
+                lambda adder, req: (request.want - request.outputs) * 0.3,
+                None,
+                SimpleNamespace(kv=kv),
+            )
+
     def choose_decode(self) -> Batch | None:
         self.running = [r for r in self.running if r.row]
         if not self.running:
             return None
-        forced = self.rng.random() < 0.05 and len(self.running) > 1
+        forced = not self.calm and self.rng.random() < 0.05 and len(self.running) > 1
         while forced or not self.decode_fits():
             forced = False
             # Alone it always fits: the clip at its arrival saw to that.
@@ -309,6 +340,8 @@ class Engine:
         rows = torch.tensor([r.row for r, _ in batch.decoded], dtype=torch.int64)
         for book in self.books:
             book.begin_forward([r.row for r, _ in batch.ended])
+            if book.outputs:
+                self.compressors[book.heads.rank].step()
             if len(rows):
                 slots = torch.empty((len(rows), book.pages.lanes), dtype=torch.int64)
                 book.pages.kernels.grow(book.pages, rows, slots)
@@ -317,7 +350,15 @@ class Engine:
         for request, _ in batch.ended:
             self.store(request)
         for rank, book in enumerate(self.books):
-            assert book.pages.num_used <= book.ledger.held[rank]
+            assert book.pages.num_used <= book.ledger.held[rank] + self.to_shrink(book)[rank]
+
+    @staticmethod
+    def to_shrink(book: RowBook) -> np.ndarray:
+        """[R] pages that the device still holds of what the ledger has given back."""
+        pages = np.zeros_like(book.ledger.held)
+        for due in book.outputs.due if book.outputs else ():
+            pages += book.ledger.pages(due.row, due.held) - book.ledger.pages(due.row, due.counts)
+        return pages
 
     def store(self, request: Request) -> None:
         plan, total = self.plan, request.prompt
@@ -357,7 +398,9 @@ class Engine:
                 self.overshoot += 1
                 continue
             request.outputs += 1
-            if request.outputs >= request.want or self.rng.random() < 0.03:
+            ends = not self.calm and self.rng.random() < 0.03
+            if request.outputs >= request.want or ends:
+                self.longest = max(self.longest, request.outputs)
                 self.lose_row(request)
                 self.finished += 1
             elif (request, life) in batch.ended:
@@ -381,6 +424,10 @@ class Engine:
         assert np.all(ledgers[0].held <= ledgers[0].capacity)
         same(book.log.digest for book in self.books)
         released = not self.books[0]._to_release
+        if self.books[0].outputs:
+            same(tuple(book.outputs.freed_pages) for book in self.books)
+            released = released and not self.books[0].outputs.due
+            self.check_bounds()
         quiet = released and all(
             r.kept is not None and ledgers[0].is_settled(r.row) for r in self.alive
         )
@@ -388,6 +435,16 @@ class Engine:
             assert book.live_requests == len(self.alive)
             if quiet:  # every row is on the device, and known exactly
                 assert book.pages.num_used == book.ledger.held[rank]
+
+    def check_bounds(self) -> None:
+        """No request holds more than it may, however long it writes."""
+        book = self.books[0]
+        for request in self.alive:
+            bound = book.outputs.rule.bound(request.prompt, request.keep)
+            if bound is None or request.kept is None or not book.ledger.is_settled(request.row):
+                continue
+            most = book.ledger.pages(request.row, bound.most(request.kept))
+            assert np.all(book.ledger.charge(request.row) <= most)
 
     def drain(self) -> None:
         """Run until nothing is left, then look for leaks."""
