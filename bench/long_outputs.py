@@ -75,8 +75,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     args = parser.parse_args()
     asked = [question for i in range(args.samples) for question in questions(i)]
-    compressed = {"decode_compression": True, "decode_slack": SLACK}
-    ways = {
+    compressed: dict[str, Any] = {"decode_compression": True, "decode_slack": SLACK}
+    ways: dict[str, dict[str, Any]] = {
         "all kept": {},
         "attention": compressed,
         "attention and redundancy": {**compressed, "decode_redundancy": 0.9},

@@ -211,8 +211,8 @@ def _longest_return(rank: Rank, keep: Keep, input_tokens: int, longest: int) -> 
     always this is ``longest`` and costs one look.
     """
     book, most = rank.book, rank.division.max_head_tokens
-    bounded = book.outputs is not None and book.outputs.rule.bound(input_tokens, keep) is not None
-    slack = book.outputs.rule.slack if bounded else 0  # it goes on from there
+    bound = book.outputs.rule.bound(input_tokens, keep) if book.outputs is not None else None
+    slack = bound.slack if bound is not None else 0  # it goes on from there
     more = book.demand.most_lanes * -(-slack // PAGE_TOKENS)
 
     def fits(output: int) -> bool:
@@ -321,7 +321,7 @@ HOOKS: tuple[Hook, ...] = (
         why="the room of outputs to come ends where a request is compressed again",
         since="0.5.21",
         upstream="sglang/srt/managers/schedule_policy.py",
-        test="tests/patches/test_scheduling.py",
+        test="tests/patches/test_output_admission.py",
     ),
     Hook(
         target=f"{_ALLOCATOR}.create_prefill_budget",

@@ -77,12 +77,9 @@ class OutputCompressor:
     def _parts(self, held: IntArray) -> Iterator[slice]:
         size = self._at_once
         if size is None:
-            most, window = (
-                int(held.max()),
-                self.recent.queries.shape[1] * self.recent.queries.shape[3],
-            )
-            row = most if self.redundancy else 0
-            size = max(1, SCORED_AT_ONCE // (4 * most * max(window, row)))
+            most, queries = int(held.max()), self.recent.window * self.book.heads.group_size
+            by_row = max(queries, most if self.redundancy else 0)
+            size = max(1, SCORED_AT_ONCE // (4 * most * by_row))
         for start in range(0, len(held), size):
             yield slice(start, start + size)
 

@@ -86,8 +86,9 @@ class Ranks:
             book.pages.kernels.append(book.pages, slots, k, -k)
             book.recent.add(0, q)
         for row, length in lengths.items():
-            for head in sum(self.left[row], []):
-                head.append(length - 1)
+            for heads in self.left[row]:
+                for head in heads:
+                    head.append(length - 1)
 
     def expect(self, row: int, first: int) -> None:
         """What is left of each head after a compression now, one at a time."""

@@ -87,7 +87,7 @@ def test_scores_are_those_of_the_formula(
 
 
 def test_of_repeated_tokens_the_last_is_the_least_redundant() -> None:
-    """R-KV's point: three keys that are the same, of which attention cannot tell one from another."""
+    """R-KV's point: three keys that are the same, so attention cannot tell one from another."""
     _, k = heads(3, [24], 4)
     for place in (4, 9, 15):
         k[0, place] = k[0, 4]

@@ -45,6 +45,7 @@ def division(plan: Plan, **options: object):
     max_requests=st.integers(1, 300),
     prefill_pool=st.one_of(st.none(), st.integers(1, 50_000)),
     max_head_tokens=st.one_of(st.none(), st.integers(1, 50_000)),
+    recent_bytes=st.sampled_from([0, 0, 512, 8192]),
 )
 def test_parts_fit(seed: int, split: tuple[int, int], **options) -> None:
     heads, ranks = split
@@ -59,6 +60,14 @@ def test_parts_fit(seed: int, split: tuple[int, int], **options) -> None:
     vector = 2 * 64 * 2
     assert parts.total_bytes == options["total_tokens"] * stock_heads * vector * 2
     used = parts.pool_bytes + parts.table_bytes + parts.arena_pages * parts.page_bytes
+    if options["recent_bytes"]:  # the queries of the last output tokens of each row and lane
+        recent = (parts.max_requests + 1) * lanes * options["recent_bytes"]
+        assert np.array_equal(parts.recent_bytes, recent)
+        assert np.all(recent <= parts.total_bytes / 16)
+        assert f"last tokens {recent[0] / (1 << 20):.1f} MiB" in parts.describe(0, 1)
+        used = used + recent
+    else:
+        assert parts.recent_bytes is None and "last tokens" not in parts.describe(0, 1)
     assert np.all(used <= parts.total_bytes)
     # Nothing is left over that a page would fit in.
     assert np.all(parts.total_bytes - used < parts.page_bytes + RUN_BYTES)
