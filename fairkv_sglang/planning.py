@@ -183,10 +183,10 @@ def outputs_text(config: FairKVConfig) -> str:
     """What becomes of outputs, as a person would say it."""
     if not config.decode_compression:
         return "outputs all kept"
-    return (
-        f"outputs compressed every {config.decode_slack} tokens by the attention of the last "
-        f"{config.decode_window}, redundancy {config.decode_redundancy:g}"
-    )
+    by = f"attention of the last {config.decode_window}, redundancy {config.decode_redundancy:g}"
+    if config.decode_scorer != "attention":
+        by = config.decode_scorer
+    return f"outputs compressed every {config.decode_slack} tokens by {by}"
 
 
 def _expected(config: FairKVConfig, scope: BudgetScope) -> FloatArray:

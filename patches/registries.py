@@ -64,8 +64,9 @@ def after_build_backend(result: Any, *, model_runner: Any, **kwargs: Any) -> Any
     prefill = getattr(result, "prefill_backend", result)
     decoder = make_decoder(rank.config.decode_backend, book.pages, heads)
     warm_up(book.pages, decoder, rank.scorer, heads.lane_start, heads.group_size, rope)
-    if book.recent is not None:
-        rank.outputs = OutputCompressor(book, book.recent, rank.config.decode_redundancy)
+    if book.outputs is not None:
+        config = rank.config
+        rank.outputs = OutputCompressor(book, config.decode_window, config.decode_redundancy)
     rank.backend = FairKVAttnBackend(model_runner, prefill, decoder, compressor, book)
     return rank.backend
 

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairkv_sglang.budgets.outputs import score_held
+from fairkv_sglang.budgets.outputs import key_difference, score_held
 from fairkv_sglang.budgets.selection import pick
 from fairkv_sglang.kernels.compact import IntArray, compact, keys_of
 from fairkv_sglang.kernels.prompts import to_device
 from fairkv_sglang.memory.outputs import Due
-from fairkv_sglang.memory.recent import RecentQueries
 from fairkv_sglang.memory.rows import RowBook
 
 SCORED_AT_ONCE = 1 << 26
@@ -31,8 +30,9 @@ class OutputCompressor:
     """Compresses the requests that are due.
 
     Args:
-        book: Rows of this rank; its outputs are bounded.
-        recent: Queries of the last tokens.
+        book: Rows of this rank; its outputs are bounded. Where it has the queries of the last
+            tokens, their attention says what stays, else KeyDiff.
+        window: Last tokens that stay in any case; those whose queries there are.
         redundancy: Weight of redundancy, see :func:`~fairkv_sglang.budgets.outputs.score_held`.
         at_once: Heads that are scored at once; None: on a CPU one, which makes a head's scores the
             same bits in any company, on a device as many as ``SCORED_AT_ONCE`` has room for.
@@ -41,14 +41,14 @@ class OutputCompressor:
     def __init__(
         self,
         book: RowBook,
-        recent: RecentQueries,
+        window: int,
         redundancy: float = 0.0,
         at_once: int | None = None,
     ) -> None:
         if book.outputs is None:
             raise ValueError("the outputs of this rank's rows are not bounded")
-        self.book, self.outputs, self.recent = book, book.outputs, recent
-        self.redundancy = redundancy
+        self.book, self.outputs, self.recent = book, book.outputs, book.recent
+        self.window, self.redundancy = window, redundancy
         self._at_once = 1 if book.pages.device.type == "cpu" and at_once is None else at_once
 
     def step(self) -> None:
@@ -77,7 +77,7 @@ class OutputCompressor:
     def _parts(self, held: IntArray) -> Iterator[slice]:
         size = self._at_once
         if size is None:
-            most, queries = int(held.max()), self.recent.window * self.book.heads.group_size
+            most, queries = int(held.max()), self.window * self.book.heads.group_size
             by_row = max(queries, most if self.redundancy else 0)
             size = max(1, SCORED_AT_ONCE // (4 * most * by_row))
         for start in range(0, len(held), size):
@@ -85,12 +85,15 @@ class OutputCompressor:
 
     def _choose(self, due: Due, lanes: IntArray, held: IntArray, counts: IntArray) -> Tensor:
         """``[n, max(counts)]`` places of what stays."""
-        pages, window = self.book.pages, self.recent.window
+        pages, window = self.book.pages, self.window
         keys = keys_of(pages, due.row, lanes, int(held.max()))
         ends = to_device(torch.from_numpy(held), pages.device)
         keep = to_device(torch.from_numpy(counts), pages.device)
-        queries = self.recent.last(due.row, due.length, lanes)
-        scores = score_held(queries, keys, ends, pages.head_dim**-0.5, self.redundancy)
+        if self.recent is None:
+            scores = key_difference(keys, ends)
+        else:
+            queries = self.recent.last(due.row, due.length, lanes)
+            scores = score_held(queries, keys, ends, pages.head_dim**-0.5, self.redundancy)
         place = torch.arange(keys.shape[1], device=pages.device)
         first = (keep - window).clamp(max=due.first)[:, None]
         last = (place >= ends[:, None] - window) & (place < ends[:, None])

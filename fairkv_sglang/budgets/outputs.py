@@ -60,6 +60,25 @@ def score_held(q: Tensor, k: Tensor, held: Tensor, scale: float, redundancy: flo
     return scores.masked_fill(place >= end, -torch.inf)
 
 
+def key_difference(k: Tensor, held: Tensor) -> Tensor:
+    """KeyDiff (arXiv 2504.15364) of all rows that each of E heads holds: minus the cosine of a key
+    and the mean direction of the head's keys.
+
+    A key's score changes little from one compression to the next, so what stood out stays.
+
+    Args:
+        k, held: As :func:`score_held` has them.
+
+    Returns:
+        float32 [E, M]; minus infinity behind ``held[e]``.
+    """
+    inside = torch.arange(k.shape[1], device=k.device) < held[:, None]
+    unit = normalize(k.float(), dim=-1).masked_fill(~inside[..., None], 0.0)
+    mean = unit.sum(dim=1, keepdim=True) / held[:, None, None]
+    cosine = (unit * normalize(mean, dim=-1)).sum(dim=-1)
+    return (-cosine).masked_fill(~inside, -torch.inf)
+
+
 def redundant(k: Tensor, held: Tensor) -> Tensor:
     """R of :func:`score_held`, float32 [E, M]; 0 behind ``held[e]``."""
     rows = k.shape[1]

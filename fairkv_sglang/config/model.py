@@ -142,10 +142,15 @@ class FairKVConfig(Options):
         multiple_of=16,
         description="Tokens of output beyond the budget after which a request is compressed.",
     )
+    decode_scorer: Literal["attention", "keydiff"] = Field(
+        "attention",
+        description="What a token is worth when outputs are compressed: attention of the last "
+        "tokens, or how much its key differs from the others.",
+    )
     decode_window: int = Field(
         8,
         gt=0,
-        description="Last output tokens, always kept, by whose attention outputs are compressed.",
+        description="Last output tokens, always kept; attention is theirs.",
     )
     decode_redundancy: float = Field(
         0.0,
@@ -248,7 +253,7 @@ class FairKVConfig(Options):
 
     def _wrong_with_outputs(self, window: int) -> str | None:
         """What does not fit together among the options of output compression, in a line."""
-        names = ("decode_slack", "decode_window", "decode_redundancy")
+        names = ("decode_slack", "decode_scorer", "decode_window", "decode_redundancy")
         if not self.decode_compression:
             for name in names:
                 if getattr(self, name) != FairKVConfig.model_fields[name].default:
@@ -261,6 +266,8 @@ class FairKVConfig(Options):
                 "decode_compression keeps outputs within a budget in tokens, and a share of a "
                 "short prompt is none: give budget, or budget_least beside the ratio"
             )
+        if self.decode_redundancy and self.decode_scorer != "attention":
+            return "decode_redundancy goes with attention: leave it out, or decode_scorer"
         most = min(window, self.decode_slack)
         if self.decode_window > most:
             return (
@@ -304,8 +311,9 @@ class FairKVConfig(Options):
 
     @property
     def recent_queries(self) -> int:
-        """Output tokens whose queries are kept; 0 where outputs are not compressed."""
-        return self.decode_window if self.decode_compression else 0
+        """Output tokens whose queries are kept; 0 where outputs are not compressed by attention."""
+        asks = self.decode_compression and self.decode_scorer == "attention"
+        return self.decode_window if asks else 0
 
     def to_json(self) -> str:
         """The value of ``FAIRKV_RESOLVED``."""

@@ -95,6 +95,7 @@ class RankReport:
             return None
         return {
             "slack": config.decode_slack,
+            "scorer": config.decode_scorer,
             "window": config.decode_window,
             "redundancy": config.decode_redundancy,
             "compressions": outputs.compressions,

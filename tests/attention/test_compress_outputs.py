@@ -9,7 +9,7 @@ import torch
 
 from fairkv_sglang.attention.compress_outputs import OutputCompressor
 from fairkv_sglang.budgets import BudgetSpec, Keep, make_scope, make_scorer
-from fairkv_sglang.budgets.outputs import score_held
+from fairkv_sglang.budgets.outputs import key_difference, score_held
 from fairkv_sglang.kernels.torch_decode import gather
 from fairkv_sglang.memory.recent import RecentQueries
 from fairkv_sglang.placement import Plan
@@ -24,29 +24,35 @@ class Ranks:
     whichever rank has them.
     """
 
-    def __init__(self, plan: Plan, redundancy: float = 0.0, at_once: int | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        redundancy: float = 0.0,
+        at_once: int | None = None,
+        asks: bool = True,
+    ) -> None:
         scorer = make_scorer("streaming", sink=2, window=WINDOW)
         scope = make_scope("uniform", BudgetSpec(tokens=BUDGET), LAYERS, HEADS, scorer)
         capacity = np.full(plan.tp_size, 400)
         self.books = make_books(plan, scope, capacity, rows=4, slack=SLACK)
         self.compressors = []
         for book in self.books:
-            book.recent = RecentQueries(
-                rows=4,
-                window=WINDOW,
-                lanes=book.pages.lanes,
-                group=GROUP,
-                head_dim=DIM,
-                dtype=torch.float32,
-                device=torch.device("cpu"),
-            )
-            compressor = OutputCompressor(book, book.recent, redundancy, at_once)
-            self.compressors.append(compressor)
+            if asks:  # for queries; else it is KeyDiff
+                book.recent = RecentQueries(
+                    rows=4,
+                    window=WINDOW,
+                    lanes=book.pages.lanes,
+                    group=GROUP,
+                    head_dim=DIM,
+                    dtype=torch.float32,
+                    device=torch.device("cpu"),
+                )
+            self.compressors.append(OutputCompressor(book, WINDOW, redundancy, at_once))
         # All tokens of each row, and what is left of them: [L, H] lists of positions.
         self.k: dict[int, torch.Tensor] = {}
         self.q: dict[int, torch.Tensor] = {}
         self.left: dict[int, list[list[list[int]]]] = {}
-        self.redundancy = redundancy
+        self.redundancy, self.asks = redundancy, asks
 
     def admit(self, row: int, prompt: int, keep: Keep, kept: list[int], seed: int) -> None:
         """A request with ``kept`` positions of its prompt in every head."""
@@ -77,14 +83,15 @@ class Ranks:
             compressor.step()
             slots = torch.empty((len(rows), book.pages.lanes), dtype=torch.int64)
             book.pages.kernels.grow(book.pages, now, slots)
-            book.recent.begin(now, torch.tensor(list(lengths.values())))
             layer, head = book.heads.lane_layer, book.heads.lane_head
             k, q = (
                 torch.stack([of[row][n - 1, layer, head] for row, n in lengths.items()])
                 for of in (self.k, self.q)
             )
             book.pages.kernels.append(book.pages, slots, k, -k)
-            book.recent.add(0, q)
+            if self.asks:
+                book.recent.begin(now, torch.tensor(list(lengths.values())))
+                book.recent.add(0, q)
         for row, length in lengths.items():
             for heads in self.left[row]:
                 for head in heads:
@@ -98,7 +105,10 @@ class Ranks:
                 q = self.q[row][held[-WINDOW:], layer, head][None]
                 k = self.k[row][held, layer, head][None]
                 ends = torch.tensor([len(held)])
-                scores = score_held(q, k, ends, DIM**-0.5, self.redundancy)[0].tolist()
+                if self.asks:
+                    scores = score_held(q, k, ends, DIM**-0.5, self.redundancy)[0].tolist()
+                else:
+                    scores = key_difference(k, ends)[0].tolist()
                 always = {*range(first), *range(len(held) - WINDOW, len(held))}
                 order = sorted(range(len(held)), key=lambda t: (t not in always, -scores[t], t))
                 self.left[row][layer][head] = [held[t] for t in sorted(order[:BUDGET])]
@@ -128,14 +138,18 @@ def copied() -> Plan:
 
 
 @pytest.mark.parametrize("plan", [one_rank(), copied()], ids=["one rank", "copies on two"])
-@pytest.mark.parametrize(("redundancy", "at_once"), [(0.0, None), (0.9, None), (0.9, 3)])
-def test_what_stays(plan: Plan, redundancy: float, at_once: int | None) -> None:
+@pytest.mark.parametrize(
+    ("redundancy", "at_once", "asks"),
+    [(0.0, None, True), (0.9, None, True), (0.9, 3, True), (0.0, 3, False)],
+    ids=["attention", "redundancy", "heads at once", "keydiff"],
+)
+def test_what_stays(plan: Plan, redundancy: float, at_once: int | None, asks: bool) -> None:
     """A long and a short prompt, due at different steps, each head against a slow selection.
 
     The long one has a protected system prompt of 6 tokens; of the short one the two first tokens
     stay, as the scorer's sinks. Several heads at once are scored like one.
     """
-    ranks = Ranks(plan, redundancy, at_once)
+    ranks = Ranks(plan, redundancy, at_once, asks)
     ranks.admit(1, 100, Keep(spans=((0, 6), (30, 33))), list(range(0, 80, 2)), seed=1)
     ranks.admit(2, 30, Keep(), list(range(30)), seed=2)
     first_due = {1: SLACK, 2: BUDGET + SLACK - 30}

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairkv_sglang.budgets.outputs import score_held
+from fairkv_sglang.budgets import make_scorer
+from fairkv_sglang.budgets.outputs import key_difference, score_held
 from fairkv_tests.core_cases import QUICK, seeds
 
 REACH, SIMILAR = 3, 0.5
@@ -83,6 +84,19 @@ def test_scores_are_those_of_the_formula(
     for e, rows in enumerate(held):
         want = reference(q[e], k[e, :rows], 0.5, redundancy)
         assert found[e, :rows].tolist() == pytest.approx(want, abs=1e-5)
+        assert (found[e, rows:] == -torch.inf).all()
+
+
+def test_keydiff_is_the_scorer_of_that_name() -> None:
+    """Over the rows of each head alone."""
+    window, held = 3, [30, 17, 24]
+    _, keys = heads(6, held, window)
+    k = torch.tensor(keys, dtype=torch.float32)
+    found = key_difference(k, torch.tensor(held))
+    scorer = make_scorer("keydiff", window=window)
+    for e, rows in enumerate(held):
+        want = scorer.score(None, k[e, :rows, None], scale=1.0)[0]
+        torch.testing.assert_close(found[e, : rows - window], want)
         assert (found[e, rows:] == -torch.inf).all()
 
 

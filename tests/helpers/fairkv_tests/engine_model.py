@@ -124,7 +124,7 @@ class Engine:
 
     @staticmethod
     def compressor(book: RowBook) -> OutputCompressor:
-        recent = RecentQueries(
+        book.recent = RecentQueries(
             rows=ROWS,
             window=WINDOW,
             lanes=book.pages.lanes,
@@ -133,7 +133,7 @@ class Engine:
             dtype=torch.float32,
             device=torch.device("cpu"),
         )
-        return OutputCompressor(book, recent)
+        return OutputCompressor(book, WINDOW)
 
     # -- requests -------------------------------------------------------------------------------
 
