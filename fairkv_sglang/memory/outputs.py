@@ -8,7 +8,7 @@ gives where the prompt was shorter than that, is what a head goes back to, for e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +73,7 @@ class OutputRule:
         if own is not None and own.ratio is not None:
             tokens = max(tokens, server.tokens or server.least or 0)
         due = self.slack + tokens - prompt_len
-        alike = self.scope.variant(BudgetSpec(tokens=tokens), scope.protected)
+        alike = replace(keep, spec=BudgetSpec(tokens=tokens)).scope(self.scope, prompt_len)
         return OutputBound(due, self.slack, alike.expected(tokens + self.slack))
 
 
@@ -141,7 +141,7 @@ class Outputs:
         bound = self.rule.bound(prompt_len, keep)
         if bound is None:
             return
-        first = self.rule.scope.sink
+        first = keep.scope(self.rule.scope, prompt_len).sink
         if keep.spans and keep.spans[0][0] == 0:  # of others the places among kept rows vary
             first = max(first, min(keep.spans[0][1], prompt_len))
         self._rows[row] = _Row(bound, prompt_len, first, bound.due)
