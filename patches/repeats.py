@@ -53,7 +53,9 @@ class Repeats:
     # -- what is needed -------------------------------------------------------------------------
 
     def needed(self, keep: Keep, length: int) -> bool:
-        """Whether a prompt is compressed at all."""
+        """Whether a prompt is compressed at all, by this scorer."""
+        if keep.scorer not in (None, self.scorer):
+            return False
         budget = keep.scope(self.scope, length).budget(length)
         return self.scorer.window < length and budget < length
 
