@@ -6,12 +6,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
 from fairkv_sglang.config import (
     FILE_VARIABLE,
     RESOLVED_VARIABLE,
+    ConfigError,
     FairKVConfig,
     add_flags,
     from_environment,
@@ -100,3 +103,17 @@ def test_wrong_flags_end_the_process(capsys: pytest.CaptureFixture[str]) -> None
         _command_line("--fairkv", "--fairkv-ratio", "2")
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: --fairkv-ratio: 2 must be at most 1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [("kvzip", "needs the tokenizer"), ("keydiff", "--device cpu with FairKV")],  # what comes next
+)
+def test_kvzip_is_refused_without_a_tokenizer(scorer: str, message: str) -> None:
+    arguments = SimpleNamespace(tp_size=1, device="cpu", skip_tokenizer_init=True)
+    with (
+        mock.patch("fairkv_sglang.patches.cpu_platform.is_active", lambda: False),
+        server_args.starting(FairKVConfig(enabled=True, scorer=scorer)),
+        pytest.raises(ConfigError, match=message),
+    ):
+        server_args._resolve(None, arguments)

@@ -301,7 +301,9 @@ def test_a_decode_backend_of_another_device_is_refused_before_weights() -> None:
     assert check_start(FairKVConfig(enabled=True), LLAMA, 2, "cpu").plan.tp_size == 2
 
 
-@pytest.mark.parametrize("options", [{"scorer": "compactor"}, {"group": "max"}])
+@pytest.mark.parametrize(
+    "options", [{"scorer": "compactor"}, {"scorer": "kvzip"}, {"group": "max"}]
+)
 def test_a_scorer_that_needs_a_whole_group_is_refused_on_parts(options: dict[str, str]) -> None:
     """Eight ranks have one query head each, two for every KV head."""
     config = FairKVConfig(enabled=True, **options)
