@@ -143,7 +143,7 @@ class FairKVConfig(Options):
         description="Tokens of output beyond the budget after which a request is compressed.",
     )
     decode_scorer: Literal["attention", "keydiff"] = Field(
-        "attention",
+        "keydiff",
         description="What a token is worth when outputs are compressed: attention of the last "
         "tokens, or how much its key differs from the others.",
     )
@@ -267,7 +267,7 @@ class FairKVConfig(Options):
                 "short prompt is none: give budget, or budget_least beside the ratio"
             )
         if self.decode_redundancy and self.decode_scorer != "attention":
-            return "decode_redundancy goes with attention: leave it out, or decode_scorer"
+            return "decode_redundancy goes with attention: add decode_scorer attention"
         most = min(window, self.decode_slack)
         if self.decode_window > most:
             return (

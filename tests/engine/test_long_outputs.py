@@ -21,6 +21,7 @@ FAIRKV: dict[str, Any] = {
     "budget": BUDGET,
     "decode_compression": True,
     "decode_slack": SLACK,
+    "decode_scorer": "attention",
     "prefill_pool": 2000,
 }
 PROMPTS = random_prompts([1, 20, 63, 64, 100, 150, 300, 400], vocab=500, seed=8)
@@ -103,7 +104,7 @@ def _long(model: Path, folder: Path, tp_size: int) -> list[list[int]]:
             "prefill_pool": 9000,
             **placed,
         },
-        environment={**CHECKS, "PYTHONPATH": str(probe)},
+        environment={"PYTHONPATH": str(probe)},
         max_total_tokens=60_000,
         tp_size=tp_size,
     )
@@ -143,5 +144,11 @@ def of_one_rank(long_model: Path, tmp_path_factory: pytest.TempPathFactory) -> l
 def test_4000_tokens_at_a_budget_of_512(
     long_model: Path, of_one_rank: list[list[int]], tmp_path: Path, tp_size: int
 ) -> None:
-    """At TP 1, 2 and 4 token for token, in constant memory."""
-    assert _long(long_model, tmp_path, tp_size) == of_one_rank
+    """At TP 1, 2 and 4 token for token, in constant memory.
+
+    By KeyDiff: attention is nearly the same everywhere in a random model, so over many compressions
+    the last bits of its scores, which differ between TP sizes, choose one of two tokens somewhere.
+    """
+    for found, want in zip(_long(long_model, tmp_path, tp_size), of_one_rank, strict=True):
+        differ = [place for place in range(LONG) if found[place] != want[place]]
+        assert not differ, f"the first of {len(differ)} tokens that differ is {differ[0]}"
