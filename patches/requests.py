@@ -13,8 +13,9 @@ from typing import Any
 from fairkv_sglang.config import RESOLVED_VARIABLE, FairKVConfig, from_environment
 from fairkv_sglang.config.request_options import KEY, RequestOptions, read_request_options
 from fairkv_sglang.patches.ledger import Hook
-from fairkv_sglang.patches.system_prompt import SYSTEM_TOKENS
 
+SYSTEM_TOKENS = "__fairkv_system_tokens"
+"""Entry of ``custom_params`` between the hook on chats and that on the tokenized request."""
 LARGEST_BIAS = 1e4
 """OpenAI's interface ends at 100. Divided by SGLang's lowest temperature this is finite."""
 
@@ -96,7 +97,7 @@ def options_of(values: Any, system_tokens: int, prompt_len: int | None) -> Reque
     Raises:
         ValueError: in one line.
     """
-    config = _configuration(os.environ.get(RESOLVED_VARIABLE))
+    config = configuration()
     options = None
     if values is not None:
         options = read_request_options(values, server=config, prompt_len=prompt_len)
@@ -105,6 +106,11 @@ def options_of(values: Any, system_tokens: int, prompt_len: int | None) -> Reque
         spans = [[0, min(system_tokens, prompt_len)], *(options.protect or [])]
         options = options.model_copy(update={"protect": spans})
     return options
+
+
+def configuration() -> FairKVConfig:
+    """The server's, in whichever process."""
+    return _configuration(os.environ.get(RESOLVED_VARIABLE))
 
 
 @lru_cache

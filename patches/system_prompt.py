@@ -3,19 +3,26 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from hashlib import sha256
 from itertools import takewhile
+from time import time
 from typing import Any
 
 from fairkv_sglang.patches.ledger import Hook
+from fairkv_sglang.patches.requests import SYSTEM_TOKENS, configuration
 
-SYSTEM_TOKENS = "__fairkv_system_tokens"
-"""Entry of ``custom_params`` between this hook and that on the tokenized request."""
 ROLES = ("system", "developer")
+RECENT = 64
+"""System prompts whose tokens are remembered, for a minute: templates may tell date and time."""
+_MEMORY = "_fairkv_system_prompts"
 
 
 def after_convert_request(result: Any, serving: Any, request: Any, *args: Any, **named: Any) -> Any:
     """SGLang has rendered and tokenized a chat."""
     adapted, processed = result
+    if not configuration().protect_system:
+        return result
     if isinstance(adapted.input_ids, list) and processed.input_ids is None:
         count = system_tokens(serving, processed, adapted.input_ids)
         if count:
@@ -44,15 +51,27 @@ def system_tokens(serving: Any, request: Any, prompt: list[int]) -> int:
     if not leading:
         return 0
     other = ChatCompletionMessageUserParam(role="user", content="0")
-    try:
-        changed = serving._process_messages(
-            request.model_copy(update={"messages": [*leading, other]}),
-            serving.tokenizer_manager.model_config.is_multimodal,
-        )
-    except ValueError:  # the template takes no such chat
-        return 0
-    pairs = zip(prompt, changed.prompt_ids, strict=False)
+    changed = _rendered(serving, request.model_copy(update={"messages": [*leading, other]}))
+    pairs = zip(prompt, changed, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _rendered(serving: Any, request: Any) -> list[int]:
+    """Tokens of a chat, empty if the template takes no such chat; the last ones are remembered."""
+    recent: OrderedDict[bytes, list[int]] = vars(serving).setdefault(_MEMORY, OrderedDict())
+    # With all that a template may look at: tools, its own arguments, ...
+    said = f"{time() // 60} {request.model_dump_json()}"
+    key = sha256(said.encode()).digest()
+    if key not in recent:
+        multimodal = serving.tokenizer_manager.model_config.is_multimodal
+        try:
+            recent[key] = list(serving._process_messages(request, multimodal).prompt_ids)
+        except ValueError:
+            recent[key] = []
+        if len(recent) > RECENT:
+            recent.popitem(last=False)
+    recent.move_to_end(key)
+    return recent[key]
 
 
 HOOKS: tuple[Hook, ...] = (

@@ -39,13 +39,10 @@ class Keep:
 
     def scope(self, server: BudgetScope, prompt_len: int) -> BudgetScope:
         """The scope that the prompt of ``prompt_len`` tokens has on a server with this one."""
-        if self.scorer is not None:
-            server = server.another(self.method, self.scorer.window, self.scorer.sink)
-        elif self.method is not None:
-            server = server.another(self.method, server.window, server.sink)
-        before = prompt_len - server.window
+        own = None if self.scorer is None else (self.scorer.window, self.scorer.sink)
+        before = prompt_len - (server.window if own is None else own[0])
         protected = sum(max(min(end, before) - start, 0) for start, end in self.spans)
-        return server.variant(self.spec, protected)
+        return server.variant(self.spec, protected, self.method, own)
 
     def positions(self, before: int) -> IntArray:
         """Ascending positions of the protected tokens below ``before``: those that are scored."""

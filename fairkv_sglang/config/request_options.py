@@ -6,7 +6,6 @@ They travel to the ranks as text, because SGLang's channel has no type for a lis
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
@@ -15,14 +14,14 @@ from fairkv_sglang.budgets import SCOPES, SCORERS, BudgetSpec
 from fairkv_sglang.budgets.keep import Keep, merged
 from fairkv_sglang.config.model import FairKVConfig
 from fairkv_sglang.near_miss import did_you_mean
-from fairkv_sglang.registry import Options, explain
+from fairkv_sglang.registry import Options, Registry, explain
 
 KEY = "fairkv"
 MOST_TOKENS = 1 << 30
 """Largest number of tokens that is read, beyond any prompt."""
 MOST_OF_AN_OPTION = 512
 """Largest whole number of a method's option: more could take memory that nobody has set aside."""
-METHODS = {"scorer": SCORERS, "scope": SCOPES}
+METHODS: dict[str, Registry[Any]] = {"scorer": SCORERS, "scope": SCOPES}
 """What a request may name, with options that stand beside the name."""
 
 
@@ -95,9 +94,10 @@ def read_request_options(
         if key not in known and key not in of_methods:
             hint = did_you_mean(key, [*known, *of_methods]) or f": there are {', '.join(known)}"
             raise ValueError(f"{KEY} has no option {key!r}{hint}.")
-    named = {key: value for key, value in values.items() if key in of_methods or key in METHODS}
+    given = {key: value for key, value in values.items() if value is not None}
+    named = {key: given.pop(key) for key in list(given) if key in of_methods or key in METHODS}
     try:
-        options = RequestOptions.model_validate({k: v for k, v in values.items() if k not in named})
+        options = RequestOptions.model_validate(given)
     except ValidationError as error:
         details = error.errors(include_url=False)[0]
         raise ValueError(f"{KEY}.{explain(details)}.") from None
@@ -122,14 +122,13 @@ def read_request_options(
 
 
 def _with_methods(
-    server: FairKVConfig, named: Mapping[str, Any], options: RequestOptions
+    server: FairKVConfig, named: dict[str, Any], options: RequestOptions
 ) -> FairKVConfig:
     """The configuration of a server that serves the request as it wants.
 
     A method that it names begins with that method's defaults; options without a name change the
     server's method.
     """
-    named = {key: value for key, value in named.items() if value is not None}
     if not named:
         return server
     values = server.model_dump(exclude={"plan"})

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import fairkv_sglang.patches.rank
+from fairkv_sglang.attention.compress import PromptCompressor
 from fairkv_sglang.attention.compress_all import AllPromptsCompressor
-from fairkv_sglang.budgets import BudgetSpec, Keep
+from fairkv_sglang.budgets import BudgetSpec, Keep, make_scorer
 from fairkv_sglang.budgets.scorers.tova import TOVA
 from fairkv_sglang.budgets.selection import picked, pooled_counts
 from fairkv_sglang.kernels import HeadPages
@@ -163,7 +164,29 @@ def test_heads_are_combined_prompt_by_prompt(
     assert sorted(seen) == sorted(scored * LAYERS)
 
 
-@pytest.mark.parametrize(("scope", "tp_size"), [("uniform", 2), ("layer", 4), ("rank", 2)])
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_pass_of_several_methods_goes_prompt_by_prompt(tmp_path: Path, tp_size: int) -> None:
+    """Others go as ever."""
+    rng, model = np.random.default_rng(tp_size), Model()
+    plan = random_plan(rng, LAYERS, tp_size, model.heads)
+    config = settle(tmp_path, model, plan, scope="layer", ratio=0.4, scorer="snapkv")
+    prompts = random_prompts(rng, [[21, 40], [16, 45], [3, 58], [30]])
+    keydiff = make_scorer("keydiff", window=5)
+    model_scope = ("model", (("floor_alpha", 0.2),))
+    keeps = [Keep(method=model_scope), Keep(), Keep(None, ((2, 9),), keydiff, model_scope), Keep()]
+    for prompt, keep in zip(prompts, keeps, strict=True):
+        prompt.keep = keep
+    with mock.patch.object(
+        PromptCompressor, "_choices", autospec=True, side_effect=PromptCompressor._choices
+    ) as one_by_one:
+        ranks, _ = run_ranks(config, model, tp_size, lambda rank: rank.run(prompts), bounded=True)
+    assert one_by_one.call_count == LAYERS * tp_size
+    check(ranks, config, prompts)
+
+
+@pytest.mark.parametrize(
+    ("scope", "tp_size"), [("uniform", 2), ("layer", 4), ("rank", 2), ("model", 2)]
+)
 def test_ranks_keep_what_the_papers_say(tmp_path: Path, scope: str, tp_size: int) -> None:
     rng, model = np.random.default_rng(tp_size), Model()
     plan = random_plan(rng, LAYERS, tp_size, model.heads)

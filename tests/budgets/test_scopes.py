@@ -305,17 +305,17 @@ def test_a_request_with_another_method_has_the_scope_of_such_a_server(name):
     profile = HeadProfile(None, np.random.default_rng(1).random((LAYERS, 4)) + 0.1)
     server = SCOPES.make("threshold", BudgetSpec(tokens=40), LAYERS, 4, 8, profile, threshold=3.0)
     options = (("floor_alpha", 0.5),) if "floor_alpha" in SCOPES.options(name) else ()
-    scorer = make_scorer("lagkv", window=5, sink=3)
-    other = SCOPES.make(name, BudgetSpec(ratio=0.3), LAYERS, 4, 5, profile, 3, **dict(options))
+    scorer = make_scorer("lagkv", window=45, sink=3)  # more than the server's budget holds
+    other = SCOPES.make(name, BudgetSpec(ratio=0.3), LAYERS, 4, 45, profile, 3, **dict(options))
     server.home_size = other.home_size = 2
     keep = Keep(BudgetSpec(ratio=0.3), ((0, 7), (193, 200)), scorer, (name, options))
-    own, other = keep.scope(server, 200), other.variant(None, 7 + 2)  # the window has the last 5
+    own, other = keep.scope(server, 200), other.variant(None, 7)  # the window has the others
     assert own is keep.scope(server, 200) and type(own) is type(other)
     for field in ("spec", "window", "sink", "protected", "home_size", "floor_alpha"):
         assert getattr(own, field, None) == getattr(other, field, None)
     assert np.array_equal(own.expected(200), other.expected(200))
-    alone = Keep(scorer=scorer).scope(server, 200)
-    assert (alone.name, alone.threshold, alone.window) == ("threshold", 3.0, 5)
+    alone = Keep(scorer=make_scorer("keydiff", window=39)).scope(server, 200)
+    assert (alone.name, alone.threshold, alone.window) == ("threshold", 3.0, 39)
 
 
 @pytest.mark.parametrize("name", ["layer", "rank"])

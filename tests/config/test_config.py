@@ -192,7 +192,7 @@ _OUTPUTS = ["--fairkv", "--fairkv-budget", "512", "--fairkv-decode-compression"]
         ),
         (
             ["--fairkv", "--fairkv-scope", "uniform", "--fairkv-floor-alpha", "1"],
-            ["--fairkv-floor-alpha: scope uniform", "head, layer, rank, threshold have it"],
+            ["--fairkv-floor-alpha: scope uniform", "head, layer, model, rank, threshold have it"],
         ),
         (["--fairkv", "--fairkv-pooling", "mix"], ["--fairkv-pooling", "'mix'", "max, avg"]),
         (["--fairkv", "--fairkv-sink", "4"], ["--fairkv-sink: scorer snapkv", "streaming"]),

@@ -63,13 +63,14 @@ def right(answers: list[list[int]]) -> int:
 def test_a_mixed_batch_is_served_as_each_request_alone(engine: Any) -> None:
     options: list[Options] = [
         None,
-        {"budget": 120},
-        {"ratio": 0.1},
+        {"budget": 120, "scope": "model"},
+        {"ratio": 0.1, "scorer": "h2o", "scope": "threshold", "threshold": 0.01},
         {"compress": False},
         {"ratio": 0.1, "protect": [fact(4)]},
-        {"protect": [[0, 300], [250, 600]]},  # more than half of the prompt, over two chunks
-        {"budget": 1 << 20},
-        {"compress": True, "protect": []},
+        # More than half of the prompt, over two chunks.
+        {"protect": [[0, 300], [250, 600]], "scorer": "tova", "window": 64},
+        {"budget": 1 << 20, "scorer": "compactor"},
+        {"compress": True, "protect": [], "scope": "rank"},
     ]
     mixed = ask(engine, options)
     alone = [ask(engine, [o], [t])[0] for o, t in zip(options, TOKENS, strict=True)]  # prefix hits
@@ -79,18 +80,37 @@ def test_a_mixed_batch_is_served_as_each_request_alone(engine: Any) -> None:
     assert engine.fairkv()["decisions_agree"]
 
 
-@pytest.mark.sweep  # two more servers
-def test_a_budget_of_a_request_is_that_of_a_server(
+@pytest.mark.sweep  # more servers
+def test_options_of_a_request_are_those_of_a_server(
     engine: Any, start_engine: Callable[..., Any]
 ) -> None:
-    wanted = {}
-    for name, fairkv in (("budget", {**METHOD, "budget": 120}), ("stock", None)):
-        other = start_engine(MODEL, fairkv=fairkv, **ENGINE)
-        wanted[name] = ask(other, [None] * 8)
+    """Of one rank: no scope here depends on their number."""
+    servers: list[Options] = [
+        {**METHOD, "budget": 120},
+        {"scorer": "keydiff", "scope": "model", "ratio": 0.1},
+        {"scorer": "h2o", "scope": "threshold", "threshold": 0.01, "ratio": 0.5},
+        {"scorer": "snapkv", "window": 16, "scope": "pyramid", "ratio": 0.2},
+        None,  # stock
+    ]
+    found = []
+    for fairkv in servers:
+        other = start_engine(MODEL, fairkv=fairkv, **{**ENGINE, "tp_size": 1})
+        if fairkv is None:
+            found.append(ask(other, [None] * 8))
+            assert ask(engine, [{"compress": False}] * 8) == found[-1]
+        else:
+            answers, kept = kept_of(other, None)
+            assert kept_of(engine, fairkv) == (answers, kept)
+            found.append(answers)
         other.close()
-    assert wanted["budget"] != wanted["stock"]
-    assert ask(engine, [{"budget": 120}] * 8) == wanted["budget"]
-    assert ask(engine, [{"compress": False}] * 8) == wanted["stock"]
+    assert len({str(answers) for answers in found}) == len(servers)
+
+
+def kept_of(engine: Any, options: Options) -> tuple[list[list[int]], list[list[int]]]:
+    """Answers to all prompts with these options, and what was kept of them."""
+    before = np.array(engine.fairkv()["kept"]["tokens"])
+    answers = ask(engine, [options] * 8)
+    return answers, (np.array(engine.fairkv()["kept"]["tokens"]) - before).tolist()
 
 
 def test_protected_tokens_are_kept(engine: Any) -> None:
@@ -123,6 +143,7 @@ def test_what_is_counted(engine: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"scorer": "keydif"}, r"fairkv\.scorer: 'keydif' is not one of .*mean keydiff\?"),
         ({"budget": 32}, r"fairkv\.budget: 32 tokens are too few .* at least 33"),
         ({"ratio": 0}, r"fairkv\.ratio: 0\S* must be greater than 0"),
         ({"bugdet": 50}, r"no option 'bugdet': did you mean budget\?"),

@@ -65,14 +65,20 @@ def test_checkpoint_is_the_gguf(folder: Path) -> None:
     assert tokenizer.eos_token == "<|im_end|>"
 
 
-def _answers(engine: Any, questions: list[Question]) -> list[str]:
-    parameters = {"temperature": 0, "max_new_tokens": 24}
+def _answers(engine: Any, questions: list[Question], **options: Any) -> list[str]:
+    """``options``: of each request."""
+    parameters = {"temperature": 0, "max_new_tokens": 24, "custom_params": {"fairkv": options}}
     ids = [question.input_ids for question in questions]
     results = engine.call("generate", input_ids=ids, sampling_params=parameters)
-    engine.close()
     return [result["text"] for result in results]
 
 
+METHODS: list[dict[str, Any]] = [
+    {},
+    {"scope": "model"},
+    {"scope": "threshold", "threshold": 0.002},
+    {"scope": "model", "scorer": "keydiff"},
+]
 ENGINE: dict[str, Any] = {"dtype": "float32", "max_total_tokens": 8192}
 
 
@@ -89,9 +95,14 @@ def test_recall_with_everything_kept_and_one_kv_head_a_rank(
 def test_same_answers_at_any_tp_with_a_quarter_of_the_cache(
     folder: Path, start_engine: Callable[..., Any]
 ) -> None:
+    """With the scopes that look at all heads, or at the scores alone."""
     questions = MODELS["smollm2"].questions(folder, 41_000, 8, 700, 1)
-    one, three = (
-        _answers(start_engine(folder, fairkv={"ratio": 0.25}, tp_size=tp, **ENGINE), questions)
-        for tp in (1, 3)
-    )
-    assert one == three
+    found = []
+    for tp_size in (1, 3):
+        engine = start_engine(folder, fairkv={"ratio": 0.25}, tp_size=tp_size, **ENGINE)
+        answers = [_answers(engine, questions, **options) for options in METHODS]
+        found.append((answers, engine.fairkv()["kept"]))
+        engine.close()
+    assert found[0] == found[1]
+    texts = [str(answer) for answer in found[0][0]]
+    assert len(set(texts)) > 1  # methods differ

@@ -130,6 +130,7 @@ def test_sglangs_backend_stays_inside(tp_size: int, tmp_path: Path) -> None:
         device="cpu",
         req_to_token_pool=SimpleNamespace(req_to_token=rank.table),
         token_to_kv_pool=object(),
+        model=torch.nn.Module(),  # without rotary embeddings, which snapkv does not need
     )
     group, prefill = SimpleNamespace(device_group=(0, tp_size)), Prefill()
     with (

@@ -18,12 +18,15 @@ from sglang.srt.managers.schedule_policy import (
     SchedulePolicy,
 )
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from fairkv_sglang.budgets import AS_SERVER, BudgetSpec, Keep
+from fairkv_sglang.config.request_options import RequestOptions
 from fairkv_sglang.patches.prefix_cache import FairKVRadixCache
 from fairkv_sglang.patches.request_options import asked
 from fairkv_sglang.patches.scheduling import around_add_request
@@ -111,3 +114,35 @@ def test_a_fixed_output_is_admitted_like_any_other(monkeypatch: pytest.MonkeyPat
     mark_spilled(req)  # it may take no chance again
     around_add_request(add, "adder", req)
     assert admission.certain is True and req.is_retracted
+
+
+@pytest.mark.parametrize(
+    ("scorer", "server", "most"),
+    [
+        (None, 8, 12),
+        ("keydiff", 8, 12),  # what the server's scorer needs is computed in any case
+        ("tova", 8, 9),
+        ("h2o", 8, 0),
+        ("tova", 15, 5),
+    ],
+)
+def test_a_request_with_its_own_scorer_takes_less_of_a_cached_prefix(
+    scorer: str | None, server: int, most: int
+) -> None:
+    """Its queries have to be computed; what a chunk has just stored is found all the same."""
+    windows = {"tova": 11, "keydiff": 3, "h2o": 3}
+    cache = make_cache(False)
+    cache.window = server
+    tokens = list(range(1, 21))
+    cache.insert(InsertParams(key=RadixKey(array("q", tokens)), value=torch.arange(20)))
+    req = request("a", tokens)
+    if scorer is not None:
+        own = RequestOptions(scorer={"name": scorer, "window": windows[scorer]})
+        req.sampling_params.custom_params = {"fairkv": own.to_text()}
+    req.init_next_round_input(cache)
+    assert len(req.prefix_indices) == most
+    schedule_policy.match_prefix_for_req(cache, req, include_req=True)
+    assert len(req.prefix_indices) == most
+    with cache._stores():
+        found = cache.match_prefix(MatchPrefixParams(key=RadixKey(array("q", tokens)), req=req))
+    assert len(found.device_indices) == 20

@@ -6,6 +6,7 @@ a prompt that can never fit.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -87,6 +88,52 @@ def test_a_turn_of_a_session_has_a_budget_but_no_spans() -> None:
     assert "64" in send({"fairkv": {"budget": 64}}, session_params={"id": "a"})["fairkv"]
     with pytest.raises(ValueError, match="a session has parts"):
         send({"fairkv": {"protect": [[0, 1]]}}, session_params={"id": "a"})
+
+
+@pytest.mark.usefixtures("resolved")
+def test_a_scorer_and_a_scope_reach_a_rank() -> None:
+    sent = send({"fairkv": {"scorer": "tova", "scope": "model", "ratio": 0.5}})
+    assert isinstance(sent["fairkv"], str)
+    request = SimpleNamespace(sampling_params=SimpleNamespace(custom_params=sent))
+    keep = request_options.keep_of(request)
+    assert keep == Keep(
+        BudgetSpec(ratio=0.5), (), make_scorer("tova"), ("model", (("floor_alpha", 0.2),))
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "rope", "replicas", "words"),
+    [
+        ({"name": "leverage"}, None, 1, "leverage needs one table of rotary .*; snapkv will do"),
+        ({"name": "leverage"}, "a table", 2, None),
+        ({"name": "snapkv", "group": "max"}, None, 2, "snapkv with these options .* on one rank"),
+        ({"name": "snapkv", "group": "max"}, None, 1, None),
+        (None, None, 2, None),
+    ],
+)
+def test_what_this_model_can_not_have(
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any] | None,
+    rope: Any,
+    replicas: int,
+    words: str | None,
+) -> None:
+    """Said by the ranks, as only they know; the request ends and no other."""
+    rank = SimpleNamespace(
+        scorer=make_scorer("snapkv"),
+        heads=SimpleNamespace(homes=SimpleNamespace(replicas=replicas)),
+        backend=SimpleNamespace(compressor=SimpleNamespace(rope=rope)),
+    )
+    monkeypatch.setattr(fairkv_sglang.patches.rank, "_rank", rank)
+    keep = Keep(scorer=None if options is None else make_scorer(**options))
+    monkeypatch.setattr(request_options, "keep_of", lambda req: keep)
+    request, asked_for = Request(keep, 400, 5), []
+    request_options.around_init_max_new_tokens(
+        lambda scheduler, req: asked_for.append(len(req.origin_input_ids)), None, request
+    )
+    assert (words is None) == (request.to_finish is None)
+    assert asked_for == [400 if words is None else 1]
+    assert words is None or re.search(words, request.to_finish)
 
 
 class Request:
@@ -197,7 +244,7 @@ def test_the_most_that_is_named_fits_and_one_more_does_not(
         return
     most = int(named[1])
     fits, not_any_more = (
-        scheduler.arrives(Keep(BudgetSpec(tokens), keep.spans), prompt)
+        scheduler.arrives(replace(keep, spec=BudgetSpec(tokens)), prompt)
         for tokens in (most, most + 1)
     )
     assert fits.to_finish is None and fits.sampling_params.max_new_tokens >= 1

@@ -13,9 +13,10 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from fairkv_sglang.budgets import BudgetSpec, Keep
 from fairkv_sglang.config import RESOLVED_VARIABLE, FairKVConfig
 from fairkv_sglang.config.request_options import KEY
+from fairkv_sglang.patches import system_prompt
 from fairkv_sglang.patches.request_options import keep_of
-from fairkv_sglang.patches.requests import after_create_tokenized
-from fairkv_sglang.patches.system_prompt import SYSTEM_TOKENS, after_convert_request, system_tokens
+from fairkv_sglang.patches.requests import SYSTEM_TOKENS, after_create_tokenized
+from fairkv_sglang.patches.system_prompt import RECENT, after_convert_request, system_tokens
 
 SYSTEM = {"role": "system", "content": "be brief"}
 USER = {"role": "user", "content": "hello"}
@@ -44,12 +45,13 @@ class Chat:
     """SGLang's chat endpoint with one token for each character."""
 
     def __init__(self, template: Callable[[list[Any]], str]) -> None:
-        self.template = template
+        self.template, self.rendered = template, 0
         config = SimpleNamespace(is_multimodal=False)
         self.tokenizer_manager = SimpleNamespace(model_config=config)
 
     def _process_messages(self, request: ChatCompletionRequest, is_multimodal: bool) -> Any:
         assert not is_multimodal
+        self.rendered += 1
         return SimpleNamespace(prompt_ids=[ord(x) for x in self.template(request.messages)])
 
     def tokens(self, request: ChatCompletionRequest) -> list[int]:
@@ -80,6 +82,31 @@ def test_templates_that_put_it_elsewhere() -> None:
     assert rendered.protected(SYSTEM, USER, USER) == "["
     request = chat(SYSTEM, USER)
     assert system_tokens(Chat(no_system), request, [1, 2, 3]) == 0
+
+
+def test_recent_system_prompts_are_not_rendered_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the user says; other tools, or arguments of the template, are another prompt."""
+    now = [59.0]
+    monkeypatch.setattr(system_prompt, "time", lambda: now[0])
+    rendered = Chat(with_roles)
+    for text in ("hello", "and?"):
+        assert system_tokens(rendered, chat(SYSTEM, {**USER, "content": text}), [60]) == 1
+    assert rendered.rendered == 1
+    system_tokens(rendered, chat(SYSTEM, USER, chat_template_kwargs={"short": True}), [60])
+    assert rendered.rendered == 2
+    for number in range(RECENT):  # the first ones are forgotten
+        system_tokens(rendered, chat({**SYSTEM, "content": str(number)}, USER), [60])
+    system_tokens(rendered, chat(SYSTEM, USER), [60])
+    assert rendered.rendered == 2 + RECENT + 1
+    now[0] = 60.0  # the template may say so
+    system_tokens(rendered, chat(SYSTEM, USER), [60])
+    assert rendered.rendered == 2 + RECENT + 2
+
+
+def test_nothing_is_rendered_where_it_is_not_protected(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FairKVConfig(enabled=True, protect_system=False)
+    monkeypatch.setenv(RESOLVED_VARIABLE, config.to_json())
+    assert converted(chat(SYSTEM, USER)).sampling_params["custom_params"] is None
 
 
 def converted(request: ChatCompletionRequest, **made: Any) -> Any:

@@ -140,7 +140,6 @@ class BudgetScope:
             )
         self._remember(CACHED_LENGTHS)
         self._variant_cached = lru_cache(CACHED_VARIANTS)(self._variant)
-        self.another = lru_cache(CACHED_VARIANTS)(self._another)
 
     def _remember(self, lengths: int) -> None:
         # Per instance, so that a scope that is dropped takes its caches along.
@@ -148,8 +147,14 @@ class BudgetScope:
         self._per_head_cached = lru_cache(lengths)(_read_only(self._per_head_bound))
         self._bound_cached = lru_cache(lengths)(_read_only(self._bound))
 
-    def variant(self, spec: BudgetSpec | None = None, protected: int = 0) -> BudgetScope:
-        """This scope for a request with a budget or protected tokens of its own; cached.
+    def variant(
+        self,
+        spec: BudgetSpec | None = None,
+        protected: int = 0,
+        method: ScopeMethod | None = None,
+        tokens: tuple[int, int] | None = None,
+    ) -> BudgetScope:
+        """The scope of a request that says for itself what is kept; cached.
 
         Protected tokens are kept by every head and counted inside of the budget, as the window is:
         the variant's :attr:`window` has them, and its ``counts`` takes the scores of the others
@@ -158,40 +163,30 @@ class BudgetScope:
         Args:
             spec: The budget; None: this scope's own.
             protected: Protected tokens of the prompt before the scorer's window.
-
-        Raises:
-            ValueError: Budget below window + sink.
-        """
-        if spec is None and not protected:
-            return self
-        return self._variant_cached(self.spec if spec is None else spec, protected)
-
-    def _variant(self, spec: BudgetSpec, protected: int) -> BudgetScope:
-        """See ``variant``."""
-        made = replace(self, spec=spec, window=self.window + protected, protected=protected)
-        made.home_size = self.home_size
-        made._remember(LENGTHS_OF_VARIANT)
-        return made
-
-    def _another(self, method: ScopeMethod | None, window: int, sink: int) -> BudgetScope:
-        """The scope of a request that brings a scope or a scorer of its own; cached.
-
-        Args:
-            method: Another scope with its options; None: this one.
-            window, sink: Its scorer's.
+            method: Another scope; None: this one.
+            tokens: Window and sink of its scorer; None: this scope's own.
 
         Raises:
             ValueError: Budget below window + sink; profile missing.
         """
+        if spec is None and not protected and method is None and tokens is None:
+            return self
+        own = tokens or (self.window, self.sink)
+        return self._variant_cached(self.spec if spec is None else spec, protected, method, *own)
+
+    def _variant(
+        self, spec: BudgetSpec, protected: int, method: ScopeMethod | None, window: int, sink: int
+    ) -> BudgetScope:
+        """See ``variant``."""
+        window += protected
         if method is None:
-            made = replace(self, window=window, sink=sink)
+            made = replace(self, spec=spec, window=window, sink=sink, protected=protected)
         else:
-            name, options = method
-            made = SCOPES.make(
-                name, self.spec, self.num_layers, self.num_heads, window, self.profile, sink,
-                **dict(options),
-            )  # fmt: skip
+            size = self.num_layers, self.num_heads
+            own = spec, *size, window, self.profile, sink, protected
+            made = SCOPES.make(method[0], *own, **dict(method[1]))
         made.home_size = self.home_size
+        made._remember(LENGTHS_OF_VARIANT)
         return made
 
     def budget(self, prompt_len: int) -> int:
