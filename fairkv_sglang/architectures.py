@@ -21,17 +21,33 @@ class Architecture:
         family: As people call it.
         model: Path of the model class.
         attention: Path of the class of its attention modules.
+        sliding: Whether its ``layer_types`` say which layers have a sliding window.
     """
 
     name: str
     family: str
     model: str
     attention: str
+    sliding: bool = False
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     row.name: row
     for row in (
+        Architecture(
+            "Gemma3ForCausalLM",
+            "Gemma 3 (text)",
+            f"{_MODELS}.gemma3_causal.Gemma3ForCausalLM",
+            f"{_MODELS}.gemma3_causal.Gemma3Attention",
+            sliding=True,
+        ),
+        Architecture(
+            "GptOssForCausalLM",
+            "gpt-oss",
+            f"{_MODELS}.gpt_oss.GptOssForCausalLM",
+            f"{_MODELS}.gpt_oss.GptOssAttention",
+            sliding=True,
+        ),
         Architecture(
             "LlamaForCausalLM",
             "Llama",

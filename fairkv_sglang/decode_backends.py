@@ -24,6 +24,7 @@ class DecodeBackend:
         order: Of those that run on a device, the lowest is its default.
         factory: ``module:function`` that makes it, imported when chosen. It gets the rank's
             ``HeadPages`` and ``RankHeads`` and returns a ``Decoder`` (``attention/decoders.py``).
+        sinks: Whether it serves models with attention sinks (gpt-oss).
     """
 
     name: ClassVar[str]
@@ -31,6 +32,7 @@ class DecodeBackend:
     devices: ClassVar[tuple[str, ...]] = ()
     order: ClassVar[int] = 0
     factory: ClassVar[str] = ""
+    sinks: ClassVar[bool] = False
 
 
 DECODE_BACKENDS: Registry[DecodeBackend] = Registry(
@@ -67,6 +69,7 @@ class Numba(DecodeBackend):
     summary: ClassVar[str] = "compiled code, CPU"
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     factory: ClassVar[str] = f"{_DECODERS}:own_kernel"
+    sinks: ClassVar[bool] = True
 
 
 @DECODE_BACKENDS.register
@@ -79,6 +82,7 @@ class Triton(DecodeBackend):
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     order: ClassVar[int] = 1
     factory: ClassVar[str] = f"{_DECODERS}:own_kernel"
+    sinks: ClassVar[bool] = True
 
 
 @DECODE_BACKENDS.register
@@ -91,10 +95,13 @@ class Torch(DecodeBackend):
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     order: ClassVar[int] = 2
     factory: ClassVar[str] = f"{_DECODERS}:plain_torch"
+    sinks: ClassVar[bool] = True
 
 
-def choose(name: str, device: str) -> str:
+def choose(name: str, device: str, sinks: bool = False) -> str:
     """The implementation that ``name`` means on ``device``, e.g. ``cuda:0``.
+
+    ``sinks``: for a model with attention sinks.
 
     Raises:
         ValueError: in one line, if it does not run there, with those that do, or if nothing can
@@ -102,13 +109,18 @@ def choose(name: str, device: str) -> str:
     """
     kind = device.partition(":")[0]
     named = {other: DECODE_BACKENDS[other] for other in DECODE_BACKENDS}
-    running = [other for other in named if kind in named[other].devices]
+    running = [
+        other
+        for other in named
+        if kind in named[other].devices and (named[other].sinks or not sinks)
+    ]
     running.sort(key=lambda other: named[other].order)
     if running and not DECODE_BACKENDS[name].devices:
         name = running[0]
     if name not in running:
         raise ValueError(
-            f"--fairkv-decode-backend {name} does not run on {device}: use auto or one of "
+            f"--fairkv-decode-backend {name} does not run on {device}"
+            f"{' for a model with attention sinks' if sinks else ''}: use auto or one of "
             + ", ".join(running)
         )
     _check_factory(named[name])

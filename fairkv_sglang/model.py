@@ -13,8 +13,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+WITHOUT_END = 1 << 40
+"""Tokens, more than any head has."""
 DTYPE_BYTES = {"auto": 2, "half": 2, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4}
 """Bytes by SGLang's ``--dtype``; with ``auto`` it serves checkpoints in float32 as float16."""
+
+
+@dataclass(frozen=True)
+class Sliding:
+    """Layers whose tokens attend to the latest ones only.
+
+    Attributes:
+        window: Tokens that a token attends to, itself included.
+        layers: Their indices, ascending.
+    """
+
+    window: int
+    layers: tuple[int, ...]
+
+    def kept(self, prompt_len: int) -> int:
+        """Tokens of a prompt that the one after it still attends to."""
+        return min(prompt_len, self.window - 1)
+
+    def most(self, num_layers: int) -> IntArray:
+        """``[L, 1]`` most tokens that a head can ever use; without end in the other layers."""
+        return np.where(self.mask(num_layers), self.window, WITHOUT_END)[:, None]
+
+    def mask(self, num_layers: int) -> NDArray[np.bool_]:
+        """``[L]``: which layers these are."""
+        return np.isin(np.arange(num_layers), self.layers)
 
 
 @dataclass(frozen=True)
@@ -36,6 +67,8 @@ class Model:
         architecture: Name of the model class (``architectures.py`` lists those that are served).
         attention: SGLang's kind of attention (``MHA``, ``MLA``, ``SSM``).
         sliding_window: Attention window in tokens; None for full attention.
+        sliding: Which layers have that window, if the others have none and contexts are longer.
+        sinks: Whether a learnt number stands beside the logits in each softmax.
         hybrid: Whether some layers have linear attention, a state space or a convolution in place
             of a KV cache.
         quantization: SGLang's name of the method of quantised weights, None if they are not.
@@ -58,6 +91,8 @@ class Model:
     architecture: str = "LlamaForCausalLM"
     attention: str = "MHA"
     sliding_window: int | None = None
+    sliding: Sliding | None = None
+    sinks: bool = False
     hybrid: bool = False
     dtype: str | None = field(default=None, compare=False)
     quantization: str | None = None
@@ -70,6 +105,11 @@ class Model:
     def group_size(self) -> int:
         """Query heads per KV head."""
         return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def ring(self) -> int:
+        """Tokens that a head with a sliding window holds; 0 if there are none."""
+        return 0 if self.sliding is None else self.sliding.window
 
     @classmethod
     def from_sglang(cls, model_config: Any) -> Model:
@@ -90,6 +130,8 @@ class Model:
             architecture=(model_config.hf_config.architectures or ["unknown"])[0],
             attention=model_config.attention_arch.name,
             sliding_window=model_config.sliding_window_size,
+            sliding=_sliding(text, model_config.sliding_window_size, model_config.context_len),
+            sinks=bool(getattr(model_config, "has_attention_sinks", False)),
             hybrid=_is_hybrid(text),
             quantization=model_config.quantization,
             quantization_config=_plain_dict(
@@ -162,6 +204,15 @@ class Model:
 
 def _mlp(config: Mapping[str, Any]) -> int:
     return int(config.get("moe_intermediate_size") or config.get("intermediate_size") or 0)
+
+
+def _sliding(config: Any, window: int | None, context: int) -> Sliding | None:
+    """By ``layer_types``; None where all layers are alike or the window holds any context."""
+    kinds = list(getattr(config, "layer_types", None) or [])
+    layers = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    if window is None or window >= context or len(layers) in (0, len(kinds)):
+        return None
+    return Sliding(window, layers)
 
 
 def _is_hybrid(config: Any) -> bool:

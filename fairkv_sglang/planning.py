@@ -13,7 +13,7 @@ import numpy as np
 
 from fairkv_sglang.budgets import SCOPES, BudgetScope, BudgetSpec, Scorer, make_scope
 from fairkv_sglang.config import FairKVConfig
-from fairkv_sglang.model import Model
+from fairkv_sglang.model import Model, Sliding
 from fairkv_sglang.placement import CostModel, Plan, Planner
 from fairkv_sglang.placement.options import SPARE_LANES, FloatArray
 from fairkv_sglang.profiles import HeadProfile, read_profile
@@ -121,7 +121,9 @@ def make_start(
             budgets that cannot be met, heads that do not fit into the lane slots and scorers that
             cannot share a head among ranks.
     """
-    scorer, scope, profile = make_budgets(config, model.num_layers, model.num_kv_heads)
+    scorer, scope, profile = make_budgets(
+        config, model.num_layers, model.num_kv_heads, model.sliding
+    )
     if tp_size > model.num_kv_heads and not scorer.averages_group:
         raise ValueError(
             f"scorer {scorer.name} with these options needs all query heads of a KV head on one "
@@ -149,7 +151,7 @@ def make_start(
 
 
 def make_budgets(
-    config: FairKVConfig, num_layers: int, num_kv_heads: int
+    config: FairKVConfig, num_layers: int, num_kv_heads: int, sliding: Sliding | None = None
 ) -> tuple[Scorer, BudgetScope, HeadProfile | None]:
     """Scorer, scope and profile of a configuration.
 
@@ -162,7 +164,9 @@ def make_budgets(
         config.budget, config.effective_ratio, config.budget_least, config.budget_most
     )
     options = config.options("scope")
-    scope = make_scope(config.scope, spec, num_layers, num_kv_heads, scorer, profile, **options)
+    scope = make_scope(
+        config.scope, spec, num_layers, num_kv_heads, scorer, profile, sliding, **options
+    )
     return scorer, scope, profile
 
 

@@ -102,6 +102,8 @@ def _variable(name: str) -> Predicate:
     return on
 
 
+_WITH_WINDOWS = {row.name for row in ARCHITECTURES.values() if row.sliding}
+
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "another device",
@@ -356,10 +358,16 @@ REFUSALS: tuple[Refusal, ...] = (
         _model(lambda m: m.hybrid),
     ),
     Refusal(
-        "sliding-window attention (Gemma 2 and 3, gpt-oss)",
+        "sliding-window attention (Gemma 2)",
         "the model",
         "use a model with full attention, or --context-length no longer than the window",
-        _model(lambda m: m.sliding_window is not None and m.sliding_window < m.context),
+        _model(
+            lambda m: (
+                m.sliding_window is not None
+                and m.sliding_window < m.context
+                and not (m.sliding and m.architecture in _WITH_WINDOWS)
+            )
+        ),
     ),
     Refusal(
         "this architecture",
@@ -420,7 +428,7 @@ def check_start(config: FairKVConfig, model: Model, tp_size: int, device: str) -
             budgets and placements that this model cannot have.
     """
     try:
-        choose(config.decode_backend, device)
+        choose(config.decode_backend, device, model.sinks)
         return make_start(config, model, tp_size, device)
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from None

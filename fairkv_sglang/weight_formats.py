@@ -27,6 +27,9 @@ def of_another_kind(model: Model) -> bool:
     """Whether attention weights are in none of the formats that can be cut."""
     if model.quantization is None:
         return False
+    if model.quantization == "mxfp4":  # gpt-oss: experts alone
+        kept = model.quantization_config.get("modules_to_not_convert") or []
+        return not any(str(name).endswith("self_attn") for name in kept)
     if model.quantization in ("compressed-tensors", "compressed_tensors"):
         return any(
             (weights.get("type"), weights.get("num_bits")) != ("float", 8)

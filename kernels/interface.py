@@ -107,7 +107,8 @@ class Kernels(Protocol):
 
         rows: int64 [bs], no row twice but the padding row. slots: int64 [bs, lanes], overwritten
         with the arena slot (page * 16 + offset) of the new token, -1 where the lane is not owned.
-        Lengths are advanced here.
+        Lengths are advanced here, except in lanes that hold all that they ever do (`pages.most`):
+        there the new token takes the slot of the oldest.
         """
 
     def release(self, pages: PageTensors, rows: torch.Tensor) -> None:
@@ -161,10 +162,12 @@ class Kernels(Protocol):
         n: int,
         scale: float,
         out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         """Attention of one layer's new tokens over lens[row, lane] tokens, the new one included.
 
-        q, out: [bs, n * g, D], query heads g*h .. g*h + g - 1 belong to head h. Accumulates in
+        q, out: [bs, n * g, D], query heads g*h .. g*h + g - 1 belong to head h. sinks: [n * g], a
+        logit of each query head that takes part in the softmax and has no value. Accumulates in
         float32. Exact zeros where the lane is not owned or empty. A (row, head) result does not
         depend on the rest of the batch on CPU.
         """

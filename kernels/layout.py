@@ -96,6 +96,9 @@ class PageTensors:
     (row, lane), of which page p is ``runs[page_table[row, lane, p // 16], p % 16]``; every page is
     either among ``free_pages[:free_count]`` or exactly one of those; entries past them are
     meaningless.
+
+    A lane with a limit (:attr:`most`) is a ring once it is full: each token overwrites the oldest
+    one. Attention does not ask in which order tokens lie, as keys carry their positions.
     """
 
     k_pages: torch.Tensor  # [num_pages, 16, D] model dtype, or by columns [num_pages, D/p, 16, p]
@@ -103,6 +106,8 @@ class PageTensors:
     page_table: torch.Tensor  # int32 [rows, lanes, max_pages / 16], first page of each run
     runs: torch.Tensor  # int32 [num_pages, 16], pages of the run that begins with this page
     lens: torch.Tensor  # int32 [rows, lanes], tokens held
+    most: torch.Tensor  # int32 [lanes], tokens that a lane ever holds; 0: as many as there come
+    turn: torch.Tensor  # int32 [rows, lanes], where the next token goes in a lane that is full
     owned: torch.Tensor  # uint8 [rows, lanes], 1 where this rank serves the lane for the row
     room: torch.Tensor  # int64 [rows], pages that the row's prompt may still take
     free_pages: torch.Tensor  # int32 [num_pages], a stack

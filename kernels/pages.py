@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,12 +41,15 @@ class HeadPages(PageTensors):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         by_columns: bool | None = None,
+        most: Sequence[int] | None = None,
     ) -> HeadPages:
         """Zeroed state with every page free.
 
         Args:
             max_pages: Most pages of one (row, lane), rounded up to whole runs.
             by_columns: How keys lie in a page; None: as the device's own kernels read them.
+            most: Of each lane the tokens that it ever holds, 0 for as many as there come; None: no
+                lane has a limit.
 
         Raises:
             ValueError: for sizes or a dtype that no cache can have.
@@ -83,6 +87,8 @@ class HeadPages(PageTensors):
             page_table=zeros((rows, lanes, -(-max_pages // RUN_PAGES)), torch.int32),
             runs=zeros((num_pages, RUN_PAGES), torch.int32),
             lens=zeros((rows, lanes), torch.int32),
+            most=torch.tensor(most or [0] * lanes, dtype=torch.int32, device=device),
+            turn=zeros((rows, lanes), torch.int32),
             owned=zeros((rows, lanes), torch.uint8),
             room=torch.full((rows,), UNLIMITED, dtype=torch.int64, device=device),
             free_pages=free,

@@ -27,6 +27,7 @@ def decode(
     n: int,
     scale: float,
     out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     g = q.shape[1] // n
     out.zero_()
@@ -34,5 +35,8 @@ def decode(
         for h in range(n):
             k, v = (t.double() for t in gather(pages, r, lane_lo + h))
             if pages.owned[r, lane_lo + h] and len(k):
-                qh = q[i, h * g : (h + 1) * g].double()
-                out[i, h * g : (h + 1) * g] = ((qh @ k.T * scale).softmax(-1) @ v).to(out.dtype)
+                mine = slice(h * g, (h + 1) * g)
+                logits = q[i, mine].double() @ k.T * scale
+                if sinks is not None:
+                    logits = torch.cat([logits, sinks[mine, None].double()], dim=1)
+                out[i, mine] = (logits.softmax(-1)[:, : len(k)] @ v).to(out.dtype)

@@ -124,9 +124,10 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         out = self.prefill.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if self.spans.prompts:
             index = layer.layer_id
+            tokens = k.shape[0]  # Gemma 3's queries are [1, tokens, heads, D]
             self.compressor.layer(
                 index,
-                q.view(q.shape[0], layer.tp_k_head_num, -1, self.pages.head_dim),
+                q.view(tokens, layer.tp_k_head_num, -1, self.pages.head_dim),
                 self.token_to_kv_pool.get_key_buffer(index),
                 self.token_to_kv_pool.get_value_buffer(index),
                 self.spans,
@@ -142,12 +143,13 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
         layer: Any,
         forward_batch: Any,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Append one token to the pages of each (request, lane) and attend to them."""
         index, heads = layer.layer_id, layer.tp_k_head_num
         lane = self.lane_start[index]
-        batch, dim = q.shape[0], self.pages.head_dim
+        batch, dim = self._rows.shape[0], self.pages.head_dim
         q = q.view(batch, -1, dim)
         if self.recent is not None:
             self.recent.add(lane, q.view(batch, heads, -1, dim))
@@ -159,7 +161,8 @@ class FairKVAttnBackend(AttentionBackend):  # type: ignore[misc]
                 q,
             )
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self.decoder.decode(q, self._rows, index, heads, layer.scaling, out)
+        more = {"sinks": sinks} if sinks is not None else {}
+        self.decoder.decode(q, self._rows, index, heads, layer.scaling, out, **more)
         return out.view(batch, -1)
 
 

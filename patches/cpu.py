@@ -19,6 +19,29 @@ def around_unaligned_tp(original: Any, model_config: Any, *args: Any, **kwargs: 
     return model_config
 
 
+_model_checks = False  # while SGLang asks whether a model runs on the backend
+
+
+def around_model_checks(original: Any, server_args: Any) -> Any:
+    """See :func:`after_attention_backends`."""
+    global _model_checks
+    _model_checks = True
+    try:
+        return original(server_args)
+    finally:
+        _model_checks = False
+
+
+def after_attention_backends(result: tuple[str, str], *args: Any) -> tuple[str, ...]:
+    """SGLang refuses gpt-oss on its torch backend, which on this platform has what it needs.
+
+    A hook on a function reaches all modules that import it, and only one of them checks models.
+    """
+    if not _model_checks:
+        return result
+    return tuple("intel_amx" if name == "torch_native" else name for name in result)
+
+
 def after_init_torch_distributed(result: Any, *args: Any, **kwargs: Any) -> Any:
     """The rank's process groups exist: see ``cpu_environment.yield_to_gloo_workers``."""
     yield_to_gloo_workers()
@@ -58,6 +81,24 @@ HOOKS: tuple[Hook, ...] = (
         upstream="sglang/srt/configs/update_config.py; called in model_executor/model_runner.py "
         "for every platform with device cpu",
         test="tests/engine/test_platform.py",
+    ),
+    Hook(
+        target="sglang.srt.arg_groups.model_hook.handle_model_specific_adjustments",
+        kind="around",
+        function=around_model_checks,
+        why="what a model may run on is asked in one place, by a function that has many callers",
+        since="0.5.21",
+        upstream="sglang/srt/arg_groups/pipeline.py",
+        test="tests/engine/test_sliding.py",
+    ),
+    Hook(
+        target="sglang.srt.arg_groups.model_hook.attention_backends_of",
+        kind="after",
+        function=after_attention_backends,
+        why="SGLang serves gpt-oss on a CPU with its AMX backend only",
+        since="0.5.21",
+        upstream="sglang/srt/arg_groups/model_hook.py (handle_model_specific_adjustments)",
+        test="tests/engine/test_sliding.py",
     ),
 )
 """Of every process."""

@@ -32,24 +32,48 @@ def around_attention_forward(
     positions: torch.Tensor,
     hidden_states: torch.Tensor,
     forward_batch: Any,
+    **embeddings: Any,
 ) -> torch.Tensor:
-    """Prompts on SGLang's module, decode on its twin; a mixed batch is cut and both run."""
+    """Prompts on SGLang's module, decode on its twin; a mixed batch is cut and both run.
+
+    ``embeddings``: Gemma 3's rotations ``[1, tokens, D]``, which come with the call, and positions
+    are ``[1, tokens]`` then.
+    """
     twin = getattr(module, TWIN, None)
+
+    def run(on: Any, batch: Any) -> torch.Tensor:
+        return original(on, positions, hidden_states, forward_batch=batch, **embeddings)
+
     if twin is None:  # this is a twin, or twins are not built yet
-        return original(module, positions, hidden_states, forward_batch)
+        return run(module, forward_batch)
     if forward_batch.forward_mode.is_decode():
-        return original(twin, positions, hidden_states, forward_batch)
+        return run(twin, forward_batch)
     spans = this_rank().backend.spans
     if not spans.decode_rows:
-        return original(module, positions, hidden_states, forward_batch)
+        return run(module, forward_batch)
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     cut = spans.prompt_tokens
     first, second = _cut(hidden_states, cut)
-    prompts = original(module, positions[:cut], first, prompts_only(forward_batch, spans))
-    running = running_only(forward_batch, spans, ForwardMode.DECODE)
-    decoded = original(twin, positions[cut:], second, running)
-    return torch.cat([prompts, decoded])
+    parts = (
+        (module, slice(0, cut), first, prompts_only(forward_batch, spans)),
+        (twin, slice(cut, None), second, running_only(forward_batch, spans, ForwardMode.DECODE)),
+    )
+    return torch.cat(
+        [
+            original(
+                on,
+                positions[..., tokens],
+                hidden,
+                forward_batch=batch,
+                **{
+                    name: rotations and tuple(part[:, tokens] for part in rotations)
+                    for name, rotations in embeddings.items()
+                },
+            )
+            for on, tokens, hidden, batch in parts
+        ]
+    )
 
 
 def _cut(hidden: Any, cut: int) -> tuple[Any, Any]:
@@ -66,6 +90,11 @@ def _cut(hidden: Any, cut: int) -> tuple[Any, Any]:
         for x in hidden
     ]
     return tuple(a for a, _ in parts), tuple(b for _, b in parts)
+
+
+def replace_fused_set_kv_buffer(forward_batch: Any) -> bool:
+    """K and V go where the attention backend puts them, not to the pool beside the rotation."""
+    return False
 
 
 def after_load_model(_: None, runner: Any) -> None:
@@ -117,6 +146,15 @@ HOOKS: tuple[Hook, ...] = (
             upstream="sglang/srt/models (forward of the attention class)",
         )
         for name in attention_classes()
+    ),
+    Hook(
+        target="sglang.srt.models.gpt_oss.enable_fused_set_kv_buffer",
+        kind="replace",
+        function=replace_fused_set_kv_buffer,
+        why="gpt-oss would write K and V to SGLang's pool, where decode has no slots (CUDA)",
+        since="0.5.21",
+        upstream="sglang/srt/models/gpt_oss.py",
+        test="tests/patches/test_models.py",
     ),
     Hook(
         target="sglang.srt.model_executor.model_runner.ModelRunner.load_model",

@@ -44,6 +44,7 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
             self.promised = book.ledger.growth(book.ledger.rows)
         self.lasting: Pages = np.zeros_like(self.promised)  # of this pass's prompts
         self._candidate: tuple[Asked, Pages] | None = None
+        self._in_rings: Pages = book.ledger.growth_in_rings()
         book.admission.begin_pass()
 
     def _unpromised(self) -> Pages:
@@ -52,7 +53,7 @@ class FairKVPrefillBudget(PrefillBudget):  # type: ignore[misc]
 
     def _left(self) -> Pages:
         """Pages beside what this pass's prompts and the outputs of running requests will hold."""
-        growth = self.book.demand.growth(self.total_offset)
+        growth = self.book.demand.growth(self.total_offset, self._in_rings)
         pages: Pages = self.book.ledger.free - self.lasting - growth
         return pages
 

@@ -56,13 +56,13 @@ def after_build_backend(result: Any, *, model_runner: Any, **kwargs: Any) -> Any
     hand_over = HandOver(heads, book.pages, transfer)
     rope = None  # a request may bring a scorer that needs it
     with nullcontext() if rank.scorer.needs_rope else suppress(RuntimeError):
-        rope = _rope(model_runner.model)
+        rope = _rope(rank.twins.modules[rank.scope.layers[0]], model_runner.model)
     compressor = make_compressor(book, rank.scorer, hand_over, exchange, rope)
     if measure.is_asked_for():
         measure.time_compression(compressor)
     # SGLang composes two backends where it chose another one for decode, which is not used here.
     prefill = getattr(result, "prefill_backend", result)
-    decoder = make_decoder(rank.config.decode_backend, book.pages, heads)
+    decoder = make_decoder(rank.config.decode_backend, book.pages, heads, rank.model.sinks)
     warm_up(book.pages, decoder, rank.scorer, heads.lane_start, heads.group_size, rope)
     if book.outputs is not None:
         config = rank.config
@@ -71,10 +71,16 @@ def after_build_backend(result: Any, *, model_runner: Any, **kwargs: Any) -> Any
     return rank.backend
 
 
-def _rope(model: torch.nn.Module) -> Rope:
-    """The rotary embedding of a model, the same in all layers of those that FairKV serves."""
-    found = (getattr(module, "rotary_emb", None) for module in model.modules())
-    embedding: Any = next((each for each in found if each is not None), None)
+def _rope(attention: torch.nn.Module, model: torch.nn.Module) -> Rope:
+    """The rotary embedding of a layer with a budget, the same in all of those."""
+    embedding: Any = getattr(attention, "rotary_emb", None)
+    # Gemma 3 rotates by another one, of the whole model, which may have other positions.
+    whole: Any = getattr(getattr(model, "model", None), "rotary_emb", None)
+    if getattr(whole, "rope_type", "default") != "default":
+        raise RuntimeError(
+            "FairKV: the scorer needs one table of rotations, and this model scales its "
+            f"positions ({whole.rope_type}); use --fairkv-scorer snapkv"
+        )
     if embedding is None:
         raise RuntimeError("FairKV: the scorer needs rotary embeddings, and the model has none")
     if not hasattr(embedding, "cos_sin_cache"):  # LongRoPE chooses one of two by the batch

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from fairkv_sglang.budgets import Keep
-from fairkv_sglang.memory.page_ledger import PAGE_TOKENS
 from fairkv_sglang.patches.ledger import Hook
 from fairkv_sglang.patches.rank import Rank, this_rank
 from fairkv_sglang.patches.repeats import repeat_of
@@ -174,9 +173,8 @@ def around_max_new_tokens(
     left = book.ledger.capacity - book.demand.under_any_plan(input_tokens, scope) - lanes
     if np.any(left < 0):
         return None
-    by_pages = int((left // np.maximum(lanes, 1)).min()) * PAGE_TOKENS
-    longest_head = int(scope.per_head_bound(input_tokens).max())
-    by_table = division.max_head_tokens - longest_head
+    by_pages = book.demand.output(left, input_tokens)
+    by_table = division.max_head_tokens - scope.longest(input_tokens)
     if by_table < 1:
         return None
     if _holds_for_ever(rank, keep, input_tokens, by_pages, by_table):
@@ -220,7 +218,7 @@ def _longest_return(rank: Rank, keep: Keep, input_tokens: int, longest: int) -> 
         scope = keep.scope(rank.scope, length)
         return bool(
             np.all(book.demand.under_any_plan(length, scope) + more <= book.ledger.capacity)
-            and scope.per_head_bound(length).max() + slack <= most
+            and scope.longest(length) + slack <= most
         )
 
     if fits(longest):

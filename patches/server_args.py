@@ -202,6 +202,7 @@ def _check_memory(start: Start, view: Any) -> None:
             max_head_tokens=config.max_head_tokens,
             arena_pages=config.debug.arena_pages,
             recent_bytes=config.recent_queries * model.group_size * model.head_dim * dtype_bytes,
+            sliding_window=model.ring,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -234,6 +235,8 @@ def _settle(server_args: Any) -> None:
     from fairkv_sglang.patches.prefix_cache import BACKEND_NAME
 
     server_args.radix_cache_backend = BACKEND_NAME
+    # One pool for all layers: decode takes no slot of any, so two would be two to divide.
+    server_args.disable_hybrid_swa_memory = True
     # Decode is FairKV's, so SGLang builds one backend, the one for prompts.
     if server_args.prefill_attention_backend is not None:
         server_args.attention_backend = server_args.prefill_attention_backend
@@ -249,6 +252,8 @@ def _settle_cpu(server_args: Any) -> None:
 
     if server_args.device is None:
         server_args.device = "cpu"
+    # SGLang's torch backend reads the pool of sliding windows at the slots of the other pool.
+    server_args.disable_hybrid_swa_memory = True
     if str(server_args.device).startswith("cpu"):
         prepare_threads(ranks_here(server_args), all_ranks(server_args))
 

@@ -42,7 +42,9 @@ def after_scheduler_init(_: None, scheduler: Any, *args: Any, **kwargs: Any) -> 
         hand_over=rank.backend.compressor.hand_over,
         replanner=rank.replanner,
         prefill_backend=type(rank.backend.prefill).__name__,
-        decode_backend=choose(rank.config.decode_backend, str(rank.book.pages.device)),
+        decode_backend=choose(
+            rank.config.decode_backend, str(rank.book.pages.device), rank.model.sinks
+        ),
     )
     collector = getattr(scheduler.metrics_reporter, "metrics_collector", None)
     labels = getattr(collector, "labels", None)

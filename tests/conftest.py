@@ -22,7 +22,9 @@ from hypothesis import settings  # noqa: E402
 
 import fairkv_sglang  # noqa: E402, F401  (takes the repository off the import path)
 
-SERVED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"}
+SERVED = {
+    "gemma3_causal", "gpt_oss", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe",
+}  # fmt: skip
 """SGLang's model files that tests serve. Each rank would import all 240 of them, for 5 s."""
 if (_sglang := importlib.util.find_spec("sglang")) is not None and _sglang.origin:
     _models = {file.stem for file in Path(_sglang.origin).parent.glob("srt/models/*.py")}

@@ -46,7 +46,7 @@ def ours(pages: HeadPages, group: int, scale: float, **options: Any) -> Contende
     from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
 
     batch, lanes = torch.arange(1, pages.rows, device=pages.device), list(range(pages.lanes + 1))
-    decoder = FlashInferDecoder(pages, lanes, group, scale, **options)
+    decoder = FlashInferDecoder(pages, lanes, group, **options)
     return Contender(
         lambda i, q, out: decoder.decode(q, batch, i, 1, scale, out), lambda: decoder.plan(batch)
     )

@@ -60,7 +60,7 @@ class Step:
         dtype = torch.bfloat16
         self.pages = pages = resident(lens, dim, dtype, device, scattered=True, by_columns=False)
         starts = list(range(0, lanes + 1, heads))
-        self.decoder = FlashInferDecoder(pages, starts, group, scale, **options)
+        self.decoder = FlashInferDecoder(pages, starts, group, **options)
         self.layers, self.heads, self.scale = layers, heads, scale
         self.start = pages.lens.clone(), pages.free_count.clone()
         self.row_bytes = 2 * dim * dtype.itemsize

@@ -157,7 +157,7 @@ def decoder(
     if device.decode == "flashinfer":
         from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
 
-        kernel = FlashInferDecoder(pages, range(0, pages.lanes + 1, heads), group, scale)
+        kernel = FlashInferDecoder(pages, range(0, pages.lanes + 1, heads), group)
         kernel.plan(rows)
         return lambda i: kernel.decode(q, rows, i % sets, heads, scale, out)
     return lambda i: pages.kernels.decode(pages, q, rows, i % sets * heads, heads, scale, out)
@@ -195,6 +195,6 @@ def upkeep_seconds(
         from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
 
         start: list[Any] = [int(x) for x in plan.lane_start(rank)]
-        kernel = FlashInferDecoder(pages, start, model.group_size, 1.0, module="plans alone")
+        kernel = FlashInferDecoder(pages, start, model.group_size, module="plans alone")
         spent += device.seconds(lambda i: kernel.plan(rows))
     return spent

@@ -133,11 +133,13 @@ class PromptCompressor:
             spans: The pass.
             scale: Softmax scale of the layer.
         """
-        windows = [self._window(layer, q, span) for span in spans.prompts]
         inputs = LayerInputs(layer, k_pool, v_pool, scale)
-        self._observe(inputs, q, spans)
-        if self._repeats is not None:
-            self._repeats.layer(layer, q, k_pool, scale)
+        windows: list[Tensor | None] = [None] * len(spans.prompts)
+        if layer in self.scope.layers:
+            windows = [self._window(layer, q, span) for span in spans.prompts]
+            self._observe(inputs, q, spans)
+            if self._repeats is not None:
+                self._repeats.layer(layer, q, k_pool, scale)
         self.hand_over.finish()  # of the layer before, which travelled while this one was computed
         if not self._endings:
             return
@@ -197,10 +199,12 @@ class PromptCompressor:
         it has to be.
         """
         choices = self._choices(inputs, windows)
-        ready = [ending for ending in self._endings if not ending.waits]
+        ready = self._endings
+        if inputs.layer in self.scope.layers:
+            ready = [ending for ending in self._endings if not ending.waits]
         for ending, choice in zip(ready, choices, strict=True):
             known = choice.kept.counts if choice.counts is None else choice.counts
-            ending.counts.append(known)
+            ending.counts[inputs.layer] = known
         if self._exchange is not None and self.hand_over.moves(inputs.layer, ready):
             for choice in choices:
                 if choice.counts is None:  # scope rank: owners elsewhere have to be told
@@ -210,6 +214,9 @@ class PromptCompressor:
 
     def _choices(self, inputs: LayerInputs, windows: list[Tensor | None]) -> list[Choice]:
         """What each ending prompt keeps in the layer; scores of those that wait are set aside."""
+        if self.scope.sliding is not None and inputs.layer not in self.scope.layers:
+            lengths = [ending.span.prompt_len for ending in self._endings]
+            return [self._latest(n, self.scope.sliding.kept(n)) for n in lengths]
         scores = {
             number: self._score(inputs, ending, windows[number])
             for number, ending in enumerate(self._endings)
@@ -222,7 +229,8 @@ class PromptCompressor:
         choices = []
         for number, ending in enumerate(self._endings):
             if not ending.compressed:
-                choices.append(self._everything(ending.span.prompt_len))
+                # no scores are needed, on any rank
+                choices.append(self._latest(ending.span.prompt_len, ending.span.prompt_len))
                 continue
             table, scorer = scores[number], self._scorer(ending.span.row)
             if scorer.spans_heads:
@@ -241,11 +249,12 @@ class PromptCompressor:
         together = ending.scope.spans_ranks or self.heads.homes.replicas > 1
         return together or self._scorer(ending.span.row).spans_heads
 
-    def _everything(self, length: int) -> Choice:
-        """A prompt within its budget: no scores are needed, on any rank."""
-        exact = np.full(self.scope.num_heads, length, dtype=np.int64)
-        counts = torch.from_numpy(exact).to(self._home.device, non_blocking=True)
-        indices = torch.arange(length, device=counts.device).repeat(len(self._home), 1)
+    def _latest(self, length: int, tokens: int) -> Choice:
+        """The last ``tokens`` of a prompt of ``length``."""
+        exact = np.full(self.scope.num_heads, tokens, dtype=np.int64)
+        counts = torch.full(exact.shape, tokens, dtype=torch.int64, device=self._home.device)
+        latest = torch.arange(length - tokens, length, device=counts.device)
+        indices = latest.repeat(len(self._home), 1)
         return Choice(Kept(counts[self._home], indices), counts, exact)
 
     def _choose(self, layer: int, scores: Tensor, ending: Ending) -> Choice:
@@ -308,7 +317,11 @@ class PromptCompressor:
         for ending in self._endings:
             if not ending.scope.input_dependent:
                 continue
-            kept = torch.stack(ending.counts)
+            # Of a layer with a sliding window all ranks know all counts.
+            counts = [ending.counts[layer] for layer in range(self.scope.num_layers)]
+            fewest = min(map(len, counts))
+            known = [c if len(c) == fewest else c[self._home] for c in counts]
+            kept = torch.stack(known)
             if kept.shape[1] < self.scope.num_heads and self._exchange is not None:
                 kept = self._exchange.counts(kept)
             self.book.note_kept(ending.span.row, _to_host(kept))

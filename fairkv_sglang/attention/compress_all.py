@@ -100,6 +100,9 @@ class AllPromptsCompressor(PromptCompressor):
         if not self._alike:
             return super()._choices(inputs, windows)
         prompts, layer = self._prompts, inputs.layer
+        if layer not in self.scope.layers:
+            self._batch = None
+            return super()._choices(inputs, windows)
         scores = self._scores(inputs, [windows[number] for number in self._order])
         if prompts.total and self._exchange is not None and self._together(self._endings[0]):
             scores = self._exchange.table(scores)

@@ -44,10 +44,12 @@ class Decoder(Protocol):
         lanes: int,
         scale: float,
         out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         """Write ``out [bs, lanes*g, D]`` for ``q`` of the same shape; zeros for lanes not served.
 
-        ``lanes`` counts the layer's first slots whose queries are there.
+        ``lanes`` counts the layer's first slots whose queries are there. ``sinks``: ``[lanes*g]``
+        attention sinks of the query heads, given if the model has them.
         """
 
 
@@ -88,9 +90,10 @@ class PageTableDecoder:
         lanes: int,
         scale: float,
         out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         """See :class:`Decoder`."""
-        self.operation(self.pages, q, rows, self.lane_start[layer], lanes, scale, out)
+        self.operation(self.pages, q, rows, self.lane_start[layer], lanes, scale, out, sinks)
 
 
 def flashinfer(pages: HeadPages, heads: RankHeads) -> Decoder:
@@ -98,9 +101,9 @@ def flashinfer(pages: HeadPages, heads: RankHeads) -> Decoder:
     from fairkv_sglang.kernels.cuda.flashinfer import FlashInferDecoder
     from fairkv_sglang.kernels.cuda.flashinfer_check import assert_plan_matches_flashinfer
 
-    group, dim = heads.group_size, pages.head_dim
-    assert_plan_matches_flashinfer(pages.dtype, dim, group, str(pages.device))
-    return FlashInferDecoder(pages, heads.lane_start, group, dim**-0.5)
+    group = heads.group_size
+    assert_plan_matches_flashinfer(pages.dtype, pages.head_dim, group, str(pages.device))
+    return FlashInferDecoder(pages, heads.lane_start, group)
 
 
 def own_kernel(pages: HeadPages, heads: RankHeads) -> Decoder:
@@ -113,17 +116,18 @@ def plain_torch(pages: HeadPages, heads: RankHeads) -> Decoder:
     return PageTableDecoder(pages, heads.lane_start, torch_decode.decode)
 
 
-def make_decoder(wanted: str, pages: HeadPages, heads: RankHeads) -> Decoder:
+def make_decoder(wanted: str, pages: HeadPages, heads: RankHeads, sinks: bool = False) -> Decoder:
     """The implementation that ``--fairkv-decode-backend`` names, or the device's own.
 
     Args:
         wanted: Name of the implementation, or ``auto``.
         pages: Head pages of this rank.
         heads: Its lanes.
+        sinks: Whether the model has attention sinks.
 
     Raises:
         ValueError: if the named implementation does not run on the device, with those that do.
     """
-    backend = DECODE_BACKENDS[choose(wanted, str(pages.device))]
+    backend = DECODE_BACKENDS[choose(wanted, str(pages.device), sinks)]
     decoder: Decoder = pkgutil.resolve_name(backend.factory)(pages, heads)
     return decoder

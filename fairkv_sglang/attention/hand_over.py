@@ -61,7 +61,7 @@ class Ending:
     scope: BudgetScope
     protected: Tensor | None = None
     unprotected: Tensor | None = None
-    counts: list[Tensor] = field(default_factory=list)
+    counts: dict[int, Tensor] = field(default_factory=dict)
     scores: list[Tensor] = field(default_factory=list)
 
     @property

@@ -15,7 +15,7 @@ from fairkv_sglang.budgets import pick
 
 
 def choices_of_layers(ending: Ending, home: Tensor) -> list[Choice]:
-    """What a prompt keeps in each layer; its scores are given up.
+    """What a prompt keeps in each layer with a budget; its scores are given up.
 
     Counts are copied to the host, which waits for them: once for each prompt, and all-to-alls then
     carry no more than the rows that move, of which the bound would be many times as many.
@@ -31,7 +31,7 @@ def choices_of_layers(ending: Ending, home: Tensor) -> list[Choice]:
     free = scores if ending.unprotected is None else scores.index_select(2, ending.unprotected)
     counts = scope.counts(0, range(layers * heads), free.flatten(0, 1), length).view(layers, heads)
     exact = counts.cpu().numpy()
-    ending.counts = list(counts)
+    ending.counts |= zip(scope.layers, counts, strict=True)
     mine, widths = counts[:, home], exact[:, home.cpu().numpy()].max(axis=1)
     return [
         Choice(pick(table[home], mine[i], length, int(widths[i])), counts[i], exact[i])

@@ -40,6 +40,7 @@ class Asked:
         lanes: ``[R]`` heads that it has on each rank.
         keep: What it wants kept.
         outputs: What it may hold while it writes; None: all of its output.
+        most: ``[L, 1]`` tokens that a head ever holds, where there are sliding windows.
     """
 
     prompt_len: int
@@ -50,6 +51,7 @@ class Asked:
     lanes: Pages
     keep: Keep = AS_SERVER
     outputs: OutputBound | None = None
+    most: NDArray[np.int64] | None = None
 
     @property
     def charge(self) -> Pages:
@@ -59,12 +61,16 @@ class Asked:
 
     def lasting(self, output: int) -> Pages:
         """``[R]`` pages that it is expected to hold at most, writing ``output`` tokens."""
-        tokens, more = self.expected, self.lanes * -(-output // PAGE_TOKENS)
         if self.outputs is not None:
-            tokens, more = np.minimum(tokens + output, self.outputs.most(tokens)), 0 * more
-        kept = np.ceil(tokens / PAGE_TOKENS).ravel()
-        pages = np.bincount(self.owners.ravel(), weights=kept, minlength=len(self.lanes))
-        lasting: Pages = pages.astype(np.int64) + more
+            tokens = np.minimum(self.expected + output, self.outputs.most(self.expected))
+            each = np.ceil(tokens / PAGE_TOKENS)
+        else:
+            each = np.ceil(self.expected / PAGE_TOKENS) + -(-output // PAGE_TOKENS)
+        if self.most is not None:
+            each = np.minimum(each, -(-self.most // PAGE_TOKENS))
+        owners = self.owners.ravel()
+        pages = np.bincount(owners, weights=each.ravel(), minlength=len(self.lanes))
+        lasting: Pages = pages.astype(np.int64)
         return lasting
 
 
@@ -93,6 +99,8 @@ class Admission:
         self._scope, self._demand = scope, demand
         self._router, self._recorder = router, recorder
         self._factor = forecast_factor
+        sliding = scope.sliding
+        self._most = None if sliding is None else sliding.most(scope.num_layers)
         self.certain = False
         """Whether who is asked about next has to stay within its charge, whatever it keeps."""
         self.repeats = False
@@ -110,7 +118,9 @@ class Admission:
         limit = bound if certain else self._limit(scope, prompt_len, owners, bound)
         lanes = np.bincount(owners.ravel(), minlength=len(bound))
         outputs = self._outputs.bound(prompt_len, keep) if self._outputs else None
-        return Asked(prompt_len, owners, expected, bound, limit, lanes, keep, outputs)
+        return Asked(
+            prompt_len, owners, expected, bound, limit, lanes, keep, outputs, self._most
+        )
 
     def promise(self, asked: Asked) -> None:
         """The prompt is in the pass that is being put together."""
@@ -148,7 +158,7 @@ class Admission:
         """``[R]`` the smaller of bound and forecast."""
         if not scope.input_dependent or scope.budget(prompt_len) >= prompt_len:
             return bound
-        seen = self._recorder.compressed()
+        seen = self._recorder.compressed(None if self._most is None else scope.layers)
         if len(seen) < LEAST_SEEN:
             return bound
         pages = forecast_pages(scope, seen, prompt_len, owners, len(bound))

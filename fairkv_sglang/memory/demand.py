@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -38,7 +39,9 @@ class PageDemand:
         self.lanes: Pages = served.sum(axis=(0, 2)).astype(np.int64)
         copies = np.maximum(served.sum(axis=1, keepdims=True), 1)
         # of one request: the mean, as copies share requests
-        self.expected_lanes: NDArray[np.float64] = (served / copies).sum(axis=(0, 2))
+        by_layer = (served / copies).sum(axis=2)  # [L, R]
+        self.expected_lanes: NDArray[np.float64] = by_layer.sum(axis=0)
+        self._growing = by_layer[list(self.scope.layers)].sum(axis=0)
 
     def with_owners(
         self, prompt_len: int, owners: NDArray[np.integer], scope: BudgetScope | None = None
@@ -74,11 +77,32 @@ class PageDemand:
         fullest: Pages = np.take_along_axis(first, slots, axis=1).sum(axis=0)
         return fullest
 
-    def growth(self, tokens: float) -> Pages:
-        """``[R]`` pages that so many tokens of output take, whoever writes them."""
-        pages = np.ceil(self.expected_lanes * (tokens / PAGE_TOKENS))
+    def growth(self, tokens: float, in_rings: Pages | None = None) -> Pages:
+        """``[R]`` pages that so many tokens of output take, whoever writes them.
+
+        ``in_rings``: ``[R]`` the most that lanes with a sliding window can take of them; None: one
+        request writes them all.
+        """
+        pages = np.ceil(self._growing * (tokens / PAGE_TOKENS))
         growth: Pages = pages.astype(np.int64)
+        if self.scope.sliding is not None:
+            each = tokens if in_rings is not None else min(tokens, self.scope.sliding.window)
+            rings = np.ceil((self.expected_lanes - self._growing) * (each / PAGE_TOKENS))
+            most = rings if in_rings is None else np.minimum(rings, in_rings)
+            growth += most.astype(np.int64)
         return growth
+
+    def output(self, left: Pages, prompt_len: int) -> int:
+        """Tokens that a request with ``left [R]`` pages may write, whichever lanes it has."""
+        lanes = self.most_lanes
+        tokens = int((left // np.maximum(lanes, 1)).min())
+        sliding = self.scope.sliding
+        if sliding is not None:  # once their lanes are full the others have the rest
+            growing = self._most_lanes(self.scope.layers)
+            more = -(-sliding.window // PAGE_TOKENS) - sliding.kept(prompt_len) // PAGE_TOKENS
+            beyond = (left - (lanes - growing) * more) // np.maximum(growing, 1)
+            tokens = max(tokens, int(beyond.min()))
+        return tokens * PAGE_TOKENS
 
     def _under_any_plan(self, prompt_len: int, scope: BudgetScope | None = None) -> Pages:
         """``[R]`` as :meth:`lone_request`, for whichever lanes the slots may come to hold.
@@ -100,10 +124,13 @@ class PageDemand:
     @property
     def most_lanes(self) -> Pages:
         """``[R]`` heads that a request may have on a rank under any plan."""
-        if self.capacity is None:
-            return self.lanes
+        return self.lanes if self.capacity is None else self._most_lanes(range(len(self._served)))
+
+    def _most_lanes(self, layers: Sequence[int]) -> Pages:
+        """The same of some layers."""
+        lanes = self._served.sum(axis=2) if self.capacity is None else self.capacity  # [L, R]
         heads = self._served.shape[2]
-        most: Pages = np.minimum(self.capacity, heads).sum(axis=0).astype(np.int64)
+        most: Pages = np.minimum(lanes, heads)[list(layers)].sum(axis=0).astype(np.int64)
         return most
 
     def _pages(self, scope: BudgetScope, prompt_len: int, mine: NDArray[np.bool_]) -> Pages:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairkv_sglang.kernels.pages import PAGE_TOKENS
+from fairkv_sglang.model import Sliding
 
 Pages = NDArray[np.int64]
 
@@ -25,6 +26,22 @@ class _Row:
     held: Pages  # [R] pages charged
     residues: Pages | None  # [16, R] lanes by (kept tokens mod 16); None until counts are known
     decoded: int = 0  # tokens appended since the prompt, or since the row was compressed again
+    # With sliding windows, whose lanes stop growing: those lanes as in residues and by rank, their
+    # tokens at the end of the prompt, and how many appended ones they have room for.
+    rings: Pages | None = None  # [16, R]
+    ring_lanes: Pages | None = None  # [R]
+    ring_tokens: int = 0
+    ring_room: int = 0
+
+    @property
+    def growth(self) -> Pages:
+        """``[R]`` pages of the next token of a settled row."""
+        assert self.residues is not None
+        at = -self.decoded % PAGE_TOKENS
+        pages: Pages = self.residues[at]
+        if self.rings is not None and self.decoded >= self.ring_room:
+            pages = pages - self.rings[at]
+        return pages
 
 
 class PageLedger:
@@ -32,9 +49,11 @@ class PageLedger:
 
     Args:
         capacity: ``[R]`` head pages of each rank's arena.
+        sliding: Layers whose lanes hold no more than their window.
     """
 
-    def __init__(self, capacity: Pages) -> None:
+    def __init__(self, capacity: Pages, sliding: Sliding | None = None) -> None:
+        self.sliding = sliding
         self.capacity = np.asarray(capacity, dtype=np.int64)
         self.held = np.zeros_like(self.capacity)
         self._rows: dict[int, _Row] = {}
@@ -107,13 +126,26 @@ class PageLedger:
         ranks = len(self.capacity)
         flat_owner = entry.owners.ravel().astype(np.int64)
         flat_kept = np.asarray(kept, dtype=np.int64).ravel()
-        exact = self.pages(row, np.asarray(kept) + entry.decoded)
-        residues = np.bincount(
-            (flat_kept % PAGE_TOKENS) * ranks + flat_owner, minlength=PAGE_TOKENS * ranks
-        ).reshape(PAGE_TOKENS, ranks)
+        tokens = np.asarray(kept) + entry.decoded
+
+        def residues(kept: NDArray[np.integer], owner: NDArray[np.int64]) -> Pages:
+            lanes = np.bincount(
+                (kept % PAGE_TOKENS) * ranks + owner, minlength=PAGE_TOKENS * ranks
+            ).reshape(PAGE_TOKENS, ranks)
+            return lanes
+
+        if self.sliding is not None:
+            tokens = np.minimum(tokens, self.sliding.most(len(tokens)))
+            here = list(self.sliding.layers)
+            of_rings, owners = np.asarray(kept)[here].ravel(), entry.owners[here].ravel()
+            entry.rings = residues(of_rings, owners.astype(np.int64))
+            entry.ring_lanes = entry.rings.sum(axis=0)
+            entry.ring_tokens = int(of_rings[0])  # the same in all of them
+            entry.ring_room = self.sliding.window - entry.ring_tokens
+        exact = self.pages(row, tokens)
         self.held += exact - entry.held
         entry.held = exact
-        entry.residues = residues
+        entry.residues = residues(flat_kept, flat_owner)
 
     def shrink(self, row: int, tokens: NDArray[np.integer]) -> None:
         """The row holds ``tokens [L, H]`` now, its output included."""
@@ -126,8 +158,18 @@ class PageLedger:
         for row in rows:
             entry = self._rows.get(row)
             if entry is not None and entry.residues is not None:
-                need += entry.residues[-entry.decoded % PAGE_TOKENS]
+                need += entry.growth
         return need
+
+    def growth_in_rings(self) -> Pages:
+        """``[R]`` pages that lanes with a sliding window may still take, of all settled rows."""
+        pages = np.zeros_like(self.capacity)
+        for entry in self._rows.values():
+            if self.sliding is not None and entry.ring_lanes is not None:
+                held = min(entry.ring_tokens + entry.decoded, self.sliding.window)
+                left = -(-self.sliding.window // PAGE_TOKENS) - -(-held // PAGE_TOKENS)
+                pages += entry.ring_lanes * left
+        return pages
 
     def can_grow(self, rows: list[int]) -> bool:
         """Whether every rank has the pages for one more token of each row."""
@@ -149,7 +191,7 @@ class PageLedger:
         for row in rows:
             entry = self._rows[row]
             if entry.residues is not None:
-                more = entry.residues[-entry.decoded % PAGE_TOKENS]
+                more = entry.growth
                 entry.held = entry.held + more
                 self.held += more
             elif entry.decoded >= PAGE_TOKENS:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ WINDOW = 64
 @dataclass
 class _Row:
     owners: NDArray[np.integer]  # [L, H]
-    lanes: IntArray  # [L, R] heads of the request on each rank
+    lanes: IntArray  # [L, R] heads of the request on each rank whose tokens grow
     tokens: IntArray  # [L, R] kept tokens; zeros until they are known
     steps: int = 0  # decoded tokens, each of which every lane reads from then on
 
@@ -27,9 +28,14 @@ class Residents:
 
     Args:
         num_layers, ranks, num_heads: Sizes of the model and the number of ranks.
+        sliding: Layers whose heads read no more tokens with each step; what they read until their
+            window is full is not counted, as it is the same in all of them.
     """
 
-    def __init__(self, num_layers: int, ranks: int, num_heads: int) -> None:
+    def __init__(
+        self, num_layers: int, ranks: int, num_heads: int, sliding: Sequence[int] = ()
+    ) -> None:
+        self._sliding = list(sliding)
         self.count: IntArray = np.zeros((num_layers, ranks, num_heads), dtype=np.int64)
         """``[L, R, H]`` requests on each lane, from admission until their row is free."""
         self.reads: IntArray = np.zeros((num_layers, ranks), dtype=np.int64)
@@ -44,6 +50,7 @@ class Residents:
         lanes = (owners[:, None, :] == self._ranks[None, :, None]).astype(np.int64)
         self.count += lanes
         per_rank = lanes.sum(axis=2)
+        per_rank[self._sliding] = 0
         self._rows[row] = _Row(owners, per_rank, np.zeros_like(per_rank))
 
     def settle(self, row: int, kept: IntArray) -> None:

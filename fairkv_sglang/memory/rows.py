@@ -93,7 +93,8 @@ class RowBook:
         self.errors = DeviceErrors(pages.error)
         self._pool_tokens = pool_tokens
         plan = heads.plan
-        self.residents = Residents(plan.num_layers, plan.tp_size, plan.num_kv_heads)
+        sliding = () if scope.sliding is None else scope.sliding.layers
+        self.residents = Residents(plan.num_layers, plan.tp_size, plan.num_kv_heads, sliding)
         self.recorder = Recorder(plan.num_layers, plan.num_kv_heads, window)
         rule = None if slack is None else OutputRule(scope, slack)
         self.admission = Admission(scope, demand, router, self.recorder, forecast_factor, rule)
@@ -209,7 +210,7 @@ class RowBook:
         Before a forward, on the forward stream. Slots count over all layers.
         """
         pages = self.pages
-        for tensor in (pages.page_table, pages.lens, pages.owned):
+        for tensor in (pages.page_table, pages.lens, pages.owned, pages.turn):
             tensor[:, target] = tensor[:, source]
         pages.lens[:, source] = 0
         pages.owned[:, source] = 0
@@ -357,7 +358,10 @@ def make_book(
         dtype: Of K and V.
         device: Where SGLang's pool is.
     """
-    table, rows = heads.table, division.max_requests + 1
+    table, rows, most = heads.table, division.max_requests + 1, None
+    if scope.sliding is not None:
+        slides = scope.sliding.mask(scope.num_layers)[heads.lane_layer]
+        most = np.where(slides, scope.sliding.window, 0).tolist()
     queries = None
     if recent is not None:
         queries = RecentQueries(
@@ -374,7 +378,7 @@ def make_book(
         scope=scope,
         demand=PageDemand(scope, heads.plan.shares() > 0, None if table.fixed else table.capacity),
         router=Router(heads.plan),
-        ledger=PageLedger(np.asarray(division.arena_pages)),
+        ledger=PageLedger(np.asarray(division.arena_pages), scope.sliding),
         pages=HeadPages.create(
             num_pages=int(division.arena_pages[heads.rank]),
             rows=rows,
@@ -383,6 +387,7 @@ def make_book(
             head_dim=head_dim,
             dtype=dtype,
             device=device,
+            most=most,
         ),
         pool_tokens=division.pool_tokens,
         window=window,

@@ -87,6 +87,7 @@ def divide_memory(
     max_head_tokens: int | None = None,
     arena_pages: int | None = None,
     recent_bytes: int = 0,
+    sliding_window: int = 0,
 ) -> MemoryDivision:
     """Divide the KV memory that stock SGLang would use.
 
@@ -105,6 +106,7 @@ def divide_memory(
         max_head_tokens: Longest kept length plus output of one head; None means the context.
         arena_pages: Overrides the number of head pages of every rank.
         recent_bytes: Bytes of the queries of the last output tokens, of each row and lane slot.
+        sliding_window: Tokens that heads with a sliding window hold; 0 if there are none.
 
     Raises:
         ValueError: if the parts do not fit, with the value that would.
@@ -133,10 +135,12 @@ def divide_memory(
         )
 
     head_tokens = min(max_head_tokens or context_len, context_len)
-    if head_tokens < min(LEAST_TOKENS, context_len):
+    least = max(min(LEAST_TOKENS, context_len), sliding_window)
+    if head_tokens < least:
+        what = "no prompt with its output" if least > sliding_window else "no sliding window"
         raise ValueError(
-            f"heads of {head_tokens} tokens hold no prompt with its output: give "
-            f"--fairkv-max-head-tokens at least {LEAST_TOKENS}"
+            f"heads of {head_tokens} tokens hold {what}: give --fairkv-max-head-tokens at least "
+            f"{max(LEAST_TOKENS, sliding_window)}"
         )
     row_bytes = lanes * -(-(-(-head_tokens // PAGE_TOKENS) + 1) // RUN_PAGES) * ID_BYTES
     rows = min(max_requests, int(total_bytes * TABLE_FRACTION // int(row_bytes.max())) - 1)

@@ -33,6 +33,8 @@ from torch import Tensor, nn
 
 OUTPUT, INPUT = 0, 1
 """The side of a linear layer that heads lie along."""
+SINKS = "sinks"
+"""Parameter of a module with attention sinks, ``[query heads]``."""
 MARLIN_TILE = 64
 _WITHOUT_HEADS = ("bias", "weight_scale", "input_scale")
 
@@ -100,7 +102,7 @@ def check(module: Any, width: int) -> None:
 
 
 def views(module: Any, column: int, first: int, width: int) -> list[Tensor]:
-    """What one head has in a module: of q, k, v and o, and biases and scales if there are any.
+    """What one head has in a module: of q, k, v and o; biases, scales and sinks, if there are any.
 
     Args:
         column: The head's place among the module's KV heads.
@@ -111,6 +113,8 @@ def views(module: Any, column: int, first: int, width: int) -> list[Tensor]:
     q = (first, width)
     spans = (q, (q_size + column * dim, dim), (q_size + kv_size + column * dim, dim))
     found = _spans(module.qkv_proj, OUTPUT, _features(module, OUTPUT), spans)
+    if hasattr(module, SINKS):
+        found.append(getattr(module, SINKS).data.narrow(0, first // dim, width // dim))
     return found + _spans(module.o_proj, INPUT, q_size, (q,))
 
 
@@ -171,6 +175,10 @@ def with_heads(module: Any, count: int, group_size: int, memory: Any = None) -> 
         own = None if memory is None else getattr(memory, name)
         old, new = _features(module, side), _features(made, side)
         setattr(made, name, _resized(getattr(module, name), side, old, new, own))
+    if hasattr(module, SINKS):
+        given = None if memory is None else getattr(memory, SINKS).data
+        data = _like(getattr(module, SINKS).data, 0, module.num_heads, made.num_heads, given)
+        made._parameters[SINKS] = nn.Parameter(data, requires_grad=False)
     return cast(nn.Module, made)
 
 

@@ -9,6 +9,7 @@ last bit, whatever they recorded before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -104,10 +105,14 @@ class Recorder:
             return self._kept[: self._filled].copy()
         return np.roll(self._kept, -(self.count % self.window), axis=0)
 
-    def compressed(self) -> IntArray:
-        """Int64 [n, L, H], prompts of the window of which not everything was kept; a copy."""
+    def compressed(self, layers: Sequence[int] | None = None) -> IntArray:
+        """Int64 [n, L, H], prompts of the window of which not everything was kept; a copy.
+
+        ``layers``: of which this is asked, where others keep less of any prompt; None: of all.
+        """
         kept, lengths = self._kept[: self._filled], self._lengths[: self._filled]
-        return kept[(kept < lengths[:, None, None]).any(axis=(1, 2))]
+        asked = kept if layers is None else kept[:, list(layers)]
+        return kept[(asked < lengths[:, None, None]).any(axis=(1, 2))]
 
     def spread(self) -> float:
         """How much a head's load differs between prompts (``PlanOptions.spread``).

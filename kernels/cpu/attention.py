@@ -35,6 +35,7 @@ HEADS_AT_ONCE = 8 if get_host_cpu_features().get("avx512f") else 4
 
 LOG2_E = math.log2(math.e)
 FLAGS = {"contract", "reassoc", "arcp", "nsz"}  # fast-math but for NaN and infinity
+SINKS = types.Array(types.float32, 1, "C")
 LOWEST = np.float32(-1e30)  # "minus infinity" without its NaN
 _EXP2 = [np.float32(math.log(2) ** k / math.factorial(k)) for k in range(8)]
 _C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7 = _EXP2
@@ -71,11 +72,11 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
     wide = min(4 if dim <= 96 else 2 if dim <= 192 else 1, 1 << (group.bit_length() - 1))
     ahead = min(BLOCK // PAGE_TOKENS, max(1, AHEAD_BYTES // page_bytes))
 
-    signature = types.void(TABLE, RUNS, LENS, OWNED, I64_1D, *([I64] * 11), types.float32)
+    signature = types.void(TABLE, RUNS, LENS, OWNED, SINKS, I64_1D, *([I64] * 11), types.float32)
 
     @nb.njit(signature, cache=True, nogil=True, fastmath=FLAGS, error_model="numpy")  # type: ignore[untyped-decorator]
     def decode(  # type: ignore[no-untyped-def]
-        table, runs, lens, owned, rows, lane_lo, n, first, last,
+        table, runs, lens, owned, sinks, rows, lane_lo, n, first, last,
         k_pages, v_pages, q, q_row, q_head, out, out_row, scale,
     ):  # fmt: skip
         qf = np.empty((group, dim), np.float32)
@@ -95,6 +96,8 @@ def kernel(code: int, group: int, dim: int) -> Callable[..., None]:
             out_at = out + i * out_row + head * group * row_bytes
             for h in range(group):
                 top[h], total[h] = LOWEST, 0
+                if sinks.shape[0] > 0:
+                    top[h], total[h] = sinks[head * group + h], 1
                 load_row(
                     q_at + h * f_bytes,
                     q + i * q_row + (head * group + h) * q_head,

@@ -31,6 +31,7 @@ RUNS = types.Array(types.int32, 2, "C")
 LENS = types.Array(types.int32, 2, "C")
 OWNED = types.Array(types.uint8, 2, "C")
 STACK = types.Array(types.int32, 1, "C")
+MOST = types.Array(types.int32, 1, "C")
 COUNT = types.Array(types.int64, 1, "C")
 I64_1D = types.Array(types.int64, 1, "A")
 I64_2D = types.Array(types.int64, 2, "A")
@@ -72,8 +73,12 @@ def _put(table, runs, row, lane, number, page):  # type: ignore[no-untyped-def]
     runs[table[row, lane, number // RUN_PAGES], number % RUN_PAGES] = page
 
 
-@nb.njit(I64(*STATE, I64_1D, I64_2D), cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def grow(table, runs, lens, owned, stack, count, rows, slots):  # type: ignore[no-untyped-def]
+@nb.njit(  # type: ignore[untyped-decorator]
+    I64(*STATE, MOST, LENS, I64_1D, I64_2D), cache=True, nogil=True
+)
+def grow(  # type: ignore[no-untyped-def]
+    table, runs, lens, owned, stack, count, most, turn, rows, slots
+):
     """One more token for every owned lane of every row. Returns 0 or an error bit."""
     lanes, max_pages = lens.shape[1], table.shape[2] * RUN_PAGES
     need = 0
@@ -83,6 +88,8 @@ def grow(table, runs, lens, owned, stack, count, rows, slots):  # type: ignore[n
             return ERROR_INDEX
         for j in range(lanes):
             if owned[r, j] and lens[r, j] % PAGE_TOKENS == 0:
+                if 0 < most[j] <= lens[r, j]:
+                    continue
                 need += 1
                 if lens[r, j] // PAGE_TOKENS >= max_pages:
                     return ERROR_ROW_FULL
@@ -96,12 +103,17 @@ def grow(table, runs, lens, owned, stack, count, rows, slots):  # type: ignore[n
                 slots[i, j] = -1
                 continue
             n = lens[r, j]
+            full = 0 < most[j] <= n
+            if full:
+                n = turn[r, j]
+                turn[r, j] = (n + 1) % most[j]
             page, offset = n // PAGE_TOKENS, n % PAGE_TOKENS
-            if offset == 0:
+            if offset == 0 and not full:
                 top -= 1
                 _put(table, runs, r, j, page, stack[top])
             slots[i, j] = _page(table, runs, r, j, page) * PAGE_TOKENS + offset
-            lens[r, j] = n + 1
+            if not full:
+                lens[r, j] = n + 1
     count[0] = top
     return 0
 

@@ -24,6 +24,7 @@ from fairkv_sglang.kernels.layout import (
 from . import attention, bookkeeping, score, simd
 
 CODES = {torch.float32: simd.F32, torch.bfloat16: simd.BF16, torch.float16: simd.F16}
+NO_SINKS = np.empty(0, np.float32)
 MIN_TOKENS_PER_THREAD = 512
 """Below this many tokens per thread, handing work to another thread costs more than it saves."""
 
@@ -68,14 +69,15 @@ def set_owned(pages: PageTensors, row: int, owned: torch.Tensor, room: int = UNL
     if bool(pages.lens[row].any()):
         _check(ERROR_ROW_NOT_EMPTY)
     pages.owned[row].copy_(owned)
-    pages.room[row] = room
+    pages.room[row], pages.turn[row] = room, 0
 
 
 def grow(pages: PageTensors, rows: torch.Tensor, slots: torch.Tensor) -> None:
     if slots.shape != (rows.shape[0], pages.lanes):
         want = [rows.shape[0], pages.lanes]
         raise ValueError(f"slots must be {want} (rows x lanes), got {list(slots.shape)}")
-    _check(bookkeeping.grow(*_state(pages), rows.numpy(), slots.numpy()))
+    of_rings = (pages.most.numpy(), pages.turn.numpy())
+    _check(bookkeeping.grow(*_state(pages), *of_rings, rows.numpy(), slots.numpy()))
 
 
 def release(pages: PageTensors, rows: torch.Tensor) -> None:
@@ -152,6 +154,7 @@ def decode(
     n: int,
     scale: float,
     out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     if n < 1 or q.shape[1] % n or not 0 <= lane_lo <= pages.lanes - n:
         last = lane_lo + n - 1
@@ -165,7 +168,8 @@ def decode(
     if to_head != pages.head_dim * out.element_size():
         raise ValueError("out must be contiguous in its last two dimensions")
     run = _kernel(pages.dtype, group, pages.head_dim)
-    head = (*_state(pages)[:4], rows.numpy(), lane_lo, n)
+    of_sinks = NO_SINKS if sinks is None else (sinks.float() * attention.LOG2_E).numpy()
+    head = (*_state(pages)[:4], of_sinks, rows.numpy(), lane_lo, n)
     tail = (*_arena(pages)[:2], *of_q, to, to_row)
     scale = scale * attention.LOG2_E
     first, *others = _parts(pages, rows, lane_lo, n)

@@ -23,10 +23,11 @@ LOG2_E = math.log2(math.e)
 
 @triton.jit
 def _decode(  # type: ignore[no-untyped-def]
-    q, out, k_pages, v_pages, table, runs, lens, owned, rows, scale,
+    q, out, k_pages, v_pages, table, runs, lens, owned, rows, sinks, scale,
     lane_lo, lanes, max_runs, q_row, q_head, o_row, o_head,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    PAGE: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
+    PAGE: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, SINKS: tl.constexpr,
+    LOG2E: tl.constexpr,
 ):  # fmt: skip
     i, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.load(rows + i)
@@ -41,6 +42,9 @@ def _decode(  # type: ignore[no-untyped-def]
     )
     top = tl.full((G_PAD,), -1e30, tl.float32)
     total = tl.zeros((G_PAD,), tl.float32)
+    if SINKS:  # each stands beside the logits and has no value
+        top = tl.load(sinks + head * G + g, mask=g < G, other=0.0).to(tl.float32) * LOG2E
+        total += 1.0
     acc = tl.zeros((G_PAD, D_PAD), tl.float32)
     for start in range(0, length, BLOCK):
         at = start + t
@@ -73,6 +77,7 @@ def decode(
     n: int,
     scale: float,
     out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """`Kernels.decode` on CUDA tensors. Makes no tensor and does not wait for the device."""
     if n < 1 or q.shape[1] % n or not 0 <= lane_lo <= pages.lanes - n:
@@ -87,8 +92,10 @@ def decode(
     group, dim = q.shape[1] // n, pages.head_dim
     _decode[(rows.shape[0], n)](
         q, out, pages.k_pages, pages.v_pages, pages.page_table, pages.runs, pages.lens, pages.owned,
-        rows, scale * LOG2_E, lane_lo, pages.lanes, pages.max_runs,
+        rows, rows if sinks is None else sinks, scale * LOG2_E,
+        lane_lo, pages.lanes, pages.max_runs,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1),
         G=group, G_PAD=max(16, triton.next_power_of_2(group)), D=dim,
         D_PAD=max(16, triton.next_power_of_2(dim)), PAGE=PAGE_TOKENS, RUN=RUN_PAGES, BLOCK=64,
+        SINKS=sinks is not None, LOG2E=LOG2_E,
     )  # fmt: skip

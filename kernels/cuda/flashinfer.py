@@ -34,7 +34,6 @@ class FlashInferDecoder:
         pages: the rank's head pages on a CUDA device; float16 or bfloat16.
         lane_start: L + 1 lane numbers, layer l has lanes lane_start[l] : lane_start[l + 1].
         group: query heads per KV head.
-        scale: softmax scale.
         spare: tiles beyond one per row; None = two per multiprocessor.
         longest_first: order of the tiles.
         module: what runs the plan; None: FlashInfer's kernel. Checks have another one.
@@ -45,7 +44,6 @@ class FlashInferDecoder:
         pages: HeadPages,
         lane_start: Sequence[int],
         group: int,
-        scale: float,
         spare: int | None = None,
         longest_first: bool = True,
         module: Any = None,
@@ -62,7 +60,7 @@ class FlashInferDecoder:
             raise ValueError("FlashInfer counts tokens of a call in 32 bits: use fewer pages")
         if spare is None:
             spare = 2 * torch.cuda.get_device_properties(pages.device).multi_processor_count
-        self.pages, self.lane_start, self.group, self.scale = pages, lane_start, group, float(scale)
+        self.pages, self.lane_start, self.group = pages, lane_start, group
         self.spare, self.longest_first = spare, longest_first
         self.k = pages.k_pages.unsqueeze(2)  # [pages, 16, 1 head, D]
         self.v = pages.v_pages.unsqueeze(2)
@@ -113,13 +111,14 @@ class FlashInferDecoder:
         lanes: int,
         scale: float,
         out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         """Attention of one layer, all of its lanes. q, out: [bs, n * g, D] of the pages' dtype."""
+        if sinks is not None:
+            raise ValueError("FlashInfer's kernel has no attention sinks")
         to, bs = self.workspace, q.shape[0]
         if bs != self._planned:
             raise RuntimeError(f"FairKV: decode of {bs} requests, planned were {self._planned}")
-        if scale != self.scale:
-            raise ValueError(f"layer {layer} has softmax scale {scale}, planned was {self.scale}")
         if q.shape[1] != to.heads[layer] * self.group or out.shape != q.shape:
             raise ValueError(f"layer {layer}: q and out must be [bs, {to.heads[layer]} * g, D]")
         n = bs * to.heads[layer]
@@ -136,7 +135,7 @@ class FlashInferDecoder:
             False,  # programmatic dependent launch reads the plan before the wait: keep off
             None, None, None, None, None, None,  # mask, its indptr, alibi, prefix and item lengths
             0.0,  # soft cap
-            self.scale,
+            float(scale),
             None, None, None,  # scales of q, k, v
             1.0, 1e4,  # rope, not applied
             0,

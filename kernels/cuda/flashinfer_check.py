@@ -37,7 +37,7 @@ def assert_plan_matches_flashinfer(
     pages.lens[1:, 0] = torch.tensor(LENS, device=device)
     pages.owned[1:] = 1
     decoder = FlashInferDecoder(
-        pages, [0, 1], group, 1.0, spare=8, longest_first=False, module="not called"
+        pages, [0, 1], group, spare=8, longest_first=False, module="not called"
     )
     decoder.plan(torch.arange(1, rows + 1, device=device))
     mine, buffer = decoder.workspace.plan_info(0, rows), decoder.workspace.buffer.cpu()
@@ -117,7 +117,7 @@ def _assert_decode_matches_torch(
     rows = torch.tensor([1, 0, 2], device=device)
     q = torch.randn((3, 2 * group, head_dim), device=device).to(dtype)
     scale = head_dim**-0.5
-    decoder = FlashInferDecoder(pages, [0, 2], group, scale)
+    decoder = FlashInferDecoder(pages, [0, 2], group)
     out, want = torch.empty_like(q), torch.empty_like(q)
     decoder.plan(rows)
     decoder.decode(q, rows, 0, 2, scale, out)

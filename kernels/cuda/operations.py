@@ -33,7 +33,7 @@ GROW_BLOCK = 1024
 
 @triton.jit(do_not_specialize=["cells"])
 def _count_new_pages(  # type: ignore[no-untyped-def]
-    lens, owned, rows, rows_stride, counts, cells, lanes, max_pages,
+    lens, owned, most, rows, rows_stride, counts, cells, lanes, max_pages,
     PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """How many pages each block of (row, lane) cells takes off the stack."""
@@ -42,14 +42,15 @@ def _count_new_pages(  # type: ignore[no-untyped-def]
     cell = tl.load(rows + at // lanes * rows_stride, mask=live, other=0) * lanes + at % lanes
     mine = live & (tl.load(owned + cell, mask=live, other=0) != 0)
     n = tl.load(lens + cell, mask=mine, other=1)
-    wants = (n % PAGE == 0) & (n // PAGE < max_pages)
+    limit = tl.load(most + at % lanes, mask=mine, other=0)
+    wants = (n % PAGE == 0) & (n // PAGE < max_pages) & ((limit == 0) | (n < limit))
     tl.store(counts + tl.program_id(0), tl.sum(wants.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["cells"])
 def _grow(  # type: ignore[no-untyped-def]
     table, runs, lens, owned, stack, count, error, rows, rows_stride, slots, slots_stride,
-    counts, cells, lanes, max_pages,
+    most, turn, counts, cells, lanes, max_pages,
     PAGE: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, NO_PAGE: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
@@ -66,14 +67,17 @@ def _grow(  # type: ignore[no-untyped-def]
     row = tl.load(rows + i * rows_stride, mask=live, other=0)
     cell = row * lanes + lane
     mine = live & (tl.load(owned + cell, mask=live, other=0) != 0)
-    n = tl.load(lens + cell, mask=mine, other=0)
+    held = tl.load(lens + cell, mask=mine, other=0)
+    limit = tl.load(most + lane, mask=mine, other=0)
+    ring = mine & (limit > 0) & (held >= limit)
+    n = tl.where(ring, tl.load(turn + cell, mask=ring, other=0), held)
     number = n // PAGE
-    starts_page = mine & (n % PAGE == 0)
+    starts_page = mine & (n % PAGE == 0) & (ring == 0)
     full = starts_page & (n // PAGE >= max_pages)
     wants = starts_page & (n // PAGE < max_pages)
     order = tl.sum(taken.to(tl.int64), 0) + tl.cumsum(wants.to(tl.int64), 0)
     gets = wants & (order <= free)
-    continues = mine & (n % PAGE != 0)
+    continues = mine & ((n % PAGE != 0) | ring)
     fresh = tl.load(stack + (free - order), mask=gets, other=0)
     entry = table + cell * (max_pages // RUN) + number // RUN
     starts_run = gets & (number % RUN == 0)
@@ -85,7 +89,8 @@ def _grow(  # type: ignore[no-untyped-def]
     page = tl.where(gets, fresh, tl.load(place, mask=continues, other=0))
     slot = page.to(tl.int64) * PAGE + n % PAGE
     tl.store(slots + i.to(tl.int64) * slots_stride + lane, tl.where(done, slot, -1), mask=live)
-    tl.store(lens + cell, n + 1, mask=done)
+    tl.store(lens + cell, n + 1, mask=done & (ring == 0))
+    tl.store(turn + cell, (n + 1) % tl.maximum(limit, 1), mask=ring)
     bits = tl.max((wants & (order > free)).to(tl.int32), 0) * NO_PAGE
     bits |= tl.max(full.to(tl.int32), 0) * FULL
     tl.atomic_or(error, bits, mask=bits != 0)
@@ -145,6 +150,7 @@ def set_owned(pages: PageTensors, row: int, owned: torch.Tensor, room: int = UNL
     pages.error.bitwise_or_(busy.to(torch.int32) * ERROR_ROW_NOT_EMPTY)
     pages.owned[row].copy_(owned)
     pages.room[row].fill_(room)
+    pages.turn[row].zero_()
 
 
 def grow(pages: PageTensors, rows: torch.Tensor, slots: torch.Tensor) -> None:
@@ -155,11 +161,12 @@ def grow(pages: PageTensors, rows: torch.Tensor, slots: torch.Tensor) -> None:
     counts = torch.empty(blocks, dtype=torch.int32, device=pages.device)
     shared = (counts, cells, pages.lanes, pages.max_pages)
     _count_new_pages[(blocks,)](
-        pages.lens, pages.owned, rows, rows.stride(0), *shared, PAGE=PAGE_TOKENS, BLOCK=GROW_BLOCK
-    )
+        pages.lens, pages.owned, pages.most, rows, rows.stride(0), *shared,
+        PAGE=PAGE_TOKENS, BLOCK=GROW_BLOCK,
+    )  # fmt: skip
     _grow[(blocks,)](
         pages.page_table, pages.runs, pages.lens, pages.owned, pages.free_pages, pages.free_count,
-        pages.error, rows, rows.stride(0), slots, slots.stride(0), *shared,
+        pages.error, rows, rows.stride(0), slots, slots.stride(0), pages.most, pages.turn, *shared,
         PAGE=PAGE_TOKENS, RUN=RUN_PAGES, BLOCK=GROW_BLOCK, NO_PAGE=ERROR_NO_FREE_PAGE,
         FULL=ERROR_ROW_FULL,
     )  # fmt: skip

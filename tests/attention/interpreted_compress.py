@@ -23,6 +23,7 @@ from fairkv_sglang.budgets.selection import picked, pooled_counts
 from fairkv_sglang.kernels import HeadPages
 from fairkv_sglang.kernels.cuda import operations, select
 from fairkv_sglang.kernels.prompts import PromptBatch
+from fairkv_sglang.model import Sliding
 from fairkv_tests.compress_cases import (
     LAYERS,
     Model,
@@ -109,6 +110,17 @@ def test_one_rank_keeps_what_the_papers_say_in_few_launches(
         assert made.waits == []
         if scorer == "snapkv":
             assert made.count <= MOST_LAUNCHES, made
+
+
+@pytest.mark.parametrize(("scope", "tp_size"), [("uniform", 1), ("layer", 2), ("rank", 2)])
+def test_a_layer_with_a_sliding_window_keeps_it(tmp_path: Path, scope: str, tp_size: int) -> None:
+    rng, model = np.random.default_rng(tp_size), Model(sliding=Sliding(30, (0,)))
+    plan = random_plan(rng, LAYERS, tp_size, model.heads)
+    config = settle(tmp_path, model, plan, scope=scope, ratio=0.4, scorer="snapkv")
+    prompts = random_prompts(rng, CHUNKS)
+    ranks, _ = run_ranks(config, model, tp_size, lambda rank: rank.run(prompts), bounded=True)
+    assert type(ranks[0].compressor) is AllPromptsCompressor
+    check(ranks, config, prompts)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from fairkv_sglang.budgets import BudgetSpec, Keep, Scorer, make_scorer
 from fairkv_sglang.budgets.keep import merged
 from fairkv_sglang.budgets.scopes.base import ScopeMethod
 from fairkv_sglang.config import FairKVConfig
+from fairkv_sglang.model import Sliding
 from fairkv_sglang.placement import Plan
 from fairkv_tests.compress_cases import (
     LAYERS,
@@ -135,6 +136,21 @@ def test_ranks_keep_what_one_rank_keeps(
     whole = Plan.from_shares(np.ones((LAYERS, 1, heads)), "one rank")
     config = settle(tmp_path, model, whole, scope=scope, scorer=scorer, ratio=0.3)
     assert compress(config, model, 1, prompts) == together
+
+
+@pytest.mark.parametrize("split", [(4, 2, 1), (4, 2, 2), (2, 2, 4)], ids=str)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_layers_with_a_sliding_window_keep_it(
+    scope: str, split: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """Whatever the budget, of prompts within the window all; the other layer is as ever."""
+    heads, group, tp_size = split
+    for layer, scorer in ((0, "snapkv"), (1, "h2o")):
+        model = Model(heads, group, Sliding(30, (layer,)))
+        rng = np.random.default_rng(tp_size)
+        plan = random_plan(rng, LAYERS, tp_size, heads)
+        config = settle(tmp_path, model, plan, scope=scope, ratio=0.3, scorer=scorer)
+        compress(config, model, tp_size, random_prompts(rng, CHUNKS[2], model=model))
 
 
 @pytest.mark.parametrize("split", [(4, 2, 1), (4, 2, 2), (2, 2, 4)], ids=str)

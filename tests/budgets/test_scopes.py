@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairkv_sglang.budgets import SCOPES, BudgetSpec, Keep, make_scope, make_scorer
+from fairkv_sglang.model import Sliding
 from fairkv_sglang.profiles import HeadProfile, uniform_profile
 from fairkv_tests.budgets_reference import ada_kv_kept, static_kept, threshold_kept
 from fairkv_tests.kept_tokens import select
@@ -388,6 +389,39 @@ def test_prompt_within_the_budget_keeps_everything(name, total):
     assert scope.bound(total, [[0], [0, 1], []]).tolist() == (
         [sum(bound)] if scope.spans_layers else bound
     )
+
+
+@pytest.mark.parametrize("name", list(SCOPES))
+@pytest.mark.parametrize("total", [5, 39, 40, 41, 300])
+def test_layers_with_a_sliding_window_have_no_part_in_budgets(name, total):
+    """The others keep what a model without them would; these their window, of any prompt."""
+    scorer, spec = make_scorer("snapkv", window=8), BudgetSpec(ratio=0.25)
+    shares = np.random.default_rng(3).random((5, 4)) + 0.01
+    sliding, others = Sliding(40, (0, 1, 3)), [2, 4]
+    scope = make_scope(name, spec, 5, 4, scorer, HeadProfile(None, shares), sliding)
+    alone = make_scope(name, spec, 2, 4, scorer, HeadProfile(None, shares[others]))
+    in_window = min(total, 39)
+    for found, wanted in (
+        (scope.expected(total), alone.expected(total)),
+        (scope.per_head_bound(total), alone.per_head_bound(total)),
+    ):
+        assert found[others].tolist() == wanted.tolist()
+        assert (found[[0, 1, 3]] == in_window).all()
+    assert scope.longest(total) == alone.per_head_bound(total).max()
+    groups = [[0], [1, 2], [0, 3], [], [2]]
+    bound = scope.bound(total, groups).tolist()
+    assert bound[0] == in_window and bound[1] == 2 * in_window and bound[3] == 0
+    assert [bound[2], bound[4]] == alone.bound(total, [groups[2], groups[4]]).tolist()
+    scores = torch.rand(4, max(total - 8, 0))
+    for layer, same in ((2, 0), (4, 1)):
+        assert torch.equal(
+            scope.counts(layer, range(4), scores, total),
+            alone.counts(same, range(4), scores, total),
+        )
+    assert scope.counts(3, range(4), scores, total).tolist() == [in_window] * 4
+    assert scope.variant(BudgetSpec(ratio=1.0)).expected(total)[:, 0].tolist() == [
+        total if layer in others else in_window for layer in range(5)
+    ]
 
 
 def test_floor_is_free_of_rounding_noise():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fairkv_sglang.model import PRESETS, Model
+from fairkv_sglang.model import PRESETS, Model, Sliding
 from fairkv_sglang.placement import CostModel
 
 LLAMA = {
@@ -59,6 +59,41 @@ def test_width_is_that_of_the_servers_dtype(tmp_path: Path, dtype: str, width: i
 def test_bad_config(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Model.from_config(config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sliding"),
+    [
+        ({}, Sliding(512, (0, 1, 2, 3, 4))),  # Gemma 3's pattern: the sixth layer has none
+        ({"layer_types": ["full_attention", "sliding_attention"] * 3}, Sliding(512, (1, 3, 5))),
+        ({"max_position_embeddings": 512}, None),  # full attention
+        ({"layer_types": ["full_attention"] * 6}, None),
+    ],
+)
+def test_layers_with_a_sliding_window(
+    tmp_path: Path, changes: dict[str, Any], sliding: Sliding | None
+) -> None:
+    """As SGLang reads a configuration."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    gemma = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "sliding_window": 512,
+        "num_hidden_layers": 6,
+        "head_dim": 64,
+        "dtype": "bfloat16",
+    }
+    model = Model.from_sglang(ModelConfig(str(config(tmp_path, **{**gemma, **changes}))))
+    assert model.sliding == sliding and not model.sinks
+    assert model.ring == (512 if sliding else 0)
+
+
+def test_what_a_sliding_window_keeps() -> None:
+    sliding = Sliding(4, (0, 2))
+    assert [sliding.kept(n) for n in (1, 3, 4, 100)] == [1, 3, 3, 3]
+    assert sliding.mask(3).tolist() == [True, False, True]
+    assert sliding.most(3)[[0, 2], 0].tolist() == [4, 4] and sliding.most(3)[1, 0] > 1 << 30
 
 
 def test_missing_config(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ TRIGGERS: dict[str, tuple[dict[str, object], Model | None]] = {
         {},
         replace(LLAMA, hybrid=True),
     ),
-    "sliding-window attention (Gemma 2 and 3, gpt-oss)": ({}, replace(LLAMA, sliding_window=512)),
+    "sliding-window attention (Gemma 2)": ({}, replace(LLAMA, sliding_window=512)),
     "this architecture": ({}, replace(LLAMA, architecture="GemmaForCausalLM")),
 }
 
@@ -192,8 +192,14 @@ STATES = {"num_heads": 8, "head_dim": 64, "state_size": 16}
         ("JambaForCausalLM", "jamba", {}, "hybrids of attention"),
         ("NemotronHForCausalLM", "nemotron_h", {"hybrid_override_pattern": "M*M-"}, "hybrids"),
         ("Gemma2ForCausalLM", "gemma2", {"sliding_window": 4096}, "sliding-window attention"),
-        ("Gemma3ForCausalLM", "gemma3_text", {"sliding_window": 512}, "sliding-window attention"),
-        ("GptOssForCausalLM", "gpt_oss", {"sliding_window": 128}, "sliding-window attention"),
+        (
+            "Gemma3ForCausalLM",
+            "gemma3_text",
+            {"sliding_window": 512, "num_hidden_layers": 6},  # the sixth has no window
+            None,
+        ),
+        ("GptOssForCausalLM", "gpt_oss", {"sliding_window": 128}, None),
+        ("MistralForCausalLM", "mistral", {"sliding_window": 4096}, "sliding-window attention"),
         ("GemmaForCausalLM", "gemma", {}, "this architecture"),
         ("Qwen2ForCausalLM", "qwen2", {"sliding_window": 512, "use_sliding_window": False}, None),
         ("Qwen3MoeForCausalLM", "qwen3_moe", {"num_experts": 4}, None),
@@ -230,6 +236,8 @@ BLOCKS = {**CHANNELS["weights"], "strategy": "block", "block_structure": [128, 1
         (quantised("fp8", weight_block_size=[64, 128]), 4, None),
         (quantised("fp8", weight_block_size=[64, 128]), 8, "that do not divide a head"),
         (quantised("compressed-tensors", config_groups={"0": CHANNELS}), 8, None),
+        (quantised("mxfp4", modules_to_not_convert=["model.layers.*.self_attn"]), 8, None),
+        (quantised("mxfp4", modules_to_not_convert=["lm_head"]), 8, "of this kind"),
         (quantised("compressed-tensors", config_groups={"0": INTEGERS}), 1, "of this kind"),
         (
             quantised("compressed-tensors", config_groups={"0": CHANNELS}, kv_cache_scheme=TENSOR),

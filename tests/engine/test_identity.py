@@ -110,7 +110,7 @@ def test_fewer_heads_than_ranks_equal_the_model_itself(
     "family",
     # Qwen3 is in test_prefill, Qwen2 in test_weights
     [
-        name if name == "qwen3_moe" else pytest.param(name, marks=pytest.mark.sweep)
+        name if name in ("qwen3_moe", "gemma3") else pytest.param(name, marks=pytest.mark.sweep)
         for name in FAMILIES
     ],
 )

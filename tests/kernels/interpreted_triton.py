@@ -38,7 +38,7 @@ def on_device(pages: HeadPages) -> HeadPages:
 def same(fast: HeadPages, slow: HeadPages) -> None:
     """Equal contents; free stacks equal up to their top."""
     fast.check_integrity()
-    for name in ("lens", "owned", "free_count", "room"):
+    for name in ("lens", "owned", "free_count", "room", "turn"):
         assert torch.equal(getattr(fast, name).cpu(), getattr(slow, name)), name
     top = slow.num_free
     assert torch.equal(fast.free_pages[:top].cpu(), slow.free_pages[:top])
@@ -57,6 +57,8 @@ def test_grow_and_append(
     monkeypatch.setattr(operations, "GROW_BLOCK", block)
     owned = [[0, 0, 0], [1, 1, 1], [1, 0, 1], [1, 1, 1]]
     slow = filled(LENS, 24, owned=owned, by_columns=False)
+    slow.most[2] = 16  # rows 1 and 2 are full
+    slow.turn[1:, 2] = torch.tensor([15, 7, 0])
     fast = on_device(slow)
     rows = torch.tensor([3, 0, 1, 2, 0])
     make = torch.Generator().manual_seed(3)
@@ -263,6 +265,12 @@ def test_decode(filled: Callable[..., HeadPages], group: int, dim: int) -> None:
         reference.decode(slow, q, rows, *args, want)
         torch.testing.assert_close(out.cpu(), want, atol=3e-6, rtol=3e-6)
         assert bool((out[1] == 0).all())
+        sinks = torch.linspace(-9, 9, n * group).bfloat16()
+        attention.decode(
+            fast, fused.to(DEVICE)[:, : n * group], rows.to(DEVICE), *args, out, sinks.to(DEVICE)
+        )
+        reference.decode(slow, q, rows, *args, want, sinks)
+        torch.testing.assert_close(out.cpu(), want, atol=3e-6, rtol=3e-6)
 
 
 @pytest.mark.parametrize(
@@ -283,14 +291,12 @@ def test_snapkv_score(window: int, total: int, n: int, group: int, dim: int) -> 
 def test_warm_up_leaves_nothing_behind() -> None:
     pages = HeadPages.create(4, 2, 3, 2, 16, torch.bfloat16, DEVICE, by_columns=False)
     pages.kernels = operations
-    before = [getattr(pages, f.name).clone() for f in fields(pages)[:8]]
-    decoder = flashinfer.FlashInferDecoder(
-        pages, [0, 2, 3], 2, 16**-0.5, spare=3, module=FlashInferModel()
-    )
+    before = [getattr(pages, f.name).clone() for f in fields(pages)[:10]]
+    decoder = flashinfer.FlashInferDecoder(pages, [0, 2, 3], 2, spare=3, module=FlashInferModel())
     for scorer in (SnapKV(window=4), Streaming(window=4)):
         with launches() as made:
             assert warm_up(pages, decoder, scorer, (0, 2, 3), group=2) > 0
-        after = [getattr(pages, f.name) for f in fields(pages)[:8]]
+        after = [getattr(pages, f.name) for f in fields(pages)[:10]]
         assert all(map(torch.equal, before, after))
     scoring = ["_statistics", "_join", "_columns", "_pool"]
     assert [name for name in made.kernels if name in scoring] == []
@@ -308,7 +314,7 @@ def test_flashinfer_decode_hands_over_a_correct_plan(filled: Callable[..., HeadP
     pages = filled(lens, 16, torch.bfloat16, owned=owned, by_columns=False)
     lane_start, group, bs = [0, 1, 4], 3, 4
     decoder = flashinfer.FlashInferDecoder(
-        pages, lane_start, group, 0.25, spare=3, module=FlashInferModel()
+        pages, lane_start, group, spare=3, module=FlashInferModel()
     )
     slots = torch.empty((bs, 4), dtype=torch.int64)
     for seed, order in enumerate(([3, 1, 0, 2], [0, 2, 0, 3], [0, 0, 0, 0])):
@@ -331,9 +337,7 @@ def test_flashinfer_decode_hands_over_a_correct_plan(filled: Callable[..., HeadP
 def test_any_batch_size_is_exact(filled: Callable[..., HeadPages]) -> None:
     """One workspace for all sizes: what a larger batch has left behind changes nothing."""
     pages = filled([[0, 0], [300, 1], [17, 200], [1, 640]], 16, torch.bfloat16, by_columns=False)
-    decoder = flashinfer.FlashInferDecoder(
-        pages, [0, 2], 2, 0.25, spare=3, module=FlashInferModel()
-    )
+    decoder = flashinfer.FlashInferDecoder(pages, [0, 2], 2, spare=3, module=FlashInferModel())
     for order in ([3, 1, 2, 0], [2], [1, 3], [0, 0, 0, 1, 2, 3, 0]):
         rows = torch.tensor(order)
         q = torch.randn((len(order), 4, 16)).bfloat16()
@@ -356,7 +360,7 @@ def test_tile_lists_follow_flashinfers_rules(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_append_folds_the_queries(filled: Callable[..., HeadPages]) -> None:
     pages = filled([[0, 0, 0], [1, 15, 16]], 24, torch.bfloat16, by_columns=False)
-    decoder = flashinfer.FlashInferDecoder(pages, [0, 3], 2, 1.0, spare=3, module="not called")
+    decoder = flashinfer.FlashInferDecoder(pages, [0, 3], 2, spare=3, module="not called")
     fused = torch.randn((2, 12, 24)).bfloat16()
     slots = torch.tensor([[3, -1, 40], [-1, -1, -1]])
     q = fused[:, :6]
@@ -375,7 +379,7 @@ def test_grow_and_plan_are_six_launches(
 ) -> None:
     """Whatever the batch; and not one operation of torch beside them."""
     pages = filled([[0, 0, 0], [1, 15, 16], [3, 2, 1]], 16, torch.bfloat16, by_columns=False)
-    decoder = flashinfer.FlashInferDecoder(pages, [0, 1, 3], 2, 1.0, spare=3, module="none")
+    decoder = flashinfer.FlashInferDecoder(pages, [0, 1, 3], 2, spare=3, module="none")
     for order in ([1], [2, 1, 0]):
         rows, slots = torch.tensor(order), torch.empty((len(order), 3), dtype=torch.int64)
         with launches() as made:

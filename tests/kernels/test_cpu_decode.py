@@ -66,6 +66,21 @@ def test_equals_reference(
         torch.testing.assert_close(out, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(("group", "dtype"), [(2, torch.float32), (5, torch.bfloat16)])
+def test_attention_sinks(filled: Callable[..., HeadPages], group: int, dtype: torch.dtype) -> None:
+    """Far below the logits, among them, and above all of them."""
+    pages = filled(LENS, 32, dtype)
+    q, rows, out = batch(pages, 5, group, [2, 0, 1, 3])
+    want = torch.empty_like(out)
+    without = torch.empty_like(out)
+    operations.decode(pages, q, rows, 0, 5, 0.3, without)
+    sinks = torch.tensor([-30.0, 0.5, 4.0, 60.0]).repeat(2 * group)[: 5 * group].to(torch.bfloat16)
+    operations.decode(pages, q, rows, 0, 5, 0.3, out, sinks)
+    torch_decode.decode(pages, q, rows, 0, 5, 0.3, want, sinks)
+    torch.testing.assert_close(out, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert not torch.allclose(out[:, 2], without[:, 2]) and not out[1].any()
+
+
 def test_zero_for_what_is_not_served(filled: Callable[..., HeadPages]) -> None:
     owned = [[0] * 5, [1, 0, 1, 1, 1], [0, 1, 1, 0, 1], [1] * 5]
     lens = [[n * o for n, o in zip(*row, strict=True)] for row in zip(LENS, owned, strict=True)]

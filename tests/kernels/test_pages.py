@@ -24,12 +24,14 @@ class Pages(RuleBasedStateMachine):
     the rank does not own the lane.
     """
 
-    @initialize(num_pages=st.integers(6, 40))
-    def start(self, num_pages: int) -> None:
+    @initialize(num_pages=st.integers(6, 40), window=st.integers(0, 40))
+    def start(self, num_pages: int, window: int) -> None:
+        self.most = [0, window, window]  # of the lanes of two layers
         self.arenas = [
-            HeadPages.create(num_pages, ROWS, LANES, MAX_PAGES, DIM, torch.float32)
+            HeadPages.create(num_pages, ROWS, LANES, MAX_PAGES, DIM, torch.float32, most=self.most)
             for _ in range(2)
         ]
+        self.turn: dict[tuple[int, int], int] = {}
         self.held: dict[int, list[list[float] | None]] = {}
         self.token = 0.0
 
@@ -82,7 +84,8 @@ class Pages(RuleBasedStateMachine):
             kept = torch.full((m, most), data.draw(st.sampled_from((-1, 10**6))))
             for c in range(m):
                 if c in taken:
-                    counts[c] = count = data.draw(st.integers(0, min(most, 70)))
+                    longest = min(most, self.most[lane_lo] or 70)
+                    counts[c] = count = data.draw(st.integers(0, longest))
                     chosen = data.draw(st.permutations(range(most)))[:count]
                     kept[c, :count] = torch.tensor(sorted(chosen), dtype=torch.int64)
             arguments = (row, lane_lo, k, v, slots, kept, counts)
@@ -120,13 +123,23 @@ class Pages(RuleBasedStateMachine):
                     tokens = self.held[row][lane_lo + h] if row else None
                     assert (part[i, h] >= 0) == (tokens is not None)
                     if tokens is not None:
-                        tokens.append(float(k[i, h, 0]))
+                        self.add(row, lane_lo + h, tokens, float(k[i, h, 0]))
+
+    def add(self, row: int, lane: int, tokens: list[float], new: float) -> None:
+        """A lane that is full loses its oldest token."""
+        if not self.most[lane] or len(tokens) < self.most[lane]:
+            tokens.append(new)
+            return
+        at = self.turn.get((row, lane), 0)
+        tokens[at] = new
+        self.turn[row, lane] = (at + 1) % len(tokens)
 
     @rule(rows=st.lists(st.integers(0, ROWS - 1)))
     def release(self, rows: list[int]) -> None:
         assert self.both("release", torch.tensor(rows, dtype=torch.int64))
         for row in rows:
             self.held.pop(row, None)
+            self.turn = {key: at for key, at in self.turn.items() if key[0] != row}
 
     @invariant()
     def sound(self) -> None:
@@ -134,7 +147,7 @@ class Pages(RuleBasedStateMachine):
         for arena in self.arenas:
             arena.check_integrity()
         fast, slow = self.arenas
-        for name in ("page_table", "lens", "owned", "free_count", "room"):
+        for name in ("page_table", "lens", "owned", "free_count", "room", "turn"):
             assert torch.equal(getattr(fast, name), getattr(slow, name)), name
         for row in range(1, ROWS):
             for lane, tokens in enumerate(self.held.get(row, [None] * LANES)):

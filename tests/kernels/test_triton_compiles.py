@@ -23,9 +23,9 @@ HEAD = {"D": 80, "D_PAD": 128}
 WINDOW = {"W": 20, "W_PAD": 32, **HEAD, "KEYS": 64, "PAD": 32}
 BATCH = "*i32 *u8 *i64 i32 *i32 i32 i32 i32"
 KERNELS = [
-    (operations._count_new_pages, "*i32 *u8 *i64 i32 *i32 i32 i32 i32",
+    (operations._count_new_pages, "*i32 *u8 *i32 *i64 i32 *i32 i32 i32 i32",
      {"PAGE": 16, "BLOCK": 1024}),
-    (operations._grow, PAGES + " *i64 i32 *i64 i32 *i32 i32 i32 i32",
+    (operations._grow, PAGES + " *i64 i32 *i64 i32 *i32 *i32 *i32 i32 i32 i32",
      {"PAGE": 16, "RUN": 16, "BLOCK": 1024, "NO_PAGE": 1, "FULL": 2}),
     (operations._pop, "*i64 *i32 i32", {"BLOCK": 1024}),
     (operations._release, "*i32 *i32 *i32 *i64 *i64 *i64 i32 i32", {"RUN": 16, "BLOCK": 128}),
@@ -35,8 +35,9 @@ KERNELS = [
     (store._store_kept, "*i32 *i32 T T T T *i32 i32 *i64 i32 i32 *i64 i32 *i32 *i32 *i64 *i64 *i64"
      + 7 * " i32", {**HEAD, "PAGE": 16, "RUN": 16, "LANES": 8}),
     (operations._append, "T T *i64 i32 T T i32 i32 i32 i32 T T i32 i32 i32 i32", HEAD),
-    (attention._decode, "T T T T *i32 *i32 *i32 *u8 *i64 fp32" + 7 * " i32",
-     {"G": 5, "G_PAD": 16, **HEAD, "PAGE": 16, "RUN": 16, "BLOCK": 64}),
+    *((attention._decode, f"T T T T *i32 *i32 *i32 *u8 *i64 {sinks} fp32" + 7 * " i32",
+       {"G": 5, "G_PAD": 16, **HEAD, "PAGE": 16, "RUN": 16, "BLOCK": 64, "SINKS": sinks == "T",
+        "LOG2E": 1.44}) for sinks in ("*i64", "T")),
     (score._statistics, "T T *i32 i32 *i64 i32 *fp32 *fp32 fp32" + 7 * " i32", WINDOW),
     (score._join, "*i64 i32 *fp32 *fp32 *fp32 i32 i32", {"W_PAD": 32, "STEP": 16}),
     (score._columns, "T T *i32 i32 *i64 i32 *fp32 *fp32 i32 fp32" + 7 * " i32", WINDOW),

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer
 from fairkv_sglang.memory import PAGE_TOKENS, PageDemand
-from fairkv_sglang.placement import Plan
+from fairkv_sglang.memory.admission import Admission
+from fairkv_sglang.model import Sliding
+from fairkv_sglang.placement import Plan, Router
+from fairkv_sglang.profiles.recorder import Recorder
 from fairkv_tests.core_cases import (
     QUICK,
     SCOPES,
@@ -133,3 +136,35 @@ def test_no_lanes_within_the_slots_need_more_than_the_bound_of_any_plan(
         demand.set_lanes(served)
         assert np.all(demand.lone_request(prompt_len) <= bound)
         assert np.all(demand.lanes <= lanes)
+
+
+def test_lanes_with_a_sliding_window_stop_growing() -> None:
+    """Two of three layers have a window of 40, two heads each, on one rank."""
+    scorer = make_scorer("streaming", sink=0, window=4)
+    sliding = Sliding(40, (0, 2))
+    scope = make_scope("uniform", BudgetSpec(tokens=64), 3, 2, scorer, None, sliding)
+    demand = PageDemand(scope, np.ones((3, 1, 2), dtype=bool))
+    assert demand.lanes.tolist() == [6]
+    # of one request: 64 tokens in 2 lanes, 40 in 4
+    assert demand.growth(64).tolist() == [2 * 4 + 4 * 40 // 16]
+    # of many: at most what the windows have left
+    assert demand.growth(64, np.array([5])).tolist() == [2 * 4 + 5]
+    assert demand.growth(64, np.array([500])).tolist() == [2 * 4 + 4 * 4]
+    # While its windows are filling, a request takes a page in each lane every 16 tokens, then in
+    # two. A prompt of 10 tokens holds a page of each window, which takes two more.
+    assert demand.output(np.array([12]), 10) == 32
+    assert demand.output(np.array([12 + 4]), 10) == 16 * (16 - 4 * 3) // 2
+    assert demand.output(np.array([4 * 3 + 200]), 10) == 16 * 100
+    assert demand.output(np.array([4 + 200]), 1000) == 16 * 100
+
+
+def test_a_window_that_slides_takes_no_more_pages_than_it_has() -> None:
+    scorer = make_scorer("streaming", sink=0, window=4)
+    scope = make_scope("uniform", BudgetSpec(tokens=64), 2, 1, scorer, None, Sliding(40, (1,)))
+    plan = Plan.from_shares(np.ones((2, 1, 1)), "one rank")
+    demand = PageDemand(scope, plan.shares() > 0)
+    admission = Admission(scope, demand, Router(plan), Recorder(2, 1, 4))
+    asked = admission.ask(100)
+    assert asked.expected.tolist() == [[64], [39]]
+    assert asked.lasting(16).tolist() == [4 + 1 + 3]
+    assert asked.lasting(1000).tolist() == [4 + 63 + 3]

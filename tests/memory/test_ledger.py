@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fairkv_sglang.memory import PAGE_TOKENS, PageLedger
+from fairkv_sglang.model import Sliding
 from fairkv_tests.core_cases import QUICK
 
 LAYERS, HEADS, MOST = 2, 3, 50
@@ -18,10 +19,13 @@ LAYERS, HEADS, MOST = 2, 3, 50
 class Ledger(RuleBasedStateMachine):
     """``true[row]`` is [L, H] tokens of the row; known to the ledger once it is settled."""
 
-    @initialize(ranks=st.integers(1, 3), pages=st.integers(10, 80))
-    def start(self, ranks: int, pages: int) -> None:
+    @initialize(
+        ranks=st.integers(1, 3), pages=st.integers(10, 80), window=st.none() | st.integers(1, 40)
+    )
+    def start(self, ranks: int, pages: int, window: int | None) -> None:
         self.ranks = ranks
-        self.ledger = PageLedger(np.full(ranks, pages))
+        self.sliding = None if window is None else Sliding(window, (1,))
+        self.ledger = PageLedger(np.full(ranks, pages), self.sliding)
         self.owners: dict[int, np.ndarray] = {}
         self.kept: dict[int, np.ndarray] = {}
         self.decoded: dict[int, int] = {}
@@ -29,11 +33,12 @@ class Ledger(RuleBasedStateMachine):
 
     def pages(self, row: int, more: int = 0) -> np.ndarray:
         total = np.zeros(self.ranks, dtype=np.int64)
-        for owner, kept in zip(
-            self.owners[row].ravel(), self.kept[row].ravel().tolist(), strict=True
-        ):
-            tokens = kept + self.decoded[row] + more
-            total[owner] += sum(1 for t in range(tokens) if t % PAGE_TOKENS == 0)
+        for layer in range(LAYERS):
+            for owner, kept in zip(self.owners[row][layer], self.kept[row][layer], strict=True):
+                tokens = int(kept) + self.decoded[row] + more
+                if self.sliding is not None and layer in self.sliding.layers:
+                    tokens = min(tokens, self.sliding.window)
+                total[owner] += sum(1 for t in range(tokens) if t % PAGE_TOKENS == 0)
         return total
 
     @rule(data=st.data())
@@ -47,6 +52,8 @@ class Ledger(RuleBasedStateMachine):
                 self.ledger.admit(row, owners, np.ones(self.ranks))
             return
         kept = rng.integers(0, MOST, (LAYERS, HEADS))
+        if self.sliding is not None:
+            kept[1] = self.sliding.kept(int(rng.integers(0, MOST)))
         slack = rng.integers(0, 3, self.ranks)
         self.owners[row], self.kept[row], self.decoded[row] = owners, kept, 0
         bound = self.pages(row) + slack
@@ -74,6 +81,7 @@ class Ledger(RuleBasedStateMachine):
                 if row not in self.charged:
                     need += self.pages(row, 1) - self.pages(row)
             assert np.array_equal(self.ledger.growth(rows), need)
+            assert np.array_equal(self.ledger.growth_in_rings(), self.to_come())
             held = self.ledger.held.copy()
             outran = [r for r in rows if r in self.charged and self.decoded[r] >= PAGE_TOKENS]
             if np.any(need > self.ledger.free):
@@ -88,6 +96,16 @@ class Ledger(RuleBasedStateMachine):
             self.ledger.grow(rows)
             for row in rows:
                 self.decoded[row] += 1
+
+    def to_come(self) -> np.ndarray:
+        """Pages of layer 1 between now and a full window, of rows whose counts are known."""
+        total = np.zeros(self.ranks, dtype=np.int64)
+        for row, owners in self.owners.items():
+            if self.sliding is not None and row not in self.charged:
+                held = min(int(self.kept[row][1, 0]) + self.decoded[row], self.sliding.window)
+                each = sum(1 for t in range(held, self.sliding.window) if t % PAGE_TOKENS == 0)
+                total += each * np.bincount(owners[1], minlength=self.ranks)
+        return total
 
     @rule(row=st.integers(1, 6))
     def release(self, row: int) -> None:

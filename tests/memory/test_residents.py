@@ -14,10 +14,10 @@ LAYERS, RANKS, HEADS = 2, 3, 4
 
 
 @settings(max_examples=80, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1))
-def test_reads_and_counts_are_those_of_the_requests(seed: int) -> None:
+@given(seed=st.integers(0, 2**32 - 1), sliding=st.sampled_from([(), (0,), (1,)]))
+def test_reads_and_counts_are_those_of_the_requests(seed: int, sliding: tuple[int, ...]) -> None:
     rng = np.random.default_rng(seed)
-    residents = Residents(LAYERS, RANKS, HEADS)
+    residents = Residents(LAYERS, RANKS, HEADS, sliding)
     owners: dict[int, np.ndarray] = {}
     kept: dict[int, np.ndarray] = {}
     steps: dict[int, int] = {}
@@ -48,7 +48,8 @@ def test_reads_and_counts_are_those_of_the_requests(seed: int) -> None:
                 for head in range(HEADS):
                     rank = of[layer, head]
                     count[layer, rank, head] += 1
-                    reads[layer, rank] += steps[r] + (kept[r][layer, head] if r in kept else 0)
+                    reads[layer, rank] += 0 if layer in sliding else steps[r]
+                    reads[layer, rank] += kept[r][layer, head] if r in kept else 0
         assert (residents.reads == reads).all() and (residents.count == count).all()
 
 

@@ -99,6 +99,7 @@ def test_parts_fit(seed: int, split: tuple[int, int], **options) -> None:
         ({"prefill_pool": 1}, "a prefill pool of 1 tokens holds no prompt.* at least 65"),
         ({"page_size": 16, "prefill_pool": 64}, "64 tokens holds no prompt.* at least 80"),
         ({"max_head_tokens": 1}, "--fairkv-max-head-tokens at least 64"),
+        ({"max_head_tokens": 511, "sliding_window": 512}, "no sliding window.* at least 512"),
         ({"arena_pages": 11}, "room for 11 head pages"),
     ],
 )

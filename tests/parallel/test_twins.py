@@ -383,6 +383,30 @@ def test_what_has_no_heads_is_shared() -> None:
         assert type(twin) is type(module)
 
 
+@pytest.mark.parametrize(("heads", "group", "ranks"), [(4, 2, 2), (2, 4, 4)])
+def test_attention_sinks_go_with_their_heads(heads: int, group: int, ranks: int) -> None:
+    """Each query head's is its number; bfloat16, as in SGLang, beside other weights in float32."""
+    plan = random_plan(np.random.default_rng(7), LAYERS, ranks, heads)
+    case = Case(plan, group)
+    homes = Homes(heads, ranks)
+    part = group // homes.replicas
+    for rank, modules in enumerate(case.modules):
+        numbers = [
+            head * group + homes.ranks(head).index(rank) * part + query
+            for head in homes.heads(rank)
+            for query in range(part)
+        ]
+        for module in modules:
+            sinks = torch.tensor(numbers, dtype=torch.bfloat16)
+            module.sinks = torch.nn.Parameter(sinks, requires_grad=False)
+    case.run("build")
+    case.check_slots()
+    for rank, modules in enumerate(case.modules):
+        for layer, module in enumerate(modules):
+            wanted = [h * group + query for h in plan.heads(layer, rank) for query in range(group)]
+            assert getattr(module, TWIN).sinks.tolist() == wanted
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_counts_that_sglang_did_not_build_are_refused(ranks: int) -> None:
     plan = random_plan(np.random.default_rng(1), LAYERS, ranks, 2 if ranks == 4 else 4)

@@ -32,9 +32,18 @@ class Calls:
     def __init__(self) -> None:
         self.seen: list[tuple[Any, torch.Tensor, Any]] = []
 
-    def __call__(self, module: Any, positions: Any, hidden: torch.Tensor, batch: Any) -> Any:
-        assert positions.tolist() == batch.positions.tolist()
-        self.seen.append((module, positions, batch))
+    def __call__(
+        self,
+        module: Any,
+        positions: Any,
+        hidden: torch.Tensor,
+        forward_batch: Any,
+        position_embeddings: Any = None,
+    ) -> Any:
+        assert positions.tolist() == forward_batch.positions.tolist()
+        self.seen.append((module, positions, forward_batch))
+        for rotation in position_embeddings or ():  # as the test made them
+            assert rotation[..., 0].tolist() == positions.tolist()
         return hidden * module.factor
 
 
@@ -137,6 +146,46 @@ def test_a_mixed_batch_is_cut_and_joined(prompts: list[int], running: int, same:
     assert vars(batch) == before
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["table", "None"])
+def test_rotations_that_come_with_a_call_are_cut(given: bool) -> None:
+    """Gemma 3's; positions have a dimension more there. With AMX it passes None."""
+    module, twin = pair()
+    batch = batch_of(ForwardMode.MIXED, [3, 2, 1, 1])
+    batch.positions = batch.positions[None]
+    rotations = tuple(batch.positions[..., None].repeat(1, 1, 4) for _ in "cs") if given else None
+    calls, hidden, spans = Calls(), torch.rand(7, 3), plan_of([3, 2], 2)
+    rank = SimpleNamespace(backend=SimpleNamespace(spans=spans))
+
+    def cut(forward_batch: Any, *args: Any) -> SimpleNamespace:
+        made = real[cuts.pop(0)](forward_batch, *args)
+        made.positions = batch.positions[:, :5] if cuts else batch.positions[:, 5:]
+        return made
+
+    real, cuts = (models.prompts_only, models.running_only), [0, 1]
+    with (
+        mock.patch.object(models, "this_rank", lambda: rank),
+        mock.patch.multiple(models, prompts_only=cut, running_only=cut),
+    ):
+        out = models.around_attention_forward(
+            calls, module, batch.positions, hidden, batch, position_embeddings=rotations
+        )
+    assert torch.equal(out, torch.cat([hidden[:5], hidden[5:] * twin.factor]))
+    assert [who for who, *_ in calls.seen] == [module, twin]
+
+
+def test_gpt_oss_leaves_k_and_v_to_the_attention_backend() -> None:
+    """On CUDA it would write them to SGLang's pool beside the rotation."""
+    from sglang.srt.models import gpt_oss
+
+    attn = mock.Mock(return_value=torch.ones(1))
+    module = SimpleNamespace(attn=attn, sinks=torch.ones(2), o_proj=lambda x: (x, None))
+    name = "enable_fused_set_kv_buffer"
+    with mock.patch.object(gpt_oss, name, models.replace_fused_set_kv_buffer):
+        gpt_oss.GptOssAttention.forward_core(module, (None, None, ("q", "k", "v", "batch")))
+    attn.assert_called_once_with("q", "k", "v", "batch", sinks=module.sinks, save_kv_cache=True)
+    assert f"sglang.srt.models.gpt_oss.{name}" in {hook.target for hook in models.HOOKS}
+
+
 @pytest.mark.parametrize("scales", [1, 5], ids=["one", "each"])
 def test_hidden_states_that_a_norm_has_quantised_are_cut(scales: int) -> None:
     """Rows go with their scales; one scale for all, and a type, belong to both parts."""
@@ -151,14 +200,21 @@ def test_hidden_states_that_a_norm_has_quantised_are_cut(scales: int) -> None:
 
 
 def test_rotations_that_a_scorer_can_undo() -> None:
-    """LongRoPE has a table for short and one for long batches."""
-    model = torch.nn.Module()
-    model.rotary_emb = torch.nn.Module()
+    """LongRoPE has a table for short and one for long batches; Gemma 3 may scale its positions in
+    another place than where its attention has a table.
+    """
+    model, attention = torch.nn.Module(), torch.nn.Module()
+    attention.rotary_emb = torch.nn.Module()
     with pytest.raises(RuntimeError, match=r"FairKV: .*LongRoPE.* has two; use --fairkv-scorer"):
-        registries._rope(model)
+        registries._rope(attention, model)
+    model.model = torch.nn.Module()
+    model.model.rotary_emb = SimpleNamespace(rope_type="linear")
+    with pytest.raises(RuntimeError, match=r"FairKV: .*scales its positions \(linear\); use"):
+        registries._rope(attention, model)
+    model.model.rotary_emb.rope_type = "default"
     table = torch.ones(3, 4)
-    model.rotary_emb.cos_sin_cache, model.rotary_emb.is_neox_style = table, False
-    rope = registries._rope(model)
+    attention.rotary_emb.cos_sin_cache, attention.rotary_emb.is_neox_style = table, False
+    rope = registries._rope(attention, model)
     assert rope.table() is table and not rope.halves
 
 
@@ -264,7 +320,8 @@ def test_attention_of_every_served_architecture_is_hooked(row: Architecture) -> 
     targets = {hook.target for hook in models.HOOKS}
     assert f"{row.attention}.forward" in targets
     # By these names SGLang passes what the dispatch takes apart.
-    assert list(inspect.signature(attention.forward).parameters) == [
+    names = inspect.signature(attention.forward).parameters
+    assert [name for name in names if name not in ("position_embeddings", "kwargs")] == [
         "self", "positions", "hidden_states", "forward_batch",
     ]  # fmt: skip
     # What a twin has for itself; it shares all else with SGLang's module.

@@ -7,6 +7,7 @@ from typing import Any
 
 from fairkv_sglang.budgets.scopes.base import SCOPES, BudgetScope, BudgetSpec
 from fairkv_sglang.budgets.scorers import Scorer
+from fairkv_sglang.model import Sliding
 from fairkv_sglang.profiles import HeadProfile
 from fairkv_sglang.registry import import_all
 
@@ -20,6 +21,7 @@ def make_scope(
     num_heads: int,
     scorer: Scorer,
     profile: HeadProfile | None = None,
+    sliding: Sliding | None = None,
     **options: Any,
 ) -> BudgetScope:
     """The scope of this name, with window and sink of the scorer.
@@ -29,7 +31,16 @@ def make_scope(
             window + sink.
     """
     return SCOPES.make(
-        name, spec, num_layers, num_heads, scorer.window, profile, scorer.sink, **options
+        name,
+        spec,
+        num_layers,
+        num_heads,
+        scorer.window,
+        profile,
+        scorer.sink,
+        0,
+        sliding,
+        **options,
     )
 
 

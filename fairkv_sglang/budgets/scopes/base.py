@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fairkv_sglang.budgets.waterfill import IntArray
+from fairkv_sglang.model import Sliding
 from fairkv_sglang.profiles import HeadProfile
+from fairkv_sglang.profiles.head_profile import FloatArray
 from fairkv_sglang.registry import Registry, option
 
 P = ParamSpec("P")
@@ -100,6 +102,8 @@ class BudgetScope:
         sink: First tokens for which each budget must have room (the scorer's).
         protected: How many of the ``window`` are protected tokens; a budget need not hold those, it
             rises where they leave too little of it.
+        sliding: Layers with an attention window. They have no budget and no part in those of the
+            others: their heads keep what the next token attends to, of any prompt.
 
     Raises:
         ValueError: Budget below window + sink; profile missing or of another model.
@@ -123,11 +127,15 @@ class BudgetScope:
     profile: HeadProfile | None = None
     sink: int = 0
     protected: int = 0
+    sliding: Sliding | None = None
 
     def __post_init__(self) -> None:
         # Neighbouring heads that are at home on one rank; all of them until a rank says otherwise.
         self.home_size = self.num_heads
         self.least = self.window + max(self.sink, 1)
+        sliding = () if self.sliding is None else self.sliding.layers
+        self.layers = tuple(i for i in range(self.num_layers) if i not in sliding)
+        """The L' layers with budgets."""
         if self.profile is None and self.needs_profile:
             raise ValueError(profile_needed(self.name))
         if self.profile is not None:
@@ -143,9 +151,24 @@ class BudgetScope:
 
     def _remember(self, lengths: int) -> None:
         # Per instance, so that a scope that is dropped takes its caches along.
-        self._expected_cached = lru_cache(lengths)(_read_only(self._expected))
-        self._per_head_cached = lru_cache(lengths)(_read_only(self._per_head_bound))
+        self._expected_cached = lru_cache(lengths)(_read_only(self._in_all_layers(self._expected)))
+        bound = self._in_all_layers(self._per_head_bound)
+        self._per_head_cached = lru_cache(lengths)(_read_only(bound))
         self._bound_cached = lru_cache(lengths)(_read_only(self._bound))
+
+    def _in_all_layers(self, function: Callable[[int], IntArray]) -> Callable[[int], IntArray]:
+        """``[L, H]`` by prompt length, from a function that gives ``[L', H]``."""
+        sliding = self.sliding
+        if sliding is None:
+            return function
+
+        def compute(prompt_len: int) -> IntArray:
+            shape = (self.num_layers, self.num_heads)
+            result = np.full(shape, sliding.kept(prompt_len), dtype=np.int64)
+            result[list(self.layers)] = function(prompt_len)
+            return result
+
+        return compute
 
     def variant(
         self,
@@ -183,7 +206,7 @@ class BudgetScope:
             made = replace(self, spec=spec, window=window, sink=sink, protected=protected)
         else:
             size = self.num_layers, self.num_heads
-            own = spec, *size, window, self.profile, sink, protected
+            own = spec, *size, window, self.profile, sink, protected, self.sliding
             made = SCOPES.make(method[0], *own, **dict(method[1]))
         made.home_size = self.home_size
         made._remember(LENGTHS_OF_VARIANT)
@@ -208,6 +231,10 @@ class BudgetScope:
     def per_head_bound(self, prompt_len: int) -> IntArray:
         """[L, H] most tokens that each head may keep, whatever the input. Read-only, cached."""
         return self._per_head_cached(prompt_len)
+
+    def longest(self, prompt_len: int) -> int:
+        """Most tokens that a head with a budget may keep, whatever the input."""
+        return int(self.per_head_bound(prompt_len)[list(self.layers)].max())
 
     def bound(self, prompt_len: int, heads: Sequence[Sequence[int]]) -> IntArray:
         """[L] most tokens that the given heads of each layer may keep together; [1], those of all
@@ -240,26 +267,35 @@ class BudgetScope:
         shape = (rows, max(prompt_len - self.window, 0))
         if tuple(scores.shape) != shape:
             raise ValueError(f"scores have shape {list(scores.shape)}, expected {list(shape)}")
-        every = self.num_heads * (self.num_layers if self.spans_layers else 1)
+        every = self.num_heads * (len(self.layers) if self.spans_layers else 1)
         if len(set(heads)) != rows or any(not 0 <= head < every for head in heads):
             raise ValueError(f"heads {list(heads)} are not distinct heads of {every}")
         if self.spans_ranks and rows != every:
             whole = "the model" if self.spans_layers else "a layer"
             raise ValueError(f"scope {self.name!r} needs all {every} heads of {whole}, got {rows}")
+        if not self.spans_layers and layer not in self.layers:
+            return torch.from_numpy(self.expected(prompt_len)[layer, list(heads)]).to(scores.device)
         if self.budget(prompt_len) >= prompt_len:
             return torch.full((rows,), prompt_len, dtype=torch.int64, device=scores.device)
         return self._counts(layer, heads, scores, prompt_len)
 
     def _expected(self, prompt_len: int) -> IntArray:
-        """``expected``; here the same for every head."""
+        """``expected`` of the layers with budgets, ``[L', H]``; here the same for every head."""
         return self._alike(self.budget(prompt_len))
 
     def _alike(self, tokens: int) -> IntArray:
-        """[L, H] of one number."""
-        return np.full((self.num_layers, self.num_heads), tokens, dtype=np.int64)
+        """[L', H] of one number."""
+        return np.full((len(self.layers), self.num_heads), tokens, dtype=np.int64)
+
+    @property
+    def shares(self) -> FloatArray:
+        """[L', H] of the profile."""
+        assert self.profile is not None
+        return self.profile.shares[list(self.layers)]
 
     def _per_head_bound(self, prompt_len: int) -> IntArray:
-        return self.expected(prompt_len).copy()
+        """``per_head_bound`` of the layers with budgets, ``[L', H]``."""
+        return self._expected(prompt_len)
 
     def _bound(self, prompt_len: int, heads: Heads) -> IntArray:
         """See ``bound``."""

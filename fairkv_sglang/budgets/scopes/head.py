@@ -28,8 +28,7 @@ class Head(Floored):
     needs_profile: ClassVar[bool] = True
 
     def _expected(self, prompt_len: int) -> IntArray:
-        assert self.profile is not None  # made sure of by the constructor
-        shares, budget = self.profile.shares, self.budget(prompt_len)
+        shares, budget = self.shares, self.budget(prompt_len)
         low = min(max(self.least, self.window + self.floor(prompt_len)), budget)
         caps = water_fill(shares.ravel(), budget * shares.size, low, prompt_len)
         return caps.reshape(shares.shape)

@@ -36,7 +36,5 @@ class Layer(Pooled):
         if self.profile is None or budget >= prompt_len:
             return super()._expected(prompt_len)
         low = self.window + self.floor(prompt_len)
-        rows = [
-            water_fill(row, budget * self.num_heads, low, prompt_len) for row in self.profile.shares
-        ]
+        rows = [water_fill(row, budget * self.num_heads, low, prompt_len) for row in self.shares]
         return np.stack(rows)

@@ -33,16 +33,19 @@ class Model(Pooled):
     @property
     def group(self) -> int:
         """See the base class."""
-        return self.num_layers * self.num_heads
+        return len(self.layers) * self.num_heads
 
     def _expected(self, prompt_len: int) -> IntArray:
         budget = self.budget(prompt_len)
         if self.profile is None or budget >= prompt_len:
             return super()._expected(prompt_len)
-        shares, low = self.profile.shares, self.window + self.floor(prompt_len)
+        shares, low = self.shares, self.window + self.floor(prompt_len)
         return water_fill(shares.ravel(), budget * shares.size, low, prompt_len).reshape(
             shares.shape
         )
 
     def _bound(self, prompt_len: int, heads: Heads) -> IntArray:
-        return np.array([self._most(prompt_len, sum(map(len, heads)))], dtype=np.int64)
+        most = self._most(prompt_len, sum(len(heads[layer]) for layer in self.layers))
+        if self.sliding is not None:
+            most += self.sliding.kept(prompt_len) * sum(len(heads[i]) for i in self.sliding.layers)
+        return np.array([most], dtype=np.int64)

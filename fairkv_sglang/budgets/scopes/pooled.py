@@ -44,6 +44,8 @@ class Pooled(Floored, ABC):
 
     def most(self, layer: int, prompt_len: int, heads: Sequence[int]) -> int:
         """See the base class."""
+        if layer not in self.layers:
+            return super().most(layer, prompt_len, heads)
         members = np.bincount(np.asarray(heads, dtype=np.int64) // self.group)
         return sum(self._most(prompt_len, int(n)) for n in members if n)
 

@@ -38,7 +38,7 @@ class Pyramid(BudgetScope):
     )
 
     def _expected(self, prompt_len: int) -> IntArray:
-        mean, layers = self.budget(prompt_len) - self.window, self.num_layers
+        mean, layers = self.budget(prompt_len) - self.window, len(self.layers)
         if mean <= 0 or layers == 1:
             return super()._expected(prompt_len)
         last = max(Fraction(mean, self.beta), Fraction(min(self.least - self.window, mean)))

@@ -27,6 +27,7 @@ from fairkv_sglang.kernels import PAGE_TOKENS, torch_decode
 from fairkv_sglang.memory import MemoryDivision
 from fairkv_sglang.memory.rows import make_book
 from fairkv_sglang.model import Model as Description
+from fairkv_sglang.model import Sliding
 from fairkv_sglang.patches.rank import Rank as RankState
 from fairkv_sglang.patches.rank import begin
 from fairkv_sglang.placement import Plan
@@ -44,15 +45,19 @@ SCALE = DIM**-0.5
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of a model: KV heads, query heads of each."""
+    """Sizes of a model: KV heads, query heads of each; layers with a window, if it has some."""
 
     heads: int = 4
     group: int = 2
+    sliding: Sliding | None = None
 
     @property
     def described(self) -> Description:
         q_heads = self.heads * self.group
-        return Description("tiny", LAYERS, q_heads, self.heads, DIM, q_heads * DIM, dtype_bytes=4)
+        return Description(
+            "tiny", LAYERS, q_heads, self.heads, DIM, q_heads * DIM, dtype_bytes=4,
+            sliding=self.sliding,
+        )  # fmt: skip
 
 
 @dataclass
@@ -332,7 +337,15 @@ def expected_kept(rank: Rank, config: FairKVConfig, prompt: Prompt) -> list:
             rows = [scores[h] for h in group]
             kept += ada_kv_kept(rows, group, budget, window, config.floor_alpha, total)
         result.append(kept)
-    return [[sorted(order[t] for t in row) for row in layer] for layer in result]
+    result = [[sorted(order[t] for t in row) for row in layer] for layer in result]
+    sliding = state.scope.sliding
+    if sliding is not None:
+        latest = list(range(max(0, total - sliding.window + 1), total))
+        result = [
+            [latest] * heads if layer in sliding.layers else rows
+            for layer, rows in enumerate(result)
+        ]
+    return result
 
 
 def expected_budget(rank: Rank, prompt: Prompt, always: int, sink: int) -> int:
@@ -479,10 +492,12 @@ def check_traffic(
                     source = source_of(homes, head, owner)
                     if source != owner:
                         moved.setdefault((number, source, owner), []).append(head)
+            budgeted = layer in scope.layers  # windows are known to everybody
             late = {n for n, p in enumerate(ending) if p in compressed and waits(own[p.row])}
+            late = late if budgeted else set()
             now = [number for number, *_ in moved if number not in late]
             exchanges += bool(now) + any(number in late for number, *_ in moved)
-            if homes.tp_size > 1:
+            if homes.tp_size > 1 and budgeted:
                 gathers += any(together(p) for p in compressed)
                 gathers += len(apart) if now else 0
             for (number, source, _), heads in moved.items():

@@ -43,7 +43,7 @@ def copy_to(pages: HeadPages, device: str) -> HeadPages:
 def same_pages(fast: HeadPages, slow: HeadPages, when: str) -> None:
     """Equal tables, contents and free stacks (up to their top)."""
     fast.check_integrity()
-    for name in ("lens", "owned", "free_count", "room"):
+    for name in ("lens", "owned", "free_count", "room", "turn"):
         need(torch.equal(getattr(fast, name).cpu(), getattr(slow, name)), f"{when}: {name} differ")
     top = slow.num_free
     need(torch.equal(fast.free_pages[:top].cpu(), slow.free_pages[:top]), f"{when}: free pages")
@@ -61,7 +61,9 @@ def page_operations(
     dim, rows = 24, range(1, 6)
     for seed in range(rounds):
         pick, make = random.Random(seed), torch.Generator().manual_seed(seed)
-        fast = HeadPages.create(450, 6, LANE_START[-1], 20, dim, dtype, device, by_columns)
+        lanes = LANE_START[-1]
+        most = [0] * (lanes - 1) + [max(KEPT)]  # some prompts fill the last lane, then it is a ring
+        fast = HeadPages.create(450, 6, lanes, 20, dim, dtype, device, by_columns, most)
         slow = copy_to(fast, "cpu")
         active: list[int] = []
         for step in range(12):
@@ -287,7 +289,7 @@ def _planned(
     from fairkv_sglang.kernels.cuda.workspace import read_array
 
     decoder = FlashInferDecoder(
-        pages, lane_start, 4, 1.0, spare=spare, longest_first=longest_first, module="not called"
+        pages, lane_start, 4, spare=spare, longest_first=longest_first, module="not called"
     )
     decoder.plan(rows)
     space, made = decoder.workspace, []

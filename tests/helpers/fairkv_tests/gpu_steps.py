@@ -40,7 +40,7 @@ def planned_decode(**options: Any) -> Callable[..., None]:
         out: torch.Tensor,
     ) -> None:
         need(lane_lo == 0 and n == pages.lanes, "planned_decode serves one layer of all lanes")
-        decoder = FlashInferDecoder(pages, [0, n], q.shape[1] // n, scale, **options)
+        decoder = FlashInferDecoder(pages, [0, n], q.shape[1] // n, **options)
         decoder.plan(rows)
         decoder.decode(q, rows, 0, n, scale, out)
 
@@ -71,7 +71,7 @@ def orders_agree(device: str, dim: int, **options: Any) -> None:
     results = []
     for longest_first, spare in ((True, 264), (False, 264), (True, 132), (True, 1000)):
         decoder = FlashInferDecoder(
-            pages, [0, 4], 4, 0.1, spare=spare, longest_first=longest_first, **options
+            pages, [0, 4], 4, spare=spare, longest_first=longest_first, **options
         )
         out = torch.empty_like(q)
         decoder.plan(rows)
@@ -86,7 +86,7 @@ def replayed_step(device: str, dim: int, rounds: int = 5, **options: Any) -> Non
     bs, group, lane_start = 3, 4, [0, 1, 4]
     pages = resident.resident(lens, dim, torch.bfloat16, device, by_columns=False)
     twin = copy_to(pages, device)
-    decoder = FlashInferDecoder(pages, lane_start, group, dim**-0.5, **options)
+    decoder = FlashInferDecoder(pages, lane_start, group, **options)
     rows = torch.zeros(bs, dtype=torch.int64, device=device)
     slots = torch.empty((bs, 4), dtype=torch.int64, device=device)
     kv = torch.randn((bs, 8, dim), device=device).bfloat16()
@@ -137,7 +137,7 @@ def operations(device: str, dim: int, **options: Any) -> dict[str, Callable[[], 
     kv = torch.randn((2, 10, dim), device=device).bfloat16()
     q = torch.randn((2, 20, dim), device=device).bfloat16()
     out = torch.empty_like(q)
-    decoder = FlashInferDecoder(pages, [0, 5], 4, 0.1, **options)
+    decoder = FlashInferDecoder(pages, [0, 5], 4, **options)
     return {
         "set_owned": lambda: triton_ops.set_owned(pages, 1, owned),
         "store_kept": lambda: triton_ops.store_kept(
@@ -212,7 +212,7 @@ def large_arena(device: str, dim: int, elements: int = 2**31, **options: Any) ->
     folded = q.view(heads, group, dim).double()
     weights = (torch.einsum("hgd,nhd->hgn", folded, k) * scale).softmax(-1)
     want = torch.einsum("hgn,nhd->hgd", weights, v).view(q.shape)
-    decoder = FlashInferDecoder(pages, [0, heads], group, scale, **options)
+    decoder = FlashInferDecoder(pages, [0, heads], group, **options)
     for name in ("FlashInfer", "Triton"):
         if name == "Triton" and device == "cpu":
             continue  # the interpreter's dot product takes bfloat16 for integers

@@ -64,13 +64,15 @@ def _require(ok: bool, bit: int) -> None:
 def set_owned(pages: HeadPages, row: int, owned: torch.Tensor, room: int = UNLIMITED) -> None:
     _require(not bool(pages.lens[row].any()), ERROR_ROW_NOT_EMPTY)
     pages.owned[row] = owned.to(torch.uint8)
-    pages.room[row] = room
+    pages.room[row], pages.turn[row] = room, 0
 
 
 def grow(pages: HeadPages, rows: torch.Tensor, slots: torch.Tensor) -> None:
     slots.fill_(-1)
     todo = [(i, r, j) for i, r in enumerate(rows.tolist()) for j in range(pages.lanes)]
     todo = [(i, r, j) for i, r, j in todo if pages.owned[r, j]]
+    full = [(i, r, j) for i, r, j in todo if 0 < pages.most[j] <= pages.lens[r, j]]
+    todo = [each for each in todo if each not in full]
     new = [(r, j) for _, r, j in todo if pages.lens[r, j] % PAGE_TOKENS == 0]
     _require(len(new) <= int(pages.free_count), ERROR_NO_FREE_PAGE)
     _require(all(_held(pages, r, j) < pages.max_pages for r, j in new), ERROR_ROW_FULL)
@@ -80,6 +82,10 @@ def grow(pages: HeadPages, rows: torch.Tensor, slots: torch.Tensor) -> None:
             put_page(pages, r, j, n // PAGE_TOKENS, _pop(pages))
         slots[i, j] = pages.page(r, j, n // PAGE_TOKENS) * PAGE_TOKENS + n % PAGE_TOKENS
         pages.lens[r, j] = n + 1
+    for i, r, j in full:  # the oldest token makes room
+        n = int(pages.turn[r, j])
+        slots[i, j] = pages.page(r, j, n // PAGE_TOKENS) * PAGE_TOKENS + n % PAGE_TOKENS
+        pages.turn[r, j] = (n + 1) % pages.most[j]
 
 
 def release(pages: HeadPages, rows: torch.Tensor) -> None:

@@ -11,10 +11,14 @@ from typing import Any, Literal, get_args
 
 import torch
 
-Architecture = Literal["llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe"]
+Architecture = Literal[
+    "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "gemma3", "gpt_oss"
+]
 
 EXPERTS = 4
 """Experts of a mixture; each token goes to two."""
+SLIDING_WINDOW = 40
+"""Tokens that a layer with a sliding window sees, the newest one included."""
 IMPLIED = ("mixtral", "phi3", "qwen2")
 """Families whose configurations have no head size: it is the hidden size over the query heads."""
 BOS, EOS, PAD = 0, 1, 2
@@ -128,11 +132,30 @@ def _network(model: TinyModel) -> Any:
             **experts,
             **shared,
         )
+    elif model.architecture == "gemma3":
+        config = transformers.Gemma3TextConfig(
+            query_pre_attn_scalar=2 * model.head_dim,
+            **_sliding(model),
+            **{**shared, "tie_word_embeddings": True},  # SGLang takes no other
+        )
+    elif model.architecture == "gpt_oss":
+        config = transformers.GptOssConfig(
+            num_local_experts=EXPERTS, swiglu_limit=7.0, **experts, **_sliding(model), **shared
+        )
     else:
         names = ", ".join(get_args(Architecture))
         raise ValueError(f"architecture {model.architecture!r}: one of {names}")
     network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return network.eval()
+
+
+def _sliding(model: TinyModel) -> dict[str, Any]:
+    """Every other layer has a sliding window, the first and, of three, the last."""
+    kinds = ("sliding_attention", "full_attention")
+    return {
+        "sliding_window": SLIDING_WINDOW,
+        "layer_types": [kinds[layer % 2] for layer in range(model.layers)],
+    }
 
 
 def _initialise(network: Any, seed: int) -> None:
@@ -147,6 +170,8 @@ def _initialise(network: Any, seed: int) -> None:
                 weight.copy_(1 + 0.1 * noise)
             elif name.endswith("bias"):
                 weight.copy_(0.3 * noise)
+            elif name.endswith("sinks"):  # SGLang holds them in bfloat16
+                weight.copy_((2 + noise).bfloat16())
             else:
                 weight.copy_(1.2 * noise / weight.shape[-1] ** 0.5)
 

@@ -28,6 +28,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"architecture": "qwen2"},
     "qwen2, tied": {"architecture": "qwen2", "tied": True},
     "qwen3_moe": {"architecture": "qwen3_moe"},
+    "gemma3": {"architecture": "gemma3"},
+    "gpt_oss": {"architecture": "gpt_oss"},
 }
 """Families beside those of most tests (Llama, Qwen3), to be added to :data:`MODEL`."""
 
