@@ -130,6 +130,11 @@ def make_start(
             f"rank, but {tp_size} ranks share {model.num_kv_heads} KV heads: use at most "
             f"{model.num_kv_heads} ranks or another scorer"
         )
+    if config.decode_compression and model.sliding is not None:
+        raise ValueError(
+            "decode_compression: outputs of models with sliding windows are not compressed: leave "
+            "--fairkv-decode-compression out"
+        )
     planner = Planner(
         policy=config.placement,
         options=config.options("placement"),
