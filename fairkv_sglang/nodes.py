@@ -26,7 +26,7 @@ def given(config: FairKVConfig) -> dict[str, str]:
     """
     options = config.model_dump(mode="json", exclude=set(_FILES))
     texts = {name: _NONE if value is None else str(value) for name, value in options.items()}
-    files = {name: _file_digest(getattr(config, name)) for name in _FILES}
+    files = {name: file_digest(getattr(config, name)) for name in _FILES}
     return {"version": __version__, **texts, **files}
 
 
@@ -51,7 +51,7 @@ def difference(nodes: Mapping[int, Mapping[str, str]]) -> str | None:
     return None
 
 
-def _file_digest(path: Path | None) -> str:
+def file_digest(path: Path | None) -> str:
     if path is None:
         return _NONE
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())

@@ -20,6 +20,8 @@ from fairkv_sglang.model import Model
 from fairkv_sglang.planning import Start, make_start
 
 Predicate = Callable[[Any, Model | None], bool]
+TRANSFER_BACKEND = "fairkv"
+"""Value of ``--disaggregation-transfer-backend`` for kept rows over sockets."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,10 @@ def _model(predicate: Callable[[Model], bool]) -> Predicate:
     return lambda args, model: model is not None and predicate(model)
 
 
+def _disaggregated(args: Any) -> bool:
+    return args.disaggregation_mode not in (None, "null")
+
+
 def _prefill_graph(args: Any, model: Model | None) -> bool:
     if args.cuda_graph_backend_prefill not in (None, "disabled"):
         return True
@@ -120,12 +126,43 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
     ),
     Refusal(
-        "prefill-decode disaggregation (by any --disaggregation-transfer-backend)",
-        "--disaggregation-mode",
-        "use --disaggregation-mode null: no transfer backend knows head pages",
-        _not_in("disaggregation_mode", "null"),
+        "a transfer backend of SGLang's in prefill-decode disaggregation",
+        "--disaggregation-transfer-backend",
+        f"use {TRANSFER_BACKEND}: no other one knows head pages",
+        lambda args, model: (
+            _disaggregated(args) and args.disaggregation_transfer_backend != TRANSFER_BACKEND
+        ),
     ),
-    Refusal("a decode pool with role switch", "--enable-pd-role-switch"),
+    Refusal(
+        "prefill-decode disaggregation of replicas or over several nodes",
+        "--disaggregation-mode with --dp-size or --nnodes above 1 (untested)",
+        "start more servers, behind a router",
+        lambda args, model: _disaggregated(args) and _above_one("dp_size", "nnodes")(args, model),
+    ),
+    Refusal(
+        "what keeps, checks or moves whole prompts on a decode server",
+        "--disaggregation-decode-enable-radix-cache, --disaggregation-decode-enable-offload-kvcache"
+        ", --disaggregation-enable-kv-checksum, --disaggregation-decode-extra-slots",
+        "leave the flags out",
+    ),
+    Refusal(
+        "a copy of requests that a decode server retracts",
+        "--disaggregation-decode-retraction-backup",
+        "use none: they are answered with 503, to be asked again",
+        _not_in("disaggregation_decode_retraction_backup", "none"),
+    ),
+    Refusal(
+        "prefill before its decode server is known",
+        "--optimistic-prefill-attempts",
+        "leave the flag out",
+    ),
+    Refusal(
+        "another order of prefill and allocation",
+        "--disaggregation-decode-allocation-policy",
+        "leave the flag out: decode always allocates when the prompt is compressed",
+        _not_in("disaggregation_decode_allocation_policy", "early"),
+    ),
+    Refusal("a server that switches between prefill and decode", "--enable-pd-role-switch"),
     Refusal("PD multiplexing", "--enable-pdmux"),
     Refusal("encoder disaggregation", "--encoder-only, --language-only"),
     Refusal(

@@ -16,6 +16,7 @@ __all__ = ["Hook", "HookError", "all_hooks", "all_overrides", "cpu_overrides", "
 def all_hooks() -> tuple[Hook, ...]:
     """The hooks of a serving rank, in ledger order (imports SGLang's scheduler)."""
     from fairkv_sglang.patches import (
+        disaggregation,
         loads,
         models,
         passes,
@@ -37,6 +38,7 @@ def all_hooks() -> tuple[Hook, ...]:
         passes,
         state,
         loads,
+        disaggregation,
     )
     return tuple(hook for module in modules for hook in module.HOOKS)
 
@@ -49,9 +51,10 @@ def all_overrides() -> tuple[Override, ...]:
         pools,
         prefill_budget,
         prefix_cache,
+        transfer,
     )
 
-    modules = (pools, prefix_cache, prefill_budget, attention_backend, forced_tokens)
+    modules = (pools, prefix_cache, prefill_budget, attention_backend, forced_tokens, transfer)
     return tuple(row for module in modules for row in module.OVERRIDES)
 
 

@@ -29,7 +29,7 @@ def before_load_model(runner: Any) -> None:
         HookError: if the parent's hook is missing.
         SystemExit: if another node was started otherwise.
     """
-    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.runtime_context import get_disagg, get_parallel
 
     verify()
     config = from_environment()
@@ -49,7 +49,7 @@ def before_load_model(runner: Any) -> None:
     if parallel.nnodes > 1:
         plan = agreed_plan(start, runner.tp_group, parallel.node_rank)
         start = make_start(config, model, plan.tp_size, device, plan)
-    rank = Rank(start, parallel.tp_rank)
+    rank = Rank(start, parallel.tp_rank, get_disagg().disaggregation_mode)
     begin(rank)
     logger.info(rank.describe())
 

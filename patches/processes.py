@@ -63,17 +63,22 @@ def _register_rank() -> bool:
     on = config is not None and config.enabled
     if on:
         from fairkv_sglang.patches.registries import register_prefix_cache
+        from fairkv_sglang.patches.transfer import register_transfer_backend
 
         register(all_hooks())
         register_prefix_cache()
+        register_transfer_backend()
         need(all_overrides)
     if measure.is_asked_for():
         register(measure.HOOKS)
     return on
 
 
-def register_parent() -> None:
+def register_parent(disaggregated: bool = False) -> None:
     """The hooks of the process that takes requests, FairKV on; they are applied here.
+
+    Args:
+        disaggregated: Whether this is a prefill or a decode server.
 
     Raises:
         HookError: if one has not taken effect.
@@ -85,6 +90,11 @@ def register_parent() -> None:
     global _takes_requests
 
     hooks = (*server.HOOKS, *watching.HOOKS, *requests.HOOKS, *system_prompt.HOOKS)
+    if disaggregated:
+        from fairkv_sglang.patches import transfer
+
+        transfer.register_transfer_backend()
+        hooks = (*hooks, transfer.GET_CLASS)
     if not _takes_requests:
         register(hooks)
         _takes_requests = True

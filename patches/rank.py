@@ -19,6 +19,7 @@ from fairkv_sglang.memory import MemoryDivision
 from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.parallel import LaneTable, RankHeads, TwinWeights
 from fairkv_sglang.planning import Start, budget_text, outputs_text
+from fairkv_sglang.transfer.rows import Moved
 
 if TYPE_CHECKING:  # a subclass of SGLang's, which is not to be imported before its platform is
     from fairkv_sglang.patches.attention_backend import FairKVAttnBackend
@@ -40,6 +41,7 @@ class Rank:
     Args:
         start: Configuration, model, budgets and plan.
         rank: Tensor-parallel rank of this process.
+        role: SGLang's ``--disaggregation-mode``: ``null``, ``prefill`` or ``decode``.
     """
 
     twins: TwinWeights
@@ -52,13 +54,15 @@ class Rank:
     exporter: Exporter | None = None  # None where metrics are off
     repeats: Repeats | None = None  # None unless the scorer has prompts repeated
 
-    def __init__(self, start: Start, rank: int) -> None:
+    def __init__(self, start: Start, rank: int, role: str = "null") -> None:
         self.start, self.config, self.model = start, start.config, start.model
         self.scorer, self.scope = start.scorer, start.scope
         table = LaneTable(start.plan, start.room)
         self.heads = RankHeads(start.plan, rank, start.model.group_size, table)
         self.scope.home_size = self.heads.homes.per_rank
         self.in_force = PlanInForce(start.plan, start.source)
+        self.role = role
+        self.moved = Moved()  # kept rows, from or to the other server
 
     def __getattr__(self, part: str) -> NoReturn:
         if part not in MADE_BY:

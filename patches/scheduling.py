@@ -63,8 +63,9 @@ def around_create_prefill_budget(
 
 def around_add_request(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Admit by the budget alone, which is told what the request wants kept, for certain who was
-    retracted because its prompt spilled, and whose prompt is only repeated. A request whose prompt
-    another one repeats is passed over.
+    retracted because its prompt spilled (on a prefill server everybody, as nothing can be retracted
+    there), and whose prompt is only repeated. A request whose prompt another one repeats is passed
+    over.
 
     Without prefix caching SGLang asks, for a request that ignores the end of sequence, whether its
     output fits into the pool, too.
@@ -74,7 +75,7 @@ def around_add_request(original: Any, adder: Any, req: Any, *args: Any, **kwargs
         from sglang.srt.managers.schedule_policy import AddReqResult
 
         return AddReqResult.CONTINUE
-    rank.book.admission.certain = has_spilled(req)
+    rank.book.admission.certain = rank.role == "prefill" or has_spilled(req)
     rank.book.admission.repeats = repeat_of(req) is not None
     parameters = req.sampling_params
     ignores, parameters.ignore_eos = parameters.ignore_eos, False

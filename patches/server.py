@@ -40,6 +40,9 @@ def before_launch(server_args: Any, *args: Any, **kwargs: Any) -> None:
     try:
         host, port = server_args.host or "127.0.0.1", server_args.port
         check_port(host, port, f"--host {host} --port {port}: the server")
+        if server_args.disaggregation_mode == "prefill":
+            port = server_args.disaggregation_bootstrap_port
+            check_port(host, port, f"--disaggregation-bootstrap-port {port}: rank 0")
         if server_args.nnodes > 1 and server_args.node_rank == 0 and server_args.dist_init_addr:
             address = server_args.dist_init_addr
             port = int(address.rpartition(":")[2])

@@ -65,6 +65,12 @@ def starting(config: FairKVConfig | None) -> Iterator[None]:
 
 def after_add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
     """Add the FairKV group to SGLang's parser; a mistyped flag of it gets one line."""
+    from sglang.srt.server_args import DISAGG_TRANSFER_BACKEND_CHOICES
+
+    from fairkv_sglang.support import TRANSFER_BACKEND
+
+    if TRANSFER_BACKEND not in DISAGG_TRANSFER_BACKEND_CHOICES:
+        DISAGG_TRANSFER_BACKEND_CHOICES.append(TRANSFER_BACKEND)
     add_flags(parser)
     guard(parser, FLAG)
 
@@ -104,10 +110,18 @@ def _resolve(original: Any, server_args: Any) -> None:
     from fairkv_sglang.patches.processes import register_parent
     from fairkv_sglang.plan_file import PLAN_VARIABLE, hand_out
 
-    config = _configuration()
+    config = _of_role(_configuration(), server_args.disaggregation_mode)
     _export(config)
     os.environ.pop(PLAN_VARIABLE, None)  # of an earlier start
     on_cpu = is_active()
+    disaggregated = server_args.disaggregation_mode != "null"
+    if server_args.disaggregation_transfer_backend == support.TRANSFER_BACKEND and not (
+        config.enabled and disaggregated
+    ):
+        raise ConfigError(
+            f"--disaggregation-transfer-backend {support.TRANSFER_BACKEND} is FairKV's: add "
+            "--fairkv and --disaggregation-mode prefill or decode"
+        )
     if on_cpu or config.enabled:
         _check_devices(server_args)
     if on_cpu:
@@ -141,7 +155,7 @@ def _resolve(original: Any, server_args: Any) -> None:
         _check_memory(start, view)
         plan = start.plan
         os.environ[PLAN_VARIABLE] = hand_out(plan)
-        register_parent()
+        register_parent(disaggregated)
         logger.info(
             "FairKV is on: %s, plan %s",
             config.model_dump_json(exclude_defaults=True),
@@ -224,6 +238,18 @@ def _configuration() -> FairKVConfig:
     return _State.engine or _State.command_line or from_environment(user) or FairKVConfig()
 
 
+def _of_role(config: FairKVConfig, mode: str) -> FairKVConfig:
+    """On a prefill server prompts are computed, and kept rows wait, on SGLang's own placement.
+
+    Plans are the decode server's alone.
+    """
+    if mode != "prefill" or not config.enabled:
+        return config
+    others = {"placement", "plan", "replan", *config.options("placement")}
+    values = config.model_dump(exclude=others)
+    return FairKVConfig(**values, placement="contiguous", replan="off")
+
+
 def _export(config: FairKVConfig) -> None:
     """Tell the children; also that FairKV is off, if the environment says anything else."""
     if config.enabled or FILE_VARIABLE in os.environ or RESOLVED_VARIABLE in os.environ:
@@ -241,6 +267,9 @@ def _settle(server_args: Any) -> None:
     if server_args.prefill_attention_backend is not None:
         server_args.attention_backend = server_args.prefill_attention_backend
         server_args.prefill_attention_backend = None
+    if server_args.disaggregation_mode == "decode":
+        server_args.disaggregation_decode_extra_slots = 0
+        server_args.disaggregation_decode_retraction_backup = "none"
     # Compacting a prompt is host-driven and must not be captured.
     if server_args.cuda_graph_backend_prefill is None:
         server_args.disable_prefill_cuda_graph = True

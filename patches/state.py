@@ -45,6 +45,7 @@ def after_scheduler_init(_: None, scheduler: Any, *args: Any, **kwargs: Any) -> 
         decode_backend=choose(
             rank.config.decode_backend, str(rank.book.pages.device), rank.model.sinks
         ),
+        moved=rank.moved,
     )
     collector = getattr(scheduler.metrics_reporter, "metrics_collector", None)
     labels = getattr(collector, "labels", None)

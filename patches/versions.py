@@ -109,3 +109,17 @@ def let_go_of_prefix(cache: Any, req: Any) -> None:
         cache.unpin(req)
         req.prefix_indices = torch.empty((0,), dtype=torch.int64)
     req.last_node = None
+
+
+def begin_decoding(req: Any, prompt_len: int) -> None:
+    """A decode server's request has its row: nothing of its prompt is cached, all of it is there.
+
+    From 0.5.22 on a request carries lengths in place of a copy of its prefix's slots.
+    """
+    import torch
+
+    if _since("0.5.22"):
+        req.prefix_len, req.extend_end = 0, prompt_len
+    else:
+        req.prefix_indices = torch.empty((0,), dtype=torch.int64)
+        req.set_extend_range(0, prompt_len)

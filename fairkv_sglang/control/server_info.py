@@ -24,6 +24,7 @@ from fairkv_sglang.memory import MemoryDivision
 from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.parallel import TwinWeights
 from fairkv_sglang.planning import budget_text
+from fairkv_sglang.transfer.rows import Moved
 from fairkv_sglang.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class RankReport:
         replanner: None where plans never change.
         prefill_backend: Class of SGLang's backend for prompts.
         decode_backend: Name of the implementation that decodes.
+        moved: Kept rows from a prefill to a decode server.
     """
 
     config: FairKVConfig
@@ -56,6 +58,7 @@ class RankReport:
     replanner: Replanner | None
     prefill_backend: str
     decode_backend: str
+    moved: Moved
 
     def rank(self) -> dict[str, Any]:
         """State of this rank; sizes in bytes, pages and tokens as named."""
@@ -80,6 +83,8 @@ class RankReport:
             "handed_over_tokens": book.handed_over_tokens,
             "prefill_backend": self.prefill_backend,
             "hand_over_bytes": self.hand_over.bytes_sent,
+            "moved_prompts": self.moved.prompts,
+            "moved_bytes": self.moved.bytes,
             "twin_bytes": self.twins.bytes,
             "replan_passes": replanner.passes if replanner else 0,
             "replan_seconds": replanner.seconds if replanner else 0.0,

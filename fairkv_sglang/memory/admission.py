@@ -122,6 +122,15 @@ class Admission:
             prompt_len, owners, expected, bound, limit, lanes, keep, outputs, self._most
         )
 
+    def ask_kept(self, prompt_len: int, kept: NDArray[np.integer], keep: Keep = AS_SERVER) -> Asked:
+        """The same for a prompt that comes from another server with ``kept [L, H]`` tokens."""
+        owners = self._router.choose(kept)
+        lanes = np.bincount(owners.ravel(), minlength=len(self._demand.lanes))
+        pages = np.bincount(
+            owners.ravel(), weights=-(-kept.ravel() // PAGE_TOKENS), minlength=len(lanes)
+        ).astype(np.int64)
+        return Asked(prompt_len, owners, kept, pages, pages, lanes, keep)
+
     def promise(self, asked: Asked) -> None:
         """The prompt is in the pass that is being put together."""
         key = next(self._keys)

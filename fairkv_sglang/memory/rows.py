@@ -12,6 +12,7 @@ at once; both orders agree because no forward starts between.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from fairkv_sglang.budgets import AS_SERVER, BudgetScope, Keep
-from fairkv_sglang.kernels.pages import HeadPages, describe_error
+from fairkv_sglang.kernels.pages import UNLIMITED, HeadPages, describe_error
 from fairkv_sglang.kernels.prompts import to_device
 from fairkv_sglang.memory.admission import Admission
 from fairkv_sglang.memory.charges import Charges
@@ -46,6 +47,7 @@ class _Life:
     recorded: bool  # its kept counts were known before a retraction
     stored: bool = False  # the device holds (or will hold) pages of this row
     kept: torch.Tensor | None = None  # int64 [L, H] host, filled by the prompt's last forward
+    counts: NDArray[np.int64] | None = None  # the same, once it is known
     tails: dict[int, torch.Tensor] = field(default_factory=dict)  # see RowBook.tails
     seen: dict[int, Any] = field(default_factory=dict)  # see RowBook.seen
 
@@ -114,6 +116,7 @@ class RowBook:
         self.kept_prompt_tokens = 0
         self._lives: dict[int, _Life] = {}
         self._to_release: list[int] = []
+        self._arriving: dict[int, Callable[[], None]] = {}  # see receive
         self._made_room = False
 
     # -- admission ------------------------------------------------------------------------------
@@ -173,16 +176,36 @@ class RowBook:
             self.pages.kernels.release(self.pages, to_device(rows, self.pages.device))
             self._to_release.clear()
         for row in last_chunks:
-            life = self._lives[row]
-            life.stored = True
-            owned = to_device(life.owned, self.pages.device)
             self.charges.lift(row)
-            room = self.charges.room(row, self.heads.rank)
-            self.pages.kernels.set_owned(self.pages, row, owned, room)
+            self._own(row, self.charges.room(row, self.heads.rank))
+        for row, store in self._arriving.items():
+            self._own(row, UNLIMITED)
+            store()
+        self._arriving.clear()
+
+    def _own(self, row: int, room: int) -> None:
+        life = self._lives[row]
+        life.stored = True
+        owned = to_device(life.owned, self.pages.device)
+        self.pages.kernels.set_owned(self.pages, row, owned, room)
 
     def note_kept(self, row: int, kept: torch.Tensor) -> None:
         """Remember the kept counts ``int64 [L, H]`` (host memory, maybe still being copied)."""
         self._lives[row].kept = kept
+
+    def kept(self, row: int) -> NDArray[np.int64]:
+        """``[L, H]`` tokens that a prompt keeps whose result is on the host."""
+        counts = self._lives[row].counts
+        if counts is None:
+            raise RuntimeError(f"FairKV: the kept counts of row {row} are not known yet")
+        return counts
+
+    def receive(self, row: int, store: Callable[[], None]) -> None:
+        """Kept rows have come from another server: ``store`` puts them into pages.
+
+        Before the next forward, on its stream, where pages are taken and given back.
+        """
+        self._arriving[row] = store
 
     def tails(self, row: int) -> dict[int, torch.Tensor]:
         """Layer -> last queries ``[<=W, n, g, D]`` of a prompt in prefill; they go with the row."""
@@ -255,6 +278,7 @@ class RowBook:
         if self.outputs is not None:
             self.outputs.settle(row, kept)
         life = self._lives[row]
+        life.counts = np.asarray(kept, dtype=np.int64)
         if not life.recorded:
             self._record(life, kept)
         self.log.add("settle", row, kept.tobytes())
@@ -286,6 +310,7 @@ class RowBook:
         life = self._lives.pop(row, None)
         if life is None:
             return
+        self._arriving.pop(row, None)
         self.charges.release(row)
         self.router.release(row)
         self.residents.release(row)

@@ -63,6 +63,9 @@ def as_the_server(model: Path, dtype: str) -> Model:
     return Model.from_sglang(ModelConfig(str(model), dtype=dtype))
 
 
+ONE_SERVER = {"disaggregation_mode": "null", "disaggregation_transfer_backend": "mooncake"}
+
+
 def of_the_server(
     model: Path, tp_size: int, device: str, dtype: str, flags: list[str]
 ) -> tuple[Plan, dict[str, object]]:
@@ -74,7 +77,11 @@ def of_the_server(
     add_flags(parser)
     server_args.before_from_cli_args(object, parser.parse_args(["--fairkv", *flags]))
     arguments = SimpleNamespace(
-        model_path=str(model), tp_size=tp_size, device=device, cuda_graph_backend_prefill=None
+        model_path=str(model),
+        tp_size=tp_size,
+        device=device,
+        cuda_graph_backend_prefill=None,
+        **ONE_SERVER,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server_args, "read_model", lambda _: as_the_server(model, dtype))
@@ -133,7 +140,7 @@ def test_another_start_gets_no_plan_of_an_earlier_one(
     monkeypatch.setattr(server_args, "_check_devices", lambda _: None)
     of_the_server(model, 2, "cuda", "auto", [])
     server_args._State.command_line = None
-    arguments = SimpleNamespace(model_path="none", tp_size=1, device="cuda")
+    arguments = SimpleNamespace(model_path="none", tp_size=1, device="cuda", **ONE_SERVER)
     server_args.around_resolve(lambda _: None, arguments)
     assert received() is None
 
@@ -156,3 +163,17 @@ def test_a_command_line_gives_the_same_configuration(tmp_path: Path) -> None:
     name = profile(tmp_path, 0)
     config = from_flags(parser.parse_args(["--fairkv", "--fairkv-profile", name]), {})
     assert config.profile == Path(name).resolve()
+
+
+def test_a_prefill_server_has_no_plan_of_its_own(model: Path, tmp_path: Path) -> None:
+    """Prompts are computed on SGLang's placement; plans are the decode server's."""
+    flags = ["--fairkv-profile", profile(tmp_path, 3), "--fairkv-placement", "equal_shares"]
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    server_args.before_from_cli_args(object, parser.parse_args(["--fairkv", *flags]))
+    config = server_args._State.command_line
+    assert config is not None
+    prefill = server_args._of_role(config, "prefill")
+    assert (prefill.placement, prefill.replan) == ("contiguous", "off")
+    assert prefill.scorer == config.scorer and prefill.profile == config.profile
+    assert server_args._of_role(config, "decode") == config

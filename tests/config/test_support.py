@@ -39,11 +39,32 @@ TRIGGERS: dict[str, tuple[dict[str, object], Model | None]] = {
         {"speculative_algorithm": "NGRAM"},
         None,
     ),
-    "prefill-decode disaggregation (by any --disaggregation-transfer-backend)": (
-        {"disaggregation_mode": "decode"},
+    "a transfer backend of SGLang's in prefill-decode disaggregation": (
+        {"disaggregation_mode": "decode", "disaggregation_transfer_backend": "nixl"},
         None,
     ),
-    "a decode pool with role switch": ({"enable_pd_role_switch": True}, None),
+    "prefill-decode disaggregation of replicas or over several nodes": (
+        {
+            "disaggregation_mode": "prefill",
+            "disaggregation_transfer_backend": "fairkv",
+            "dp_size": 2,
+        },
+        None,
+    ),
+    "what keeps, checks or moves whole prompts on a decode server": (
+        {"disaggregation_decode_enable_radix_cache": True},
+        None,
+    ),
+    "a copy of requests that a decode server retracts": (
+        {"disaggregation_decode_retraction_backup": "cpu_tensor"},
+        None,
+    ),
+    "prefill before its decode server is known": ({"optimistic_prefill_attempts": 1}, None),
+    "another order of prefill and allocation": (
+        {"disaggregation_decode_allocation_policy": "prefill_complete"},
+        None,
+    ),
+    "a server that switches between prefill and decode": ({"enable_pd_role_switch": True}, None),
     "PD multiplexing": ({"enable_pdmux": True}, None),
     "encoder disaggregation": ({"language_only": True}, None),
     "a hierarchical cache": ({"enable_hierarchical_cache": True}, None),
@@ -123,6 +144,7 @@ TRIGGERS: dict[str, tuple[dict[str, object], Model | None]] = {
 NEWER = {
     "kernels that run a whole model": {"enable_nvidia_megakernel", "enable_amd_monokernel"},
     "a KV cache that ranks share": {"enable_kv_cache_sharding"},
+    "another order of prefill and allocation": {"disaggregation_decode_allocation_policy"},
 }
 """Fields that SGLang has had since a later release than the oldest supported one."""
 
@@ -156,6 +178,21 @@ def test_defaults_of_sglang_pass() -> None:
 def test_nodes_and_replicas_pass() -> None:
     refuse(SimpleNamespace(nnodes=2, tp_size=4, dist_init_addr="[fe80::1]:5000"), LLAMA)
     refuse(SimpleNamespace(dp_size=2, tp_size=2), LLAMA)
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_kept_rows_between_servers_pass(mode: str) -> None:
+    """With what SGLang and FairKV settle for such a server."""
+    refuse(
+        SimpleNamespace(
+            disaggregation_mode=mode,
+            disaggregation_transfer_backend="fairkv",
+            disaggregation_decode_extra_slots=0,
+            disaggregation_decode_retraction_backup="none" if mode == "decode" else None,
+            disaggregation_decode_allocation_policy="early",
+            optimistic_prefill_attempts=0,
+        )
+    )
 
 
 def test_full_window_passes() -> None:
