@@ -431,6 +431,24 @@ def refuse(arguments: Any, model: Model | None = None) -> None:
             raise ConfigError(row.message)
 
 
+def check_disaggregated(config: FairKVConfig, model: Model) -> None:
+    """Refuse what nobody has tried with prefill and decode on servers of their own.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    for given, what in (
+        (config.scorer == "kvzip", "scorer kvzip: choose another one"),
+        (
+            config.decode_compression,
+            "compression of outputs: leave --fairkv-decode-compression out",
+        ),
+        (model.sliding is not None, "a model with sliding windows: use one server for both"),
+    ):
+        if given:
+            raise ConfigError(f"FairKV does not support --disaggregation-mode with {what}")
+
+
 def check_split(model: Model, tp_size: int) -> None:
     """Check that SGLang can split the model over ``tp_size`` ranks.
 

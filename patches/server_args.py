@@ -149,6 +149,8 @@ def _resolve(original: Any, server_args: Any) -> None:
     model = read_model(server_args)
     if config.enabled:
         support.refuse(view, model)
+        if disaggregated:
+            support.check_disaggregated(config, model)
     support.check_split(model, view.tp_size)
     if config.enabled:
         start = support.check_start(config, model, view.tp_size, str(view.device))

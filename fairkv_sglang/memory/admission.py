@@ -118,9 +118,7 @@ class Admission:
         limit = bound if certain else self._limit(scope, prompt_len, owners, bound)
         lanes = np.bincount(owners.ravel(), minlength=len(bound))
         outputs = self._outputs.bound(prompt_len, keep) if self._outputs else None
-        return Asked(
-            prompt_len, owners, expected, bound, limit, lanes, keep, outputs, self._most
-        )
+        return Asked(prompt_len, owners, expected, bound, limit, lanes, keep, outputs, self._most)
 
     def ask_kept(self, prompt_len: int, kept: NDArray[np.integer], keep: Keep = AS_SERVER) -> Asked:
         """The same for a prompt that comes from another server with ``kept [L, H]`` tokens."""

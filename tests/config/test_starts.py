@@ -110,7 +110,13 @@ def test_wrong_flags_end_the_process(capsys: pytest.CaptureFixture[str]) -> None
     [("kvzip", "needs the tokenizer"), ("keydiff", "--device cpu with FairKV")],  # what comes next
 )
 def test_kvzip_is_refused_without_a_tokenizer(scorer: str, message: str) -> None:
-    arguments = SimpleNamespace(tp_size=1, device="cpu", skip_tokenizer_init=True)
+    arguments = SimpleNamespace(
+        tp_size=1,
+        device="cpu",
+        skip_tokenizer_init=True,
+        disaggregation_mode="null",
+        disaggregation_transfer_backend="mooncake",
+    )
     with (
         mock.patch("fairkv_sglang.patches.cpu_platform.is_active", lambda: False),
         server_args.starting(FairKVConfig(enabled=True, scorer=scorer)),

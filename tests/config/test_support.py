@@ -7,14 +7,22 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
 from fairkv_sglang.config import ConfigError, FairKVConfig
 from fairkv_sglang.decode_backends import DECODE_BACKENDS, DecodeBackend
-from fairkv_sglang.model import Model
-from fairkv_sglang.support import REFUSALS, Refusal, check_split, check_start, refuse, table
+from fairkv_sglang.model import Model, Sliding
+from fairkv_sglang.support import (
+    REFUSALS,
+    Refusal,
+    check_disaggregated,
+    check_split,
+    check_start,
+    refuse,
+    table,
+)
 
 LLAMA = Model(
     name="tiny",
@@ -356,6 +364,29 @@ def test_a_scorer_that_needs_a_whole_group_is_refused_on_parts(options: dict[str
         check_start(config, LLAMA, 8, "cpu")
     check_start(config, LLAMA, 4, "cpu")
     check_start(FairKVConfig(enabled=True), LLAMA, 8, "cpu")
+
+
+def test_outputs_are_not_compressed_beside_sliding_windows() -> None:
+    config = FairKVConfig(enabled=True, budget=64, decode_compression=True)
+    check_start(config, LLAMA, 2, "cpu")
+    with pytest.raises(ConfigError, match="sliding windows are not compressed: leave --fairkv-dec"):
+        check_start(config, replace(LLAMA, sliding=Sliding(16, (0,))), 2, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "sliding", "words"),
+    [
+        ({"scorer": "kvzip"}, None, "scorer kvzip"),
+        ({"budget": 64, "decode_compression": True}, None, "leave --fairkv-decode-compression out"),
+        ({}, Sliding(16, (0,)), "a model with sliding windows"),
+    ],
+)
+def test_what_was_not_tried_on_two_servers_is_refused(
+    options: dict[str, Any], sliding: Sliding | None, words: str
+) -> None:
+    check_disaggregated(FairKVConfig(enabled=True), LLAMA)
+    with pytest.raises(ConfigError, match=f"--disaggregation-mode with .*{words}"):
+        check_disaggregated(FairKVConfig(enabled=True, **options), replace(LLAMA, sliding=sliding))
 
 
 @pytest.mark.parametrize("factory", ["", "no_such_package.decode:make", "json", "json.no:make"])
