@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fairkv_sglang.budgets import Keep
+from fairkv_sglang.kernels.pages import PAGE_TOKENS
 from fairkv_sglang.patches.ledger import Hook
 from fairkv_sglang.patches.rank import Rank, this_rank
 from fairkv_sglang.patches.repeats import repeat_of
