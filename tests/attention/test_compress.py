@@ -342,7 +342,7 @@ OWN_SCOPES = [
 ]
 
 
-@settings(QUICK, max_examples=120)
+@settings(QUICK, max_examples=60)
 @given(
     seed=seeds,
     split=st.sampled_from(SPLITS),

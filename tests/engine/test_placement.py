@@ -42,17 +42,17 @@ LONGER = [
 THRESHOLD = 0.003
 """Attention that a few of the tokens get in the random models."""
 METHODS: list[dict[str, Any]] = [
-    {"scope": "model"},
-    {"scope": "threshold", "threshold": THRESHOLD},
-    {"scope": "model", "scorer": "keydiff", "window": 16},
-    {"scope": "threshold", "scorer": "expected_attention", "threshold": THRESHOLD},
     {"scope": "uniform", "scorer": "h2o", "ratio": 0.1},
     {"scope": "layer", "scorer": "tova", "window": 48},
-    {"scope": "model", "scorer": "lagkv", "lag": 20, "protect": [[3, 40]]},
+    {"scope": "threshold", "scorer": "expected_attention", "threshold": THRESHOLD},
+    {"scope": "model"},
+    {"scope": "model", "scorer": "keydiff", "window": 16},
     {"scope": "pyramid", "scorer": "leverage"},
-    {"scorer": "random", "scope": "layer", "floor_alpha": 0.0},
+    {"scope": "threshold", "threshold": THRESHOLD},
+    {"scope": "layer", "scorer": "random", "floor_alpha": 0.0},
+    {"scope": "model", "scorer": "lagkv", "lag": 20, "protect": [[3, 40]]},
 ]
-"""Of the longer prompts of the batch, one each, as requests name them."""
+"""Of the prompts of 64 to 700 tokens, one each, as requests name them."""
 MIXED: dict[str, Any] = {"chunked_prefill_size": 48, "enable_mixed_chunk": True}
 """Chunks of a window and a half: most prompts have a border inside their last window, and most
 passes hold a piece of a prompt and running requests."""
@@ -161,7 +161,7 @@ def _own_methods(
         {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True, "custom_params": {"fairkv": m}}
         for m in METHODS
     ]
-    prompts = BATCH[-len(METHODS) :]
+    prompts = BATCH[5 : 5 + len(METHODS)]
     results = engine.call("generate", input_ids=prompts, sampling_params=sampling)
     after = engine.fairkv()
     assert after["traffic"]["count"] == before["traffic"]["count"]
