@@ -33,7 +33,7 @@ from demo.prompts import draw_facts, make_notes  # type: ignore[import-not-found
 from demo.vocabulary import EOS_ID  # type: ignore[import-not-found]  # noqa: E402
 
 TOKENS, PART, FACTS = 1024, 256, 8
-COMPRESSED = {"decode_compression": True, "decode_slack": 64}
+COMPRESSED: dict[str, Any] = {"decode_compression": True, "decode_slack": 64}
 WAYS: dict[str, dict[str, Any]] = {
     "kept": {},
     "keydiff": COMPRESSED,
