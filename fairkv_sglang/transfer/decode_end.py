@@ -2,7 +2,7 @@
 """A rank of a decode server: a socket for each rank of each prefill server that it gets rows from.
 
 No thread, as on the other side. A server that dies closes its connections, which the sockets notice
-(within 10 s where its machine has no time to say so), and every room with it fails.
+(by missing heartbeats within 12 s if its machine dies), and every room with it fails.
 """
 
 from __future__ import annotations
