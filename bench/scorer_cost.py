@@ -119,10 +119,10 @@ def main() -> None:
     )
     print("| tokens | scorer | first token s | over the first | processor s | over the first |")
     print("|---|---|---|---|---|---|")
-    for (length, scorer), found in runs.items():
+    for (length, scorer), measured in runs.items():
         cells = []
         for key in ("first token", "processor"):
-            values, base = ([x[key] for x in each] for each in (found, runs[length, scorers[0]]))
+            values, base = ([x[key] for x in each] for each in (measured, runs[length, scorers[0]]))
             cells += [show(spread(values)), show(ratios(values, base))]
         print(f"| {length:,} | `{scorer}` | {' | '.join(cells)} |")
 

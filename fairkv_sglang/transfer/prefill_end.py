@@ -55,7 +55,7 @@ class PrefillEnd:
         self._rooms: dict[int, _Room] = {}
         self._wait = wait_seconds
         self._looked = 0.0
-        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         for option, value in (
             (zmq.ROUTER_MANDATORY, 1),  # sending to who is gone fails
             (zmq.SNDHWM, 0),
@@ -67,7 +67,7 @@ class PrefillEnd:
             self._socket.setsockopt(option, value)
         address = f"tcp://{'*' if host in ('0.0.0.0', '::') else host}"
         if port is None:
-            self.port = self._socket.bind_to_random_port(address)
+            self.port: int = self._socket.bind_to_random_port(address)
         else:
             self._socket.bind(f"{address}:{port}")
             self.port = port
