@@ -119,10 +119,11 @@ def main() -> None:
     )
     print("| tokens | scorer | first token s | over the first | processor s | over the first |")
     print("|---|---|---|---|---|---|")
-    for (length, scorer), measured in runs.items():
+    for (length, scorer), served in runs.items():
         cells = []
         for key in ("first token", "processor"):
-            values, base = ([x[key] for x in each] for each in (measured, runs[length, scorers[0]]))
+            values = [run[key] for run in served]
+            base = [run[key] for run in runs[length, scorers[0]]]
             cells += [show(spread(values)), show(ratios(values, base))]
         print(f"| {length:,} | `{scorer}` | {' | '.join(cells)} |")
 

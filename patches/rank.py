@@ -23,7 +23,7 @@ from fairkv_sglang.transfer.rows import Moved
 
 if TYPE_CHECKING:  # a subclass of SGLang's, which is not to be imported before its platform is
     from fairkv_sglang.patches.attention_backend import FairKVAttnBackend
-    from fairkv_sglang.patches.repeats import Repeats
+    from fairkv_sglang.patches.repeating import Repeats
 
 MADE_BY = {
     "twins": "after ModelRunner.load_model",

@@ -13,7 +13,7 @@ from fairkv_sglang.budgets import Keep
 from fairkv_sglang.kernels.pages import PAGE_TOKENS
 from fairkv_sglang.patches.ledger import Hook
 from fairkv_sglang.patches.rank import Rank, this_rank
-from fairkv_sglang.patches.repeats import repeat_of
+from fairkv_sglang.patches.repeating import repeat_of
 from fairkv_sglang.patches.request_options import asked, asking, keep_of
 from fairkv_sglang.patches.spills import has_spilled, retract_spilled
 from fairkv_sglang.patches.versions import forgets_preempted
@@ -104,7 +104,7 @@ def around_new_prefill(original: Any, scheduler: Any, *args: Any, **kwargs: Any)
       the pages that are missing are reserved for the prompt of the chunk.
     * SGLang up to 0.5.21 forgets a request that it preempted for one that did not fit after all.
     * Requests whose prompts spilled are retracted, and wait behind this pass (``spills.py``).
-    * So do those whose prompts were repeated (``repeats.py``).
+    * So do those whose prompts were repeated (``repeating.py``).
     """
     rank, running = this_rank(), _running(scheduler, args, kwargs)
     book, repeats = rank.book, rank.repeats

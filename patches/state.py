@@ -16,7 +16,8 @@ from fairkv_sglang.decode_backends import choose
 from fairkv_sglang.patches import measure
 from fairkv_sglang.patches.ledger import Hook, verify
 from fairkv_sglang.patches.rank import Rank, this_rank
-from fairkv_sglang.patches.repeats import Repeats
+from fairkv_sglang.patches.repeating import Repeats
+from fairkv_sglang.patches.request_options import keep_of
 
 REPLAN = "fairkv_replan"
 """Key of ``POST /set_internal_state`` with which an administrator asks for a new plan now."""
@@ -31,7 +32,7 @@ def after_scheduler_init(_: None, scheduler: Any, *args: Any, **kwargs: Any) -> 
     rank.replanner = _replanner(rank, scheduler)
     if isinstance(rank.scorer, KVzip):
         wording = wording_of(scheduler.tokenizer)
-        rank.repeats = Repeats(rank.scorer, rank.scope, wording, rank.book.contexts)
+        rank.repeats = Repeats(rank.scorer, rank.scope, keep_of, wording, rank.book.contexts)
     rank.report = RankReport(
         config=rank.config,
         scorer=rank.scorer,

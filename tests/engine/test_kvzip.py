@@ -121,7 +121,7 @@ VARIANTS: dict[str, Any] = {
     "no overlap": {"tp_size": 2, "disable_overlap_schedule": True},
     "no prefix cache": {"tp_size": 2, "disable_radix_cache": True},
     "mixed chunks": {"tp_size": 2, "enable_mixed_chunk": True},
-    "whole prompts": {"tp_size": 2, "chunked_prefill_size": -1},
+    "whole prompts": {"tp_size": 2, "chunked_prefill_size": 2048},
 }
 
 

@@ -12,12 +12,14 @@ import pytest
 
 import fairkv_sglang.patches.rank
 from fairkv_sglang.attention.forward_spans import CONTEXT
-from fairkv_sglang.budgets import BudgetSpec, Keep, make_scope
+from fairkv_sglang.budgets import BudgetSpec, make_scope
 from fairkv_sglang.budgets.repeats import Wording
 from fairkv_sglang.budgets.scorers.kvzip import KVzip
 from fairkv_sglang.memory.contexts import Contexts
+from fairkv_sglang.patches import repeating
 from fairkv_sglang.patches import repeats as patches
-from fairkv_sglang.patches.repeats import Repeats, repeat_of
+from fairkv_sglang.patches.repeating import Repeats, repeat_of
+from fairkv_sglang.patches.request_options import keep_of
 
 WORDING = Wording(first=(1, 2), later=(3,), suffix=(4, 5))
 WINDOW, CHUNK = 8, 50
@@ -39,7 +41,7 @@ def repeats() -> Repeats:
     """A quarter is kept."""
     scorer = KVzip(window=WINDOW, chunk=CHUNK)
     scope = make_scope("layer", BudgetSpec(ratio=0.25), 2, 2, scorer)
-    return Repeats(scorer, scope, WORDING, Contexts())
+    return Repeats(scorer, scope, keep_of, WORDING, Contexts())
 
 
 class Running(SimpleNamespace):
@@ -61,7 +63,7 @@ def run(repeats: Repeats, req: Any, chunked: Any = None) -> list[Any]:
     repeats.decide(req)
     repeats.launched(SimpleNamespace(batch_to_run=SimpleNamespace(reqs=[req])), chunked)
     running = Running(reqs=[request(9), req], released=[], tree_cache=None)
-    with mock.patch.object(patches, "keep_prefix") as kept:
+    with mock.patch.object(repeating, "keep_prefix") as kept:
         taken = repeats.take_out(running)
     assert running.released == taken and len(running.reqs) == 2 - len(taken)
     assert kept.call_count == len(taken)
@@ -109,8 +111,10 @@ def test_of_the_same_prompts_one_is_repeated(repeats: Repeats) -> None:
 
 
 def test_prompts_that_keep_everything_are_not_repeated(repeats: Repeats) -> None:
-    assert not repeats.needed(Keep(), WINDOW)
-    assert repeats.needed(Keep(), 40) and not repeats.needed(Keep(BudgetSpec(ratio=1.0)), 40)
+    whole = request(40)
+    whole.sampling_params.custom_params = {"fairkv": '{"compress": false}'}
+    assert repeats.needed(request(40), 40) and not repeats.needed(whole, 40)
+    assert not repeats.needed(request(40), WINDOW)
     req = request(WINDOW)
     repeats.decide(req)
     assert getattr(req, CONTEXT) is None and not repeats.waits(req)
