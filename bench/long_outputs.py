@@ -16,7 +16,6 @@ import contextlib
 import json
 import random
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,7 +104,6 @@ def main() -> int:
 def measure(fairkv: dict[str, Any], asked: list[Question]) -> dict[str, Any]:
     """Right answers of each kind, and the most head pages that a request held."""
     with engine(fairkv) as running:
-        started = time.perf_counter()
         results = running.generate(
             input_ids=[question.prompt for question in asked],
             sampling_params=[
@@ -119,7 +117,6 @@ def measure(fairkv: dict[str, Any], asked: list[Question]) -> dict[str, Any]:
             ],
             custom_logit_processor=[PROCESSOR] * len(asked),
         )
-        seconds = time.perf_counter() - started
         rank = running.get_server_info()["internal_states"][0]["fairkv"]["ranks"][0]
     row: dict[str, Any] = {}
     for kind in KINDS:
@@ -131,7 +128,6 @@ def measure(fairkv: dict[str, Any], asked: list[Question]) -> dict[str, Any]:
         low, high = wilson(sum(right), len(right))
         row[kind] = f"{sum(right)} of {len(right)} [{low:.0%}..{high:.0%}]"
     row["pages"] = rank["peak_pages_charged"] // rank["peak_requests"]
-    row["seconds"] = round(seconds, 1)
     return row
 
 
