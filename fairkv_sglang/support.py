@@ -156,12 +156,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "--optimistic-prefill-attempts",
         "leave the flag out",
     ),
-    Refusal(
-        "another order of prefill and allocation",
-        "--disaggregation-decode-allocation-policy",
-        "leave the flag out: decode always allocates when the prompt is compressed",
-        _not_in("disaggregation_decode_allocation_policy", "early"),
-    ),
     Refusal("a server that switches between prefill and decode", "--enable-pd-role-switch"),
     Refusal("PD multiplexing", "--enable-pdmux"),
     Refusal("encoder disaggregation", "--encoder-only, --language-only"),

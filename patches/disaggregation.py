@@ -14,7 +14,6 @@ from fairkv_sglang.patches.rank import this_rank
 from fairkv_sglang.patches.request_options import keep_of
 from fairkv_sglang.patches.transfer import GET_CLASS
 from fairkv_sglang.patches.transfer_requests import KeptRowsReceiver, KeptRowsSender
-from fairkv_sglang.patches.versions import begin_decoding
 
 
 def around_send_kv_chunk(
@@ -122,7 +121,8 @@ def _admit(queue: Any, entry: Any, admitted: list[Any]) -> bool:
     table.req_to_token[row] = 0
     req.full_untruncated_fill_ids = req.origin_input_ids + req.output_ids
     req.kv.kv_committed_len = req.kv.kv_allocated_len = length
-    begin_decoding(req, length)
+    req.prefix_indices = torch.empty((0,), dtype=torch.int64)
+    req.set_extend_range(0, length)
     setattr(req, SLOTS, 0)
     setattr(req, HANDED_OVER, True)
     req.skip_radix_cache_insert = True

@@ -65,7 +65,7 @@ def starting(config: FairKVConfig | None) -> Iterator[None]:
 
 def after_add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
     """Add the FairKV group to SGLang's parser; a mistyped flag of it gets one line."""
-    from sglang.srt.server_args import DISAGG_TRANSFER_BACKEND_CHOICES
+    from sglang.srt.arg_groups.choices import DISAGG_TRANSFER_BACKEND_CHOICES
 
     from fairkv_sglang.support import TRANSFER_BACKEND
 
@@ -106,6 +106,7 @@ def _resolve(original: Any, server_args: Any) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
     from fairkv_sglang import support
+    from fairkv_sglang.patches import versions
     from fairkv_sglang.patches.cpu_platform import is_active
     from fairkv_sglang.patches.processes import register_parent
     from fairkv_sglang.plan_file import PLAN_VARIABLE, hand_out
@@ -126,6 +127,8 @@ def _resolve(original: Any, server_args: Any) -> None:
         _check_devices(server_args)
     if on_cpu:
         _settle_cpu(server_args)
+    if config.enabled and disaggregated:
+        versions.check_disaggregation()
     if config.enabled:
         support.refuse(server_args)
         if config.scorer == "kvzip" and server_args.skip_tokenizer_init:

@@ -50,6 +50,19 @@ def check() -> str:
     )
 
 
+def check_disaggregation() -> None:
+    """Make sure that prefill-decode disaggregation has been tried on the installed SGLang.
+
+    Raises:
+        ConfigError: one line with the version that is right.
+    """
+    if _since("0.5.22"):
+        raise ConfigError(
+            f"--disaggregation-mode with FairKV runs on SGLang {OLDEST}, and was not tried on "
+            f"{installed()}: `pip install sglang=={OLDEST}`, or leave the flag out"
+        )
+
+
 @cache
 def _numbers(version: str) -> tuple[int, ...]:
     """``"0.5.22.post1"`` as ``(0, 5, 22)``."""
@@ -109,17 +122,3 @@ def let_go_of_prefix(cache: Any, req: Any) -> None:
         cache.unpin(req)
         req.prefix_indices = torch.empty((0,), dtype=torch.int64)
     req.last_node = None
-
-
-def begin_decoding(req: Any, prompt_len: int) -> None:
-    """A decode server's request has its row: nothing of its prompt is cached, all of it is there.
-
-    From 0.5.22 on a request carries lengths in place of a copy of its prefix's slots.
-    """
-    import torch
-
-    if _since("0.5.22"):
-        req.prefix_len, req.extend_end = 0, prompt_len
-    else:
-        req.prefix_indices = torch.empty((0,), dtype=torch.int64)
-        req.set_extend_range(0, prompt_len)

@@ -68,10 +68,6 @@ TRIGGERS: dict[str, tuple[dict[str, object], Model | None]] = {
         None,
     ),
     "prefill before its decode server is known": ({"optimistic_prefill_attempts": 1}, None),
-    "another order of prefill and allocation": (
-        {"disaggregation_decode_allocation_policy": "prefill_complete"},
-        None,
-    ),
     "a server that switches between prefill and decode": ({"enable_pd_role_switch": True}, None),
     "PD multiplexing": ({"enable_pdmux": True}, None),
     "encoder disaggregation": ({"language_only": True}, None),
@@ -152,7 +148,6 @@ TRIGGERS: dict[str, tuple[dict[str, object], Model | None]] = {
 NEWER = {
     "kernels that run a whole model": {"enable_nvidia_megakernel", "enable_amd_monokernel"},
     "a KV cache that ranks share": {"enable_kv_cache_sharding"},
-    "another order of prefill and allocation": {"disaggregation_decode_allocation_policy"},
 }
 """Fields that SGLang has had since a later release than the oldest supported one."""
 
@@ -197,7 +192,6 @@ def test_kept_rows_between_servers_pass(mode: str) -> None:
             disaggregation_transfer_backend="fairkv",
             disaggregation_decode_extra_slots=0,
             disaggregation_decode_retraction_backup="none" if mode == "decode" else None,
-            disaggregation_decode_allocation_policy="early",
             optimistic_prefill_attempts=0,
         )
     )

@@ -12,6 +12,7 @@ import time
 import urllib.error
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ import pytest
 from fairkv_tests.engine_process import EngineProcess, ServerProcess
 from fairkv_tests.workloads import BATCH, CHECKS, ENGINE, KV_HEADS, LAYERS, MODEL, NEW_TOKENS
 
+pytestmark = pytest.mark.skipif(
+    version("sglang") != "0.5.21", reason="prefill-decode disaggregation runs on SGLang 0.5.21"
+)
 COMMON = (
     "--device cpu --dtype float32 --max-total-tokens 40000 --chunked-prefill-size 512 "
     "--random-seed 1 --fairkv --disaggregation-transfer-backend fairkv"

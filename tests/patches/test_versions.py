@@ -133,3 +133,12 @@ def test_a_request_lets_go_of_its_prefix(found: Any, version: str) -> None:
         assert calls == [req] and req.prefix_indices.numel() == 0
     else:
         assert calls == ["lock"] and req.lock is None
+
+
+@pytest.mark.parametrize("version", ["0.5.22", "0.5.23"])
+def test_disaggregation_runs_where_it_was_tried(found: Any, version: str) -> None:
+    found("0.5.21")
+    versions.check_disaggregation()
+    found(version)
+    with pytest.raises(ConfigError, match=f"0.5.21, and was not tried on {version}: `pip install"):
+        versions.check_disaggregation()
