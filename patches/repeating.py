@@ -58,8 +58,13 @@ class Repeats:
     # -- what is needed -------------------------------------------------------------------------
 
     def needed(self, req: Any, length: int) -> bool:
-        """Whether a request's prompt is compressed at all if it has ``length`` tokens."""
-        budget = self._keep_of(req).scope(self.scope, length).budget(length)
+        """Whether a request's prompt is compressed at all if it has ``length`` tokens, and by this
+        scorer.
+        """
+        keep = self._keep_of(req)
+        if keep.scorer not in (None, self.scorer):
+            return False
+        budget = keep.scope(self.scope, length).budget(length)
         return self.scorer.window < length and budget < length
 
     def most_tokens(self, room: int) -> int:
