@@ -72,10 +72,9 @@ def test_offline_throughput_by_flags(launch: list[str], tmp_path: Path) -> None:
 ONE_BATCH = ("--batch-size", "2", "--input-len", "80", "--output-len", "4")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
-    ("ranks", "by_file"),
-    [(2, True), pytest.param(1, False, marks=pytest.mark.sweep)],
-    ids=["tp2-file", "tp1-flags"],
+    ("ranks", "by_file"), [(2, True), (1, False)], ids=["tp2-file", "tp1-flags"]
 )
 def test_one_batch(launch: list[str], tmp_path: Path, ranks: int, by_file: bool) -> None:
     """It has no scheduler; its ranks load no plugins, and at TP 1 run in the parent itself."""
