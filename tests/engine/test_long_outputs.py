@@ -146,8 +146,7 @@ def test_4000_tokens_at_a_budget_of_512(
 ) -> None:
     """At TP 1, 2 and 4 token for token, in constant memory.
 
-    By KeyDiff: attention is nearly the same everywhere in a random model, so over many compressions
-    the last bits of its scores, which differ between TP sizes, choose one of two tokens somewhere.
+    By KeyDiff: by attention one of these requests parts at TP 4 (docs/long-outputs.md).
     """
     for found, want in zip(_long(long_model, tmp_path, tp_size), of_one_rank, strict=True):
         differ = [place for place in range(LONG) if found[place] != want[place]]
