@@ -33,6 +33,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Families beside those of most tests (Llama, Qwen3), to be added to :data:`MODEL`."""
 
+BUDGETED = {"gemma3": [1], "gpt_oss": [1]}
+"""Layers with a budget, of families whose other layers have a sliding window."""
+
 LENGTHS = [1, 2, 5, 17, 33, 64, 100, 200, 300, 400, 511, 512, 513, 700, 1200, 2000]
 """Prompt lengths of the batch: around the window (32), a head page (16) and a chunk (512)."""
 NEW_TOKENS = 24
