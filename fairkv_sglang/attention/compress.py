@@ -90,7 +90,7 @@ class PromptCompressor:
         self._computed = {
             s.row: req_to_token[s.row, : s.end].long()
             for s in spans.prompts
-            if self._scorer(s.row).observes
+            if s.repeat is None and self._scorer(s.row).observes
         }
         if self._repeats is not None:
             self._repeats.begin(spans, req_to_token)
@@ -165,6 +165,8 @@ class PromptCompressor:
 
     def _window(self, layer: int, q: Tensor, span: PromptSpan) -> Tensor | None:
         """Last queries of the prompt up to this span; carried over when more chunks follow."""
+        if span.repeat is not None:  # it holds nothing yet, and is not compressed by this pass
+            return None
         scorer = self._scorer(span.row)
         if not scorer.needs_queries:
             return None

@@ -96,6 +96,6 @@ class OutputCompressor:
             scores = score_held(queries, keys, ends, pages.head_dim**-0.5, self.redundancy)
         place = torch.arange(keys.shape[1], device=pages.device)
         first = (keep - window).clamp(max=due.first)[:, None]
-        last = (place >= ends[:, None] - window) & (place < ends[:, None])
+        last = (place >= (ends - keep.clamp(max=window))[:, None]) & (place < ends[:, None])
         scores = scores.masked_fill((place < first) | last, torch.inf)
         return pick(scores, keep, keys.shape[1], int(counts.max())).indices

@@ -96,7 +96,8 @@ def test_what_a_request_may_hold(name: str, seed: int, prompt: int) -> None:
         assert of_prompt.budget(prompt) < prompt and bound.due == SLACK
         return
     assert of_prompt.budget(prompt) == prompt and bound.due >= SLACK
-    assert (bound.whole <= prompt + bound.due).all() and (bound.whole >= scope.window).all()
+    window = scope.window if keep.scorer is None else keep.scorer.window
+    assert (bound.whole <= prompt + bound.due).all() and (bound.whole >= window).all()
     mean = prompt + bound.due - SLACK
     if name != "threshold":
         assert bound.whole.sum() == mean * bound.whole.size

@@ -93,7 +93,8 @@ def test_a_fixed_output_is_admitted_like_any_other(monkeypatch: pytest.MonkeyPat
     req = SimpleNamespace(sampling_params=parameters)
     seen: list[Any] = []
     admission = SimpleNamespace(certain=None)
-    rank = SimpleNamespace(book=SimpleNamespace(admission=admission), repeats=None)
+    book = SimpleNamespace(admission=admission)
+    rank = SimpleNamespace(book=book, repeats=None, role="null")
     monkeypatch.setattr("fairkv_sglang.patches.rank._rank", rank)
 
     def add(adder: Any, req: Any, **kwargs: Any) -> str:

@@ -315,10 +315,13 @@ def expected_kept(rank: Rank, config: FairKVConfig, prompt: Prompt) -> list:
         scores = scores_of(config, first_number, prompt, layer)
         of_layers.append([[row[t] for t in free] for row in scores])
     if config.scope == "model":
-        rows = [row for scores in of_layers for row in scores]
-        every = list(range(LAYERS * heads))
+        with_budget = state.scope.layers
+        rows = [row for layer in with_budget for row in of_layers[layer]]
+        every = list(range(len(rows)))
         flat = ada_kv_kept(rows, every, budget, window, config.floor_alpha, total)
-        result = [flat[first : first + heads] for first in range(0, LAYERS * heads, heads)]
+        result = [[] for _ in range(LAYERS)]  # other layers' are put in below
+        for number, layer in enumerate(with_budget):
+            result[layer] = flat[number * heads : (number + 1) * heads]
         of_layers = []
     for layer, scores in enumerate(of_layers):
         scope = prompt.keep.scope(state.scope, total)
