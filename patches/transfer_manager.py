@@ -96,7 +96,7 @@ class TransferManager(BaseKVManager):  # type: ignore[misc]
             ctypes.memmove(start + index * size, part, size)
 
 
-OVERRIDES = overrides(
+_OF_MANAGERS = overrides(
     TransferManager,
     None,
     {"try_ensure_parallel_info": "rank 0 of the prefill server answers for it"},
@@ -104,4 +104,14 @@ OVERRIDES = overrides(
     since="0.5.17",
     test="tests/patches/test_disaggregation.py",
     receiver="kv_manager",
+)
+OVERRIDES = (
+    *_OF_MANAGERS,
+    *overrides(
+        TransferManager,
+        "sglang.srt.disaggregation.base.conn.BaseKVManager",
+        {"register_to_bootstrap": "there is no bootstrap server to register with"},
+        since="0.5.17",
+        test="tests/patches/test_disaggregation.py",
+    ),
 )

@@ -220,6 +220,7 @@ OVERRIDES = (
         f"{_BASE}.BaseKVSender",
         {
             "init": "the place of the first token in SGLang's buffers",
+            "send": "rows are sent when a decode rank asks for them, not chunk by chunk",
             "poll": "prefill begins when decode waits, and ends when all rows have gone",
             "failure_exception": "the other side's reason is given",
             "abort": "the decode server frees what it holds for the request",
@@ -235,6 +236,7 @@ OVERRIDES = (
         f"{_BASE}.BaseKVReceiver",
         {
             "init": "what both servers were given is compared",
+            "send_metadata": "owners ask for their rows when the request is admitted",
             "poll": "a request is admitted when its counts have come, decodes when its rows have",
             "failure_exception": "the other side's reason is given",
             "abort": "the prefill server frees what it holds for the request",
