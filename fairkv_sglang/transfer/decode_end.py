@@ -155,6 +155,13 @@ class DecodeEnd:
         """The room's rows are here, or nobody waits for them."""
         self._rooms.pop(room, None)
 
+    def shut(self) -> None:
+        """Close all connections. Sockets that are left to the garbage collector may go in an order
+        in which their watchers block ZMQ's thread.
+        """
+        for address in list(self._servers):
+            self._lose(address)
+
     def pump(self) -> None:
         """Read what has come; rooms with a server that is gone fail."""
         for address, server in list(self._servers.items()):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,10 +64,24 @@ class Side:
         )
 
 
+MADE: list[Servers] = []
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    """Sockets are closed with their test."""
+    yield
+    while MADE:
+        servers = MADE.pop()
+        servers.decode.manager.receives.shut()
+        servers.prefill.manager.sends._socket.close(0)
+
+
 class Servers:
     """A prefill server, and a decode server with the queue in which SGLang has its requests."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, pages: int = 500) -> None:
+        MADE.append(self)
         self.prefill, self.decode = Side(500, 1), Side(pages, 2)
         end = PrefillEnd("127.0.0.1", None, 60)
         end.about = {"ports": [end.port], "agreed": self.prefill.manager.agreed}

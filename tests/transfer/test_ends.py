@@ -75,6 +75,9 @@ class Ranks:
         self.until(lambda: all(len(e.asked(ROOM)) == len(self.receivers) for e in self.senders))
 
     def close(self, ends: list[PrefillEnd] | None = None) -> None:
+        if ends is None:
+            for receiver in self.receivers:
+                receiver.shut()
         for end in self.senders if ends is None else ends:
             end._socket.close(0)
 
@@ -150,6 +153,7 @@ def test_a_prefill_server_that_dies_fails_its_rooms_only() -> None:
     again.about = {"ports": [port], "agreed": {}}
     until(lambda: (again.pump(), receiver.reach(ranks.address))[1])
     again._socket.close(0)
+    receiver.shut()
     other.close()
 
 
@@ -163,6 +167,7 @@ def test_rows_that_have_come_outlive_their_server() -> None:
     ranks.close()
     until(lambda: (receiver.pump(), receiver.about(ranks.address) is None)[1])
     assert receiver.failure(ROOM) is None and receiver.rows(ROOM) is not None
+    receiver.shut()
 
 
 def test_a_decode_server_that_dies_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
