@@ -54,7 +54,7 @@ def overridden(cls: type) -> set[str]:
 
 @pytest.mark.parametrize("cls", classes_over_sglangs(), ids=lambda cls: cls.__name__)
 def test_each_overridden_method_has_a_row(cls: type) -> None:
-    rows = {row.method for row in ROWS if row.cls is cls}
+    rows = {row.method for row in ROWS if row.cls is cls and row.base is not None}
     assert rows == overridden(cls)
 
 
