@@ -28,6 +28,7 @@ from fairkv_sglang.config import (
 from fairkv_sglang.model import Model
 from fairkv_sglang.near_miss import guard
 from fairkv_sglang.patches.ledger import Hook
+from fairkv_sglang.refusals import TRANSFER_BACKEND
 
 if TYPE_CHECKING:
     from fairkv_sglang.planning import Start
@@ -66,8 +67,6 @@ def starting(config: FairKVConfig | None) -> Iterator[None]:
 def after_add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
     """Add the FairKV group to SGLang's parser; a mistyped flag of it gets one line."""
     from sglang.srt.arg_groups.choices import DISAGG_TRANSFER_BACKEND_CHOICES
-
-    from fairkv_sglang.support import TRANSFER_BACKEND
 
     if TRANSFER_BACKEND not in DISAGG_TRANSFER_BACKEND_CHOICES:
         DISAGG_TRANSFER_BACKEND_CHOICES.append(TRANSFER_BACKEND)
@@ -116,11 +115,11 @@ def _resolve(original: Any, server_args: Any) -> None:
     os.environ.pop(PLAN_VARIABLE, None)  # of an earlier start
     on_cpu = is_active()
     disaggregated = server_args.disaggregation_mode != "null"
-    if server_args.disaggregation_transfer_backend == support.TRANSFER_BACKEND and not (
+    if server_args.disaggregation_transfer_backend == TRANSFER_BACKEND and not (
         config.enabled and disaggregated
     ):
         raise ConfigError(
-            f"--disaggregation-transfer-backend {support.TRANSFER_BACKEND} is FairKV's: add "
+            f"--disaggregation-transfer-backend {TRANSFER_BACKEND} is FairKV's: add "
             "--fairkv and --disaggregation-mode prefill or decode"
         )
     if on_cpu or config.enabled:

@@ -10,7 +10,7 @@ from sglang.srt.disaggregation.utils import KVClassType, TransferBackend
 
 from fairkv_sglang.patches import transfer_manager, transfer_requests
 from fairkv_sglang.patches.ledger import Hook
-from fairkv_sglang.support import TRANSFER_BACKEND
+from fairkv_sglang.refusals import TRANSFER_BACKEND
 
 
 def register_transfer_backend() -> None:

@@ -24,7 +24,7 @@ from sglang.srt.disaggregation.base.conn import (
 from fairkv_sglang.patches.overrides import overrides
 from fairkv_sglang.patches.rank import this_rank
 from fairkv_sglang.patches.transfer_manager import TransferManager
-from fairkv_sglang.support import TRANSFER_BACKEND
+from fairkv_sglang.refusals import TRANSFER_BACKEND
 from fairkv_sglang.transfer.agreement import difference
 from fairkv_sglang.transfer.rows import gather, store
 

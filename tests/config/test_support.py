@@ -14,9 +14,8 @@ import pytest
 from fairkv_sglang.config import ConfigError, FairKVConfig
 from fairkv_sglang.decode_backends import DECODE_BACKENDS, DecodeBackend
 from fairkv_sglang.model import Model, Sliding
+from fairkv_sglang.refusals import REFUSALS, Refusal
 from fairkv_sglang.support import (
-    REFUSALS,
-    Refusal,
     check_disaggregated,
     check_split,
     check_start,

@@ -47,7 +47,9 @@ def test_the_internal_state_of_a_broken_rank(part: str, monkeypatch: pytest.Monk
 
     report = SimpleNamespace(rank=lambda: {"rank": 0}, server=lambda ranks: {"enabled": True})
     setattr(report, part, fail)
-    monkeypatch.setattr(state, "this_rank", lambda: SimpleNamespace(report=report, tp_size=1, repeats=None))
+    monkeypatch.setattr(
+        state, "this_rank", lambda: SimpleNamespace(report=report, tp_size=1, repeats=None)
+    )
     monkeypatch.setattr(state, "verify", lambda: [])
     monkeypatch.setattr(state, "_pool_tokens_held", lambda scheduler: 0)
     result = SimpleNamespace(internal_state={"max_total_num_tokens": 9})
