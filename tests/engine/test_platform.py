@@ -90,12 +90,14 @@ print(json.dumps({
 
 
 def test_plugin_changes_nothing_when_fairkv_is_off() -> None:
-    """Only the argument hooks are there, and the one that the CPU platform needs."""
+    """Only the argument hooks are there, and those that the CPU platform needs."""
     result = _python("-c", _INSTALLED, cwd=LAUNCH.parent)  # where kernels/ and patches/ are
     assert result.returncode == 0, result.stderr
     state = json.loads(result.stdout.splitlines()[-1])
     server_args = "sglang.srt.server_args.ServerArgs"
     assert state["hooks"] == [
+        "sglang.srt.arg_groups.model_hook.attention_backends_of",
+        "sglang.srt.arg_groups.model_hook.handle_model_specific_adjustments",
         "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
         f"{server_args}.add_cli_args",
         f"{server_args}.from_cli_args",
@@ -206,7 +208,7 @@ def test_a_program_that_loads_no_plugins_has_the_flags_if_it_asks_for_them(tmp_p
 @pytest.mark.parametrize(
     ("arguments", "environment", "words"),
     [
-        (["--fairkv", "--fairkv-scope", "model"], {}, "'model' is not one of head, layer"),
+        (["--fairkv", "--fairkv-scope", "token"], {}, "'token' is not one of head, layer"),
         (["--fairkv"], {"SGLANG_PLUGINS": "other"}, "SGLANG_PLUGINS=other"),
         (["--fairkv"], {"SGLANG_PLATFORM": "other"}, "SGLANG_PLATFORM=other"),
     ],

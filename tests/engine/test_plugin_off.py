@@ -32,6 +32,8 @@ def test_rank_is_sglangs_own(stock: Callable[[str], Any]) -> None:
     (hooks,) = _probe(run.log, "hooks")
     arguments = "sglang.srt.server_args.ServerArgs."
     assert {hook for hook in hooks if not hook.startswith(arguments)} == {
+        "sglang.srt.arg_groups.model_hook.attention_backends_of",
+        "sglang.srt.arg_groups.model_hook.handle_model_specific_adjustments",
         "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
         "sglang.srt.model_executor.model_runner.ModelRunner.init_torch_distributed",
         "sglang.srt.utils.common.get_available_gpu_memory",
