@@ -118,12 +118,17 @@ def adopt_plan(engine: Any, digest: str) -> None:
     """Ask for the plan of this digest until it is adopted, then wait for all of its lanes."""
     from sglang.srt.managers.io_struct import SetInternalStateReq
 
+    from fairkv_sglang.memory.admission import LEAST_RECORDED  # stock engines do without it
+
     manager = engine.tokenizer_manager
 
     def state() -> dict[str, Any]:
         states = engine.loop.run_until_complete(manager.get_internal_state())
         return dict(states[0]["fairkv"])
 
+    # Without traffic nothing is planned.
+    sampling = {"max_new_tokens": 2, "ignore_eos": True}
+    engine.generate(input_ids=[list(range(5, 70))] * LEAST_RECORDED, sampling_params=sampling)
     while (now := state())["plan_digest"] != digest:
         request = SetInternalStateReq(server_args={"fairkv_replan": 1})
         engine.loop.run_until_complete(manager.set_internal_state(request))
