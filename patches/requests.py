@@ -28,10 +28,7 @@ def before_validate(manager: Any, obj: Any, input_ids: Sequence[int] | None) -> 
     """
     embeddings = getattr(obj, "input_embeds", None)
     check_request(input_ids, embeddings, obj.sampling_params or {})
-    if (
-        embeddings is not None
-        and _configuration(os.environ.get(RESOLVED_VARIABLE)).scorer == "kvzip"
-    ):
+    if embeddings is not None and configuration().scorer == "kvzip":
         raise ValueError(
             "fairkv: scorer kvzip repeats the tokens of a prompt, embeddings have none."
         )

@@ -29,15 +29,7 @@ class _Line:
     """A connection to a rank of a prefill server."""
 
     def __init__(self, address: str) -> None:
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        for option, value in (
-            (zmq.SNDHWM, 0),
-            (zmq.RCVHWM, 0),
-            (zmq.LINGER, 0),
-            (zmq.HEARTBEAT_IVL, 2000),  # milliseconds
-            (zmq.HEARTBEAT_TIMEOUT, 10000),
-        ):
-            self._socket.setsockopt(option, value)
+        self._socket = wire.make_socket(zmq.DEALER)
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(f"tcp://{address}")
 

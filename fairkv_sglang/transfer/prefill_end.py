@@ -55,16 +55,8 @@ class PrefillEnd:
         self._rooms: dict[int, _Room] = {}
         self._wait = wait_seconds
         self._looked = 0.0
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-        for option, value in (
-            (zmq.ROUTER_MANDATORY, 1),  # sending to who is gone fails
-            (zmq.SNDHWM, 0),
-            (zmq.RCVHWM, 0),
-            (zmq.LINGER, 0),
-            (zmq.HEARTBEAT_IVL, 2000),  # milliseconds
-            (zmq.HEARTBEAT_TIMEOUT, 10000),
-        ):
-            self._socket.setsockopt(option, value)
+        self._socket = wire.make_socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to who is gone fails
         address = f"tcp://{'*' if host in ('0.0.0.0', '::') else host}"
         if port is None:
             self.port: int = self._socket.bind_to_random_port(address)

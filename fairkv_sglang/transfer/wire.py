@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import zmq
 from numpy.typing import NDArray
 
 from fairkv_sglang.transfer.rows import KeptRows
@@ -21,6 +22,22 @@ from fairkv_sglang.transfer.rows import KeptRows
 
 class WireError(ValueError):
     """A message that nobody of FairKV's has sent."""
+
+
+def make_socket(kind: int) -> zmq.Socket[bytes]:
+    """A socket of this kind without limits on what is queued: no message is lost while both ends
+    live, and none is waited for when one closes. A peer whose machine dies is noticed in 12 s.
+    """
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
+    for option, value in (
+        (zmq.SNDHWM, 0),
+        (zmq.RCVHWM, 0),
+        (zmq.LINGER, 0),
+        (zmq.HEARTBEAT_IVL, 2000),  # milliseconds
+        (zmq.HEARTBEAT_TIMEOUT, 10000),
+    ):
+        socket.setsockopt(option, value)
+    return socket
 
 
 def pack(kind: str, header: Mapping[str, Any], parts: Sequence[bytes] = ()) -> list[bytes]:
