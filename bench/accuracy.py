@@ -4,9 +4,9 @@
     python -m fairkv_sglang.bench.accuracy --model small      the repository's model, its own task
     python -m fairkv_sglang.bench.accuracy --model smollm2    SmolLM2, the tasks of `fairkv eval`
 
-Starts a server of stock SGLang for the full cache and one of FairKV for each method and scope,
-which is asked with each kept share in turn (an option of its requests), runs `fairkv eval` on it,
-and compares sample by sample with the full cache. Answers are kept in ``build/accuracy``: an
+Starts a server of stock SGLang for the full cache and one of FairKV, whose requests name scorer,
+scope and kept share (KVzip needs a server of its own), runs `fairkv eval` with each of them, and
+compares sample by sample with the full cache. Answers are kept in ``build/accuracy``: an
 interrupted run goes on, a finished one asks nothing, and the table has whatever runs are there.
 """
 
@@ -29,12 +29,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fairkv_sglang.bench.accuracy_table import FULL, Table, order, update_page
 from fairkv_sglang.bench.stats import machine, write
 from fairkv_sglang.budgets.scorers import SCORERS
 from fairkv_sglang.cli.main import main as fairkv
-from fairkv_sglang.evaluation.picture import draw
 from fairkv_sglang.evaluation.run import read
-from fairkv_sglang.evaluation.summary import Cell, summarise
+from fairkv_sglang.evaluation.summary import summarise
 from fairkv_sglang.evaluation.tasks import Check, Sample, write_samples
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,11 +47,15 @@ from demo.prompts import (  # type: ignore[import-not-found]  # noqa: E402
     to_text,
 )
 
-PAGE = ROOT / "docs" / "accuracy.md"
 START_SECONDS = 300.0
 CACHE_TOKENS = 131072
 """Tokens of the prefix cache: all contexts, so that most methods read each of them once."""
-FULL = "full"
+DECODE_TOKENS = 65536
+"""Tokens of FairKV's head pages beside it."""
+PARALLEL = 32
+"""Questions at once: decode steps cost little more for many requests than for one."""
+SHARED, OWN_SERVER = "keydiff", "kvzip"
+"""Scorer of the server that most methods share, and the one that no request of it may name."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,26 @@ class Defaults:
     dtype: str
     samples: int
     lengths: tuple[int, ...]
+    scopes: str
     tasks: str = ""
     """Empty: the model's own task."""
 
 
 DEFAULTS = {
-    "small": Defaults(tp=2, dtype="float32", samples=100, lengths=(1024,)),
-    "smollm2": Defaults(
-        tp=1, dtype="bfloat16", samples=16, lengths=(1024,), tasks="needle,queries"
+    "small": Defaults(
+        tp=2,
+        dtype="float32",
+        samples=100,
+        lengths=(1024,),
+        scopes="uniform,layer,model,pyramid,rank",
+    ),
+    "smollm2": Defaults(  # with one rank, scope `rank` is `layer`
+        tp=1,
+        dtype="bfloat16",
+        samples=16,
+        lengths=(1024,),
+        scopes="uniform,layer,model",
+        tasks="needle,queries",
     ),
 }
 
@@ -79,7 +95,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=tuple(DEFAULTS), default="small")
     parser.add_argument("--scorers", default=",".join(SCORERS), help="default: %(default)s")
-    parser.add_argument("--scopes", default="uniform,layer", help="default: %(default)s")
+    parser.add_argument("--scopes", help="default: what differs at the model's number of ranks")
     parser.add_argument("--shares", default="0.5,0.25,0.125", help="default: %(default)s")
     parser.add_argument("--tp", type=int, help="tensor-parallel ranks")
     parser.add_argument("--samples", type=int, help="questions of each task")
@@ -97,23 +113,33 @@ def main() -> int:
         own = folder / "codes.jsonl"
         write_samples(own, [code_sample(i, n) for n in defaults.lengths for i in range(samples)])
         flags += ["--own", str(own)]
+    flags += ["--parallel", str(PARALLEL)]
     shares = [float(share) for share in args.shares.split(",")]
+    scopes = (args.scopes or defaults.scopes).split(",")
     measure(args.model, tp, [], {FULL: {}}, flags, folder)
-    for scorer, scope in itertools.product(args.scorers.split(","), args.scopes.split(",")):
-        runs = {f"{scorer}-{scope}-{share:g}": {"ratio": share} for share in shares}
-        server_flags = ["--fairkv", "--fairkv-scorer", scorer, "--fairkv-scope", scope]
-        measure(args.model, tp, server_flags, runs, flags, folder)
+    by_server: dict[str, dict[str, dict[str, Any]]] = {}
+    for scope, scorer, share in itertools.product(scopes, args.scorers.split(","), shares):
+        runs = by_server.setdefault(scorer if scorer == OWN_SERVER else SHARED, {})
+        asked = {"scope": scope, "ratio": share}
+        runs[f"{scorer}-{scope}-{share:g}"] = asked | (
+            {} if scorer == OWN_SERVER else {"scorer": scorer}
+        )
+    for scorer, runs in by_server.items():
+        fairkv_flags = ["--fairkv", "--fairkv-scorer", scorer]
+        fairkv_flags += ["--fairkv-prefill-pool", str(CACHE_TOKENS)]
+        measure(args.model, tp, fairkv_flags, runs, flags, folder)
     full = read(folder / f"{FULL}.jsonl")[1]
     cells = {
         name: summarise(read(folder / f"{name}.jsonl")[1], None if name == FULL else full)
-        for name in sorted((path.stem for path in folder.glob("*.done")), key=_order)
+        for name in sorted((path.stem for path in folder.glob("*.done")), key=order)
     }
     name = f"accuracy-{args.model}-tp{tp}"
     results = ROOT / "docs" / "results"
     said = {"command": " ".join(sys.argv[1:]), "machine": machine("cpu"), "cells": cells}
     write(said, results, name)
-    draw(cells, results / f"{name}.png")
-    update_page(args.model, markdown(cells))
+    table = Table(cells)
+    table.draw(results / f"{name}.png")
+    update_page(args.model, table.markdown())
     return 0
 
 
@@ -173,7 +199,8 @@ def server(model: str, tp: int, flags: list[str], log: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [sys.executable, str(ROOT / "launch.py"), "--model-path", str(MODELS[model].folder())]
     command += ["--tp", str(tp), "--device", "cpu", "--dtype", DEFAULTS[model].dtype]
-    command += ["--max-total-tokens", str(CACHE_TOKENS), "--host", "127.0.0.1", "--port", str(port)]
+    tokens = CACHE_TOKENS + (DECODE_TOKENS if flags else 0)
+    command += ["--max-total-tokens", str(tokens), "--host", "127.0.0.1", "--port", str(port)]
     if flags:
         command += ["--enable-custom-logit-processor", *flags]
     with log.open("w") as said:
@@ -197,52 +224,6 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
             return
         time.sleep(0.5)
     raise SystemExit(f"the server did not start, see {log}")
-
-
-# -- page -----------------------------------------------------------------------------------------
-
-
-def markdown(cells: dict[str, list[Cell]]) -> str:
-    """A row for each run: all tasks together, query-aware and query-agnostic."""
-    modes = ("aware", "agnostic")
-    head = ["kept", "method, scope"]
-    for mode in modes:
-        head += [f"{mode}: right", "lost / won", "KL"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, of_run in cells.items():
-        scorer, _, rest = name.partition("-")
-        scope, _, share = rest.rpartition("-")
-        row = [f"{float(share):.1%}" if share else "100 %", f"{scorer}, {scope}" if scope else FULL]
-        for mode in modes:
-            of_mode = [cell for cell in of_run if cell["mode"] == mode]
-            row += _figures(of_mode[-1]) if of_mode else ["", "", ""]  # the last is of all tasks
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
-
-
-def _order(run: str) -> tuple[bool, str, float]:
-    """The full cache first, then methods by name, larger shares first."""
-    method, _, share = run.rpartition("-")
-    return run != FULL, method, -float(share) if method else 0.0
-
-
-def _figures(cell: dict[str, Any]) -> list[str]:
-    low, high = cell["interval"]
-    right = f"{cell['accuracy']:.0%} [{low:.0%}..{high:.0%}] of {cell['count']}"
-    if "pairs" not in cell:
-        return [right, "", ""]
-    kl = "" if cell["kl"] is None else f"{cell['kl']:.3f}"
-    return [right, f"{cell['lost']} / {cell['won']}", kl]
-
-
-def update_page(model: str, table: str) -> None:
-    """Replace the table of a model in the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    start, end = f"<!-- table of {model} -->\n", "\n<!-- end -->"
-    before, found, after = text.partition(start)
-    if not found:
-        raise SystemExit(f"{PAGE} has no line {start.strip()!r}")
-    PAGE.write_text(before + start + table + end + after.partition(end)[2], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ sys.path.append(str(ROOT))  # behind everything else: kernels/ must not be found
 
 from demo import smollm2  # noqa: E402
 
-pytestmark = pytest.mark.sweep
+pytestmark = pytest.mark.slow
 BUDGETS = (WINDOW + 10, 72, 145)
 TOLERANCE = 1e-4
 
@@ -80,9 +80,10 @@ def test_kept_sets(kvpress: Any, loaded: tuple[Any, Any], text: Tensor) -> None:
     lagkv = {"lag": 16, "sink": 3}
     cases = {**CASES, "lagkv": ("lagkv", lagkv, "LagKVPress", {"lag_size": 16, "n_sink": 3})}
     cases["streaming"] = ("streaming", {}, "StreamingLLMPress", {"compression_ratio": 0.0})
+    layers = read(loaded[0], prompt)
     for case, (name, options, press, theirs) in cases.items():
         different = total = 0
-        for layer in read(loaded[0], prompt):
+        for layer in layers:
             for budget in BUDGETS:
                 if case == "streaming":
                     theirs = {"compression_ratio": 1 - budget / len(prompt), "n_sink": 4}
@@ -116,7 +117,9 @@ def test_kept_sets_of_compactor(kvpress: Any, loaded: tuple[Any, Any], text: Ten
     print(f"compactor: {different} of {total}")
 
 
-@pytest.mark.parametrize(("length", "chunk"), [(288, 2048), (700, 300)])
+@pytest.mark.parametrize(
+    ("length", "chunk"), [(288, 2048), pytest.param(700, 300, marks=pytest.mark.sweep)]
+)
 def test_kept_sets_of_kvzip(
     kvpress: Any, loaded: tuple[Any, Any], text: Tensor, length: int, chunk: int
 ) -> None:
