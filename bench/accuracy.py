@@ -47,7 +47,7 @@ from demo.prompts import (  # type: ignore[import-not-found]  # noqa: E402
     to_text,
 )
 
-START_SECONDS = 300.0
+START_SECONDS = 900.0
 CACHE_TOKENS = 131072
 """Tokens of the prefix cache: all contexts, so that most methods read each of them once."""
 DECODE_TOKENS = 65536
