@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -147,7 +148,8 @@ class Model:
     def from_config(cls, path: str | Path, dtype: str = "auto") -> Model:
         """From a Hugging Face ``config.json`` (the file or its folder): sizes as SGLang reads them.
 
-        What else SGLang derives (kind of attention, window, modality) keeps its default.
+        Layers with a sliding window are among them. What else SGLang derives (kind of attention,
+        modality) keeps its default.
 
         Args:
             path: File, or folder that holds it.
@@ -180,6 +182,8 @@ class Model:
             raise ValueError(
                 f"model config {file}: {heads} query heads are no multiple of {kv_heads} KV heads"
             )
+        architecture = str((data.get("architectures") or ["unknown"])[0])
+        context = int(text.get("max_position_embeddings") or cls.context)
         return cls(
             name=str(path),
             num_layers=layers,
@@ -190,8 +194,9 @@ class Model:
             intermediate_size=_mlp(text),
             vocab_size=int(text.get("vocab_size") or 0),
             dtype_bytes=DTYPE_BYTES[dtype],
-            context=int(text.get("max_position_embeddings") or cls.context),
-            architecture=str((data.get("architectures") or ["unknown"])[0]),
+            context=context,
+            architecture=architecture,
+            sliding=_sliding_of_file(text, architecture, layers, context),
         )
 
     @classmethod
@@ -213,6 +218,22 @@ def _sliding(config: Any, window: int | None, context: int) -> Sliding | None:
     if window is None or window >= context or len(layers) in (0, len(kinds)):
         return None
     return Sliding(window, layers)
+
+
+_FULL_EVERY = {"Gemma3ForCausalLM": 6, "GptOssForCausalLM": 2}
+"""One layer of so many has no window where a configuration of the family names no layers."""
+
+
+def _sliding_of_file(
+    text: Mapping[str, Any], architecture: str, layers: int, context: int
+) -> Sliding | None:
+    """As ``transformers`` completes the file of a family with sliding windows."""
+    if architecture not in _FULL_EVERY:
+        return None
+    every = int(text.get("sliding_window_pattern") or _FULL_EVERY[architecture])
+    kinds = [f"{'sliding' if (i + 1) % every else 'full'}_attention" for i in range(layers)]
+    named = SimpleNamespace(layer_types=text.get("layer_types") or kinds)
+    return _sliding(named, text.get("sliding_window"), context)
 
 
 def _is_hybrid(config: Any) -> bool:

@@ -65,15 +65,20 @@ def test_bad_config(tmp_path: Path, changes: dict[str, Any], message: str) -> No
     ("changes", "sliding"),
     [
         ({}, Sliding(512, (0, 1, 2, 3, 4))),  # Gemma 3's pattern: the sixth layer has none
+        ({"sliding_window_pattern": 3}, Sliding(512, (0, 1, 3, 4))),
         ({"layer_types": ["full_attention", "sliding_attention"] * 3}, Sliding(512, (1, 3, 5))),
         ({"max_position_embeddings": 512}, None),  # full attention
         ({"layer_types": ["full_attention"] * 6}, None),
+        (
+            {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"},
+            Sliding(512, (0, 2, 4)),
+        ),
     ],
 )
 def test_layers_with_a_sliding_window(
     tmp_path: Path, changes: dict[str, Any], sliding: Sliding | None
 ) -> None:
-    """As SGLang reads a configuration."""
+    """As SGLang reads a configuration, and as ``fairkv plan`` does without SGLang."""
     from sglang.srt.configs.model_config import ModelConfig
 
     gemma = {
@@ -84,8 +89,10 @@ def test_layers_with_a_sliding_window(
         "head_dim": 64,
         "dtype": "bfloat16",
     }
-    model = Model.from_sglang(ModelConfig(str(config(tmp_path, **{**gemma, **changes}))))
-    assert model.sliding == sliding and not model.sinks
+    folder = config(tmp_path, **{**gemma, **changes})
+    model = Model.from_sglang(ModelConfig(str(folder)))
+    assert model.sliding == sliding == Model.from_config(folder).sliding
+    assert model.sinks == ("architectures" in changes)
     assert model.ring == (512 if sliding else 0)
 
 
