@@ -11,13 +11,14 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from fairkv_tests.ports import free_port
 
 MODEL = {"layers": 2, "q_heads": 4, "kv_heads": 2, "vocab": 10_240}  # ids of one_batch: < 10,000
 ON = re.compile(r"FairKV on: scorer snapkv, scope \w+, budget 48 tokens .*rank 0 serves \d+ lanes")
@@ -96,9 +97,7 @@ def test_one_batch(launch: list[str], tmp_path: Path, ranks: int, by_file: bool)
 def test_one_batch_server_by_flags(launch: list[str], tmp_path: Path) -> None:
     """It starts a server in a process of its own."""
     pytest.importorskip("tabulate", reason="sglang.benchmark.one_batch_server imports it")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     log = run(
         "sglang.benchmark.one_batch_server", *launch, *ONE_BATCH,
         "--host", "127.0.0.1", "--port", port, "--skip-warmup", "--dataset-name", "random-ids",

@@ -7,7 +7,6 @@ import concurrent.futures
 import json
 import os
 import signal
-import socket
 import time
 import urllib.error
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 
 from fairkv_tests.engine_process import EngineProcess, ServerProcess
+from fairkv_tests.ports import free_port
 from fairkv_tests.workloads import BATCH, CHECKS, ENGINE, KV_HEADS, LAYERS, MODEL, NEW_TOKENS
 
 pytestmark = pytest.mark.skipif(
@@ -130,8 +130,7 @@ def start_pair(start_one: Callable[..., ServerProcess]) -> Callable[..., Pair]:
 
     def start(prefill: int, decode: int) -> Pair:
         if (prefill, decode) not in pairs:
-            with socket.create_server(("127.0.0.1", 0)) as probe:
-                port = probe.getsockname()[1]
+            port = free_port()
             with concurrent.futures.ThreadPoolExecutor(2) as pool:
                 jobs = [
                     pool.submit(start_one, mode, port, f"--fairkv-ratio 0.25 --tp {ranks}")
@@ -182,11 +181,9 @@ def test_behind_the_router(
     """SGLang's router sends each request to both servers and gives the decode server's answer."""
     pair = start_pair(1, 1)
     wanted = pair.ask(BATCH[4:])
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        metrics = probe.getsockname()[1]
     flags = (
         f"--pd-disaggregation --prefill {pair.prefill.url} {pair.port} --decode {pair.decode.url} "
-        f"--prometheus-host 127.0.0.1 --prometheus-port {metrics}"
+        f"--prometheus-host 127.0.0.1 --prometheus-port {free_port()}"
     )
     router = start_server(flags.split(), module="sglang_router.launch_router")
 

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from fairkv_tests.engine_process import EngineProcess, ServerProcess
+from fairkv_tests.ports import free_port
 from fairkv_tests.workloads import BATCH, ENGINE, MODEL, NEW_TOKENS, write_profile
 
 COMMON = (
@@ -46,8 +46,7 @@ def start_nodes(start_server: Callable[..., ServerProcess], model: Path) -> Star
     """``start_nodes("--tp 2", ("", "--flag-of-node-1"))``: one server of two nodes."""
 
     def start(arguments: str, of_node: tuple[str, str] = ("", ""), **options: Any) -> Nodes:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         lines = [
             f"--model-path {model} --nnodes 2 --node-rank {node} --dist-init-addr {address} "
             f"{arguments} {more}"
@@ -280,11 +279,9 @@ def test_router_goes_on_without_a_killed_server(
     line = f"--model-path {model} {COMMON} --tp 1".split()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         servers = list(pool.map(lambda _: start_server(line), range(2)))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     flags = (
         "--policy cache_aware --prometheus-host 127.0.0.1 --health-check-interval-secs 1 "
-        f"--health-failure-threshold 1 --prometheus-port {port} --worker-urls"
+        f"--health-failure-threshold 1 --prometheus-port {free_port()} --worker-urls"
     )
     router = start_server(
         [*flags.split(), *(s.url for s in servers)], module="sglang_router.launch_router"

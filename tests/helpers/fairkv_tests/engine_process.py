@@ -8,7 +8,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+from fairkv_tests.ports import free_port
 
 HELPERS = Path(__file__).resolve().parents[1]
 LAUNCH = HELPERS.parents[1] / "launch.py"
@@ -99,12 +100,16 @@ class EngineProcess(_Process):
         environment: dict[str, str] | None = None,
         **engine: Any,
     ) -> None:
+        if "dp_size" not in engine:  # whose replicas have a port each
+            engine.setdefault("nccl_port", free_port())
         options = {
             "fairkv": fairkv,
             "engine": {**ENGINE_DEFAULTS, "model_path": str(model), **engine},
         }
         command = [sys.executable, "-m", "fairkv_tests.engine_worker", json.dumps(options)]
         super().__init__(command, log, environment or {})
+        self.patience: float = CALL_SECONDS
+        """Seconds that a call may take."""
         self._read(START_SECONDS)
 
     def call(self, method: str, **arguments: Any) -> Any:
@@ -112,7 +117,7 @@ class EngineProcess(_Process):
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"method": method, "arguments": arguments}) + "\n")
         self.process.stdin.flush()
-        return self._read(CALL_SECONDS)
+        return self._read(self.patience)
 
     def generate(
         self, prompts: list[list[int]], new_tokens: int, **sampling: Any
@@ -189,16 +194,13 @@ class ServerProcess(_Process):
         environment: dict[str, str] | None = None,
         module: str | None = None,
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        program = ["-m", module] if module else [str(LAUNCH)]
-        super().__init__(
-            [sys.executable, *program, *arguments, "--host", "127.0.0.1", "--port", str(port)],
-            log,
-            environment or {},
-        )
+        command = [sys.executable, *(["-m", module] if module else [str(LAUNCH)]), *arguments]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
+        if module is None and not {"--dp-size", "--dist-init-addr"} & set(arguments):
+            command += ["--nccl-port", str(free_port())]
+        super().__init__(command, log, environment or {})
         deadline = time.monotonic() + START_SECONDS
         while not self._healthy():
             if self.process.poll() is not None or time.monotonic() > deadline:
