@@ -378,7 +378,7 @@ REFUSALS: tuple[Refusal, ...] = (
         _model(lambda m: m.attention == "SSM"),
     ),
     Refusal(
-        "hybrids of attention and linear or state-space layers (Qwen3-Next, Jamba, Nemotron-H)",
+        "hybrids of attention and linear or state-space layers (Qwen3-Next, Qwen3.5, Nemotron-H)",
         "the model",
         "use a model with grouped-query attention in every layer",
         _model(lambda m: m.hybrid),

@@ -136,7 +136,7 @@ TRIGGERS: dict[str, tuple[dict[str, object], Model | None]] = {
         replace(LLAMA, attention="MLA"),
     ),
     "state-space models (Mamba)": ({}, replace(LLAMA, attention="SSM")),
-    "hybrids of attention and linear or state-space layers (Qwen3-Next, Jamba, Nemotron-H)": (
+    "hybrids of attention and linear or state-space layers (Qwen3-Next, Qwen3.5, Nemotron-H)": (
         {},
         replace(LLAMA, hybrid=True),
     ),
@@ -227,6 +227,8 @@ STATES = {"num_heads": 8, "head_dim": 64, "state_size": 16}
         ("DeepseekV2ForCausalLM", "deepseek_v2", LATENT, "MLA: DeepSeek"),
         ("Mamba2ForCausalLM", "mamba2", STATES, "state-space models"),
         ("Qwen3NextForCausalLM", "qwen3_next", {}, "hybrids of attention"),
+        ("Qwen3_5ForCausalLM", "qwen3_5_text", {}, "hybrids of attention"),
+        ("Qwen3_5ForConditionalGeneration", "qwen3_5", {"text_config": SIZES}, "hybrids"),
         ("JambaForCausalLM", "jamba", {}, "hybrids of attention"),
         ("NemotronHForCausalLM", "nemotron_h", {"hybrid_override_pattern": "M*M-"}, "hybrids"),
         ("Gemma2ForCausalLM", "gemma2", {"sliding_window": 4096}, "sliding-window attention"),

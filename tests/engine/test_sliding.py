@@ -29,12 +29,13 @@ FULL_LAYER = 1  # of three; layers 0 and 2 have the window
 
 
 @pytest.mark.sweep
+@pytest.mark.parametrize("tp_size", [2, 4])
 @pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
 def test_stock_sglangs_tokens_through_retractions(
-    stock: Callable[[str], Any], tmp_path: Path, family: str
+    stock: Callable[[str], Any], tmp_path: Path, family: str, tp_size: int
 ) -> None:
-    """Whole prompts, a random placement at TP 2, small mixed chunks, prefix hits, an arena that is
-    too small; outputs of up to 250 tokens go around in a window of 40 many times.
+    """Whole prompts, a random placement, small mixed chunks, prefix hits, an arena that is too
+    small; outputs of up to 250 tokens go around in a window of 40 many times.
     """
     reference = stock(family)
     engine = EngineProcess(
@@ -42,13 +43,13 @@ def test_stock_sglangs_tokens_through_retractions(
         tmp_path / "log",
         fairkv={
             "ratio": 1.0,
-            "plan": write_plan(tmp_path, 2, 21),
+            "plan": write_plan(tmp_path, tp_size, 21),
             "replan": "off",
-            "arena_pages": 700,
+            "arena_pages": 1400 // tp_size,
             "prefill_pool": 1600,
         },
         environment=CHECKS,
-        tp_size=2,
+        tp_size=tp_size,
         max_total_tokens=16_384,
         max_running_requests=12,
         chunked_prefill_size=64,
