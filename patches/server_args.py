@@ -144,7 +144,12 @@ def _resolve(original: Any, server_args: Any) -> None:
                 "with CUDA_VISIBLE_DEVICES='' or leave --device out"
             )
         _settle(server_args)
-    original(server_args)
+    try:
+        original(server_args)
+    except Exception:
+        if config.enabled and _has_model(server_args):
+            _refuse_model(server_args)
+        raise
     if not (config.enabled or on_cpu) or not _has_model(server_args):
         return
     view = resolving_view(server_args)  # resolution does not write back to the record
@@ -165,6 +170,19 @@ def _resolve(original: Any, server_args: Any) -> None:
             config.model_dump_json(exclude_defaults=True),
             plan.digest[:12],
         )
+
+
+def _refuse_model(server_args: Any) -> None:
+    """SGLang could not settle its arguments: of a model that FairKV does not serve say that, and
+    not what SGLang misses for it on this machine.
+    """
+    from fairkv_sglang import support
+
+    try:
+        model = read_model(server_args)
+    except Exception:  # then SGLang's own error says it
+        return
+    support.refuse(server_args, model)
 
 
 def _check_devices(server_args: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -19,6 +20,7 @@ from fairkv_sglang.config import (
     add_flags,
     from_environment,
 )
+from fairkv_sglang.model import PRESETS
 from fairkv_sglang.patches import server_args
 
 
@@ -123,3 +125,30 @@ def test_kvzip_is_refused_without_a_tokenizer(scorer: str, message: str) -> None
         pytest.raises(ConfigError, match=message),
     ):
         server_args._resolve(None, arguments)
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "error", "message"),
+    [(True, ConfigError, "hybrids of attention"), (False, AssertionError, "for SGLang alone")],
+)
+def test_a_model_that_is_not_served_is_refused_where_sglang_fails_over_it(
+    monkeypatch: pytest.MonkeyPatch, hybrid: bool, error: type[Exception], message: str
+) -> None:
+    """SGLang asserts what some kinds of models need of a machine."""
+    for name in ("_check_devices", "_settle"):
+        monkeypatch.setattr(server_args, name, lambda _: None)
+    model = replace(PRESETS["tiny"], hybrid=hybrid)
+    monkeypatch.setattr(server_args, "read_model", lambda _: model)
+    monkeypatch.setattr("fairkv_sglang.patches.cpu_platform.is_active", lambda: False)
+    arguments = SimpleNamespace(
+        model_path="model",
+        device="cuda",
+        disaggregation_mode="null",
+        disaggregation_transfer_backend="mooncake",
+    )
+    resolve = mock.Mock(side_effect=AssertionError("for SGLang alone"))
+    with (
+        server_args.starting(FairKVConfig(enabled=True)),
+        pytest.raises(error, match=message),
+    ):
+        server_args._resolve(resolve, arguments)

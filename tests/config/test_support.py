@@ -218,6 +218,7 @@ SIZES = {
     "dtype": "bfloat16",
 }
 LATENT = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+QWEN = {"text_config": {**SIZES, "model_type": "qwen3_5_text"}, "vision_config": {}}
 STATES = {"num_heads": 8, "head_dim": 64, "state_size": 16}
 
 
@@ -228,7 +229,7 @@ STATES = {"num_heads": 8, "head_dim": 64, "state_size": 16}
         ("Mamba2ForCausalLM", "mamba2", STATES, "state-space models"),
         ("Qwen3NextForCausalLM", "qwen3_next", {}, "hybrids of attention"),
         ("Qwen3_5ForCausalLM", "qwen3_5_text", {}, "hybrids of attention"),
-        ("Qwen3_5ForConditionalGeneration", "qwen3_5", {"text_config": SIZES}, "hybrids"),
+        ("Qwen3_5ForConditionalGeneration", "qwen3_5", QWEN, "multimodal models"),
         ("JambaForCausalLM", "jamba", {}, "hybrids of attention"),
         ("NemotronHForCausalLM", "nemotron_h", {"hybrid_override_pattern": "M*M-"}, "hybrids"),
         ("Gemma2ForCausalLM", "gemma2", {"sliding_window": 4096}, "sliding-window attention"),
