@@ -226,7 +226,6 @@ def _check_compressed(
             pytest.param(Case("layer", 2, 11, mixed=True, family=family), marks=pytest.mark.sweep)
             for family in FAMILIES
         ),
-        *(pytest.param(Case("layer", 4, 12, family=f), marks=pytest.mark.sweep) for f in BUDGETED),
     ],
     ids=str,
 )
