@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from fairkv_sglang.budgets import SCORERS
 from fairkv_sglang.config import ConfigError, FairKVConfig
 from fairkv_sglang.decode_backends import choose
 from fairkv_sglang.model import Model
@@ -35,7 +36,7 @@ def check_disaggregated(config: FairKVConfig, model: Model) -> None:
         ConfigError: in one line.
     """
     for given, what in (
-        (config.scorer == "kvzip", "scorer kvzip: choose another one"),
+        (SCORERS[config.scorer].repeats, f"scorer {config.scorer}: choose another one"),
         (
             config.decode_compression,
             "compression of outputs: leave --fairkv-decode-compression out",

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passes that repeat a waiting request's prompt, for the scorer ``kvzip``: batched and chunked as
-SGLang does with any prompt.
+"""Passes that repeat a waiting request's prompt, for scorers that ask for them: batched and chunked
+as SGLang does with any prompt.
 
 Such a pass is the request's own: SGLang admits it with the prompt, an instruction and a chunk of
 the prompt as its tokens. It takes slots of the prefill pool, like any prompt, and no head pages.
@@ -16,9 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fairkv_sglang.attention.forward_spans import CONTEXT, REPEAT
-from fairkv_sglang.budgets import BudgetScope, Keep
+from fairkv_sglang.budgets import BudgetScope, Keep, Scorer
 from fairkv_sglang.budgets.repeats import Wording
-from fairkv_sglang.budgets.scorers.kvzip import KVzip
 from fairkv_sglang.memory.contexts import Context, Contexts, Repeat
 from fairkv_sglang.patches.versions import keep_prefix
 
@@ -44,7 +43,7 @@ class Repeats:
 
     def __init__(
         self,
-        scorer: KVzip,
+        scorer: Scorer,
         scope: BudgetScope,
         keep_of: Callable[[Any], Keep],
         wording: Wording,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks for the scorer ``kvzip``: what SGLang sees of a request while its prompt is repeated
+"""Hooks for scorers that have prompts repeated: what SGLang sees of a request meanwhile
 (``repeating.py``), and which prompts cannot be.
 """
 
@@ -62,7 +62,8 @@ def after_init_max_new_tokens(_: None, scheduler: Any, req: Any) -> None:
     most = repeats.most_tokens(min(scheduler.max_req_len, rank.division.pool_tokens - page) - 1)
     if prompt_len >= most:  # and a token of output
         req.set_finish_with_abort(
-            f"fairkv: scorer kvzip repeats prompts in chunks of {repeats.scorer.chunk} tokens; "
+            f"fairkv: scorer {repeats.scorer.name} repeats prompts in chunks of "
+            f"{repeats.scorer.chunk} tokens; "
             f"this one has {prompt_len}, and this server has room for {max(most - 1, 0)} at most, "
             'or for more with {"compress": false}.'
         )

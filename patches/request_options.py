@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import Any
 
 from fairkv_sglang.budgets import AS_SERVER, BudgetSpec, Keep
-from fairkv_sglang.budgets.scorers.kvzip import KVzip
 from fairkv_sglang.config.request_options import KEY, keep_of_text
 from fairkv_sglang.patches.ledger import Hook
 from fairkv_sglang.patches.rank import this_rank
@@ -70,7 +69,7 @@ def not_served(keep: Keep) -> str | None:
         why = "needs one table of rotary embeddings, which this model has not"
     elif not scorer.averages_group and rank.heads.homes.replicas > 1:
         why = "with these options needs all query heads of a KV head on one rank"
-    elif isinstance(scorer, KVzip) and scorer != rank.scorer:
+    elif scorer.repeats and scorer != rank.scorer:
         why = "has prompts repeated, which needs a server that has it, with the same options"
     else:
         return None

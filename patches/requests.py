@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from fairkv_sglang.budgets import SCORERS
 from fairkv_sglang.config import RESOLVED_VARIABLE, FairKVConfig, from_environment
 from fairkv_sglang.config.request_options import KEY, RequestOptions, read_request_options
 from fairkv_sglang.patches.ledger import Hook
@@ -28,9 +29,10 @@ def before_validate(manager: Any, obj: Any, input_ids: Sequence[int] | None) -> 
     """
     embeddings = getattr(obj, "input_embeds", None)
     check_request(input_ids, embeddings, obj.sampling_params or {})
-    if embeddings is not None and configuration().scorer == "kvzip":
+    scorer = configuration().scorer
+    if embeddings is not None and SCORERS[scorer].repeats:
         raise ValueError(
-            "fairkv: scorer kvzip repeats the tokens of a prompt, embeddings have none."
+            f"fairkv: scorer {scorer} repeats the tokens of a prompt, embeddings have none."
         )
     for name in ("top_logprobs_num", "logprob_start_len"):
         if isinstance(value := getattr(obj, name, None), list):

@@ -24,6 +24,7 @@ from fairkv_sglang.config import (
     add_flags,
     from_environment,
     from_flags,
+    registries,
 )
 from fairkv_sglang.model import Model
 from fairkv_sglang.near_miss import guard
@@ -130,10 +131,11 @@ def _resolve(original: Any, server_args: Any) -> None:
         versions.check_disaggregation()
     if config.enabled:
         support.refuse(server_args)
-        if config.scorer == "kvzip" and server_args.skip_tokenizer_init:
+        repeats = registries()["scorer"][config.scorer].repeats
+        if repeats and server_args.skip_tokenizer_init:
             raise ConfigError(
-                "scorer kvzip asks the model in words to repeat a prompt, so it needs the "
-                "tokenizer: leave --skip-tokenizer-init out"
+                f"scorer {config.scorer} asks the model in words to repeat a prompt, so it needs "
+                "the tokenizer: leave --skip-tokenizer-init out"
             )
         own_engine = os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1"
         if not on_cpu and (own_engine or str(server_args.device).startswith("cpu")):

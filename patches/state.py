@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from fairkv_sglang.budgets.repeats import wording_of
-from fairkv_sglang.budgets.scorers.kvzip import KVzip
 from fairkv_sglang.control.metrics import Exporter
 from fairkv_sglang.control.replan import Replanner
 from fairkv_sglang.control.server_info import RankReport, guarded
@@ -30,7 +29,7 @@ def after_scheduler_init(_: None, scheduler: Any, *args: Any, **kwargs: Any) -> 
     verify()
     rank = this_rank()
     rank.replanner = _replanner(rank, scheduler)
-    if isinstance(rank.scorer, KVzip):
+    if rank.scorer.repeats:
         wording = wording_of(scheduler.tokenizer)
         rank.repeats = Repeats(rank.scorer, rank.scope, keep_of, wording, rank.book.contexts)
     rank.report = RankReport(

@@ -21,7 +21,6 @@ from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, IntArray
 from fairkv_sglang.attention.over_layers import choices_of_layers
 from fairkv_sglang.attention.repeats import RepeatScorer
 from fairkv_sglang.budgets import Kept, PromptTensors, Rope, Scorer, pick
-from fairkv_sglang.budgets.scorers.kvzip import KVzip
 from fairkv_sglang.kernels.prompts import to_device
 from fairkv_sglang.memory.rows import RowBook
 
@@ -65,7 +64,7 @@ class PromptCompressor:
         self.scope = book.scope
         self.heads = heads = book.heads
         self._computed: dict[int, Tensor] = {}  # row -> slots so far, where the scorer observes
-        self._repeats = RepeatScorer(scorer) if isinstance(scorer, KVzip) else None
+        self._repeats = RepeatScorer(scorer) if scorer.repeats else None
         self._endings: list[Ending] = []
         self._layers: list[LayerInputs] = []  # so far, if something waits for the last one
         self._batch: StoreBatch | None = None

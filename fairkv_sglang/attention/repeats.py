@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fairkv_sglang.attention.forward_spans import ForwardSpans
-from fairkv_sglang.budgets.scorers.kvzip import KVzip, PassPart
+from fairkv_sglang.budgets import Scorer
+from fairkv_sglang.budgets.repeats import PassPart
 from fairkv_sglang.memory.contexts import Repeat
 
 
@@ -25,10 +26,10 @@ class RepeatScorer:
     """Shows the scorer the part of each pass that repeats a chunk.
 
     Args:
-        scorer: The scorer.
+        scorer: The scorer, one that ``repeats``.
     """
 
-    def __init__(self, scorer: KVzip) -> None:
+    def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
         self._parts: list[_Part] = []
 

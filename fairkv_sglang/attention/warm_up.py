@@ -17,7 +17,7 @@ import torch
 
 from fairkv_sglang.attention.decoders import Decoder
 from fairkv_sglang.budgets import PromptTensors, Rope, Scorer, pick
-from fairkv_sglang.budgets.scorers.kvzip import KVzip, PassPart
+from fairkv_sglang.budgets.repeats import PassPart
 from fairkv_sglang.budgets.selection import pooled_counts
 from fairkv_sglang.kernels import PADDING_ROW, HeadPages
 from fairkv_sglang.kernels.prompts import PromptBatch
@@ -86,7 +86,7 @@ def _prompt(pages: HeadPages, scorer: Scorer, lanes: int, group: int, rope: Rope
     else:
         part = PromptTensors(q, k, scale, v=k, heads=range(lanes), rope=rope)
         seen = scorer.observe(None, part) if scorer.observes else None
-        if isinstance(scorer, KVzip):
+        if scorer.repeats:
             seen = scorer.attend(None, PassPart(q[scored:], k, 0, scored, scale, ends=True)).most
         scores = scorer.score_prompt(replace(part, q=q[-window:], seen=seen))
     if of_prompts is None:

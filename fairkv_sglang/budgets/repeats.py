@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 FIRST = "\n\nRepeat the previous context exactly."
 LATER = "\n\nRepeat the part of the previous context exactly, starting with"
 TAIL = 8
@@ -59,6 +61,43 @@ class Wording:
         said = [*self.first] if before == start else [*self.later]
         tail = prompt[max(start - TAIL, before) : start]
         return array("q", said) + tail + array("q", self.suffix) + prompt[start:end]
+
+
+@dataclass(frozen=True)
+class PassPart:
+    """What is computed at once of a pass that repeats a chunk.
+
+    Attributes:
+        q: ``[T, n, g, D]`` queries of the next tokens behind the prompt, rotary embedding applied.
+        k: ``[sinks + chunk + own, n, D]`` keys of the prompt's first tokens, of the chunk, and of
+            all tokens behind the prompt up to here; any float dtype.
+        sinks: First tokens of the prompt among them.
+        chunk: Tokens of the chunk.
+        scale: Factor of the attention logits.
+        ends: Whether these are the last tokens of the pass.
+    """
+
+    q: Tensor
+    k: Tensor
+    sinks: int
+    chunk: int
+    scale: float
+    ends: bool
+
+
+@dataclass(frozen=True)
+class Attended:
+    """A pass so far.
+
+    Attributes:
+        done: Tokens behind the prompt whose blocks are taken in.
+        pending: ``[r, n, g, D]`` queries from there on.
+        most: float32 ``[n, chunk]`` the most attention that each token of the chunk has got.
+    """
+
+    done: int
+    pending: Tensor
+    most: Tensor
 
 
 def wording_of(tokenizer: Any) -> Wording:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of prompts that were repeated (scorer ``kvzip``), and what is still to be repeated.
+"""Scores of prompts that were repeated for their scorer, and what is still to be repeated.
 
 A context is a prompt by its tokens, whichever request has it: it is repeated once, and several
 requests with the same prompt use its scores.

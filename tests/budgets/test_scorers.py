@@ -22,8 +22,7 @@ from fairkv_sglang.budgets import (
     make_scorer,
     pick,
 )
-from fairkv_sglang.budgets.repeats import Wording
-from fairkv_sglang.budgets.scorers.kvzip import KVzip, PassPart
+from fairkv_sglang.budgets.repeats import PassPart, Wording
 from fairkv_tests import scorer_references as references
 from fairkv_tests.budgets_reference import snapkv_scores
 from fairkv_tests.scorer_references import rope
@@ -171,7 +170,7 @@ class Asked:
         self.scorer, self.options = make_scorer(name, **options), options
         self.rope = rope(total + 9, dim)
         self.passes = []
-        if isinstance(self.scorer, KVzip):
+        if self.scorer.repeats:
             plain = Wording((), (), ())
             for start, end in plain.chunks(range(total), self.scorer.chunk):
                 behind = 5 + end - start

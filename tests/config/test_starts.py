@@ -111,7 +111,7 @@ def test_wrong_flags_end_the_process(capsys: pytest.CaptureFixture[str]) -> None
     ("scorer", "message"),
     [("kvzip", "needs the tokenizer"), ("keydiff", "--device cpu with FairKV")],  # what comes next
 )
-def test_kvzip_is_refused_without_a_tokenizer(scorer: str, message: str) -> None:
+def test_scorer_in_words_is_refused_without_a_tokenizer(scorer: str, message: str) -> None:
     arguments = SimpleNamespace(
         tp_size=1,
         device="cpu",

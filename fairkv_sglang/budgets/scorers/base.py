@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from fairkv_sglang.budgets.prompt_tensors import PromptTensors
+from fairkv_sglang.budgets.repeats import Attended, PassPart
 from fairkv_sglang.registry import Registry, option
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Scorer(ABC):
         needs_rope: Whether it reads the model's rotary embedding.
         observes: Whether it has to see the queries of all tokens (``observe``). Cached prefixes
             have none, so they are computed again.
+        repeats: Whether it is asked by passes that repeat the prompt (``attend``), in chunks of
+            ``chunk`` tokens.
         spans_heads: Whether ``combine`` makes the scores out of those of all heads of the layer.
         averages_group: Whether the score of a head is the mean of what it would be with each of its
             query heads alone. Where a KV head has several homes, each scores with the query heads
@@ -51,6 +54,7 @@ class Scorer(ABC):
     needs_values: ClassVar[bool] = False
     needs_rope: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+    repeats: ClassVar[bool] = False
     spans_heads: ClassVar[bool] = False
     batched: ClassVar[bool] = False
 
@@ -70,6 +74,11 @@ class Scorer(ABC):
     def sink(self) -> int:
         """First tokens of the prompt that always score highest, so a budget must hold them too."""
         return 0
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of the prompt that are repeated in one pass, if ``repeats``."""
+        raise NotImplementedError
 
     @property
     def least_budget(self) -> int:
@@ -122,6 +131,20 @@ class Scorer(ABC):
         Returns:
             ``seen`` for the next call, and for :meth:`score_prompt` after the last one. It must not
             depend on how the prompt was cut.
+        """
+        raise NotImplementedError
+
+    def attend(self, seen: Attended | None, part: PassPart) -> Attended:
+        """Takes in the next tokens of a pass that repeats a chunk, if ``repeats``.
+
+        Args:
+            seen: What the last call for this pass and layer gave; None at its start.
+            part: The tokens.
+
+        Returns:
+            For the next call; after the pass's last tokens ``most`` are the scores of the chunk,
+            which are part of ``seen`` of :meth:`score_prompt`. They must not depend on how the pass
+            was cut.
         """
         raise NotImplementedError
 

@@ -10,49 +10,13 @@ import torch
 from torch import Tensor
 
 from fairkv_sglang.budgets.prompt_tensors import PromptTensors
+from fairkv_sglang.budgets.repeats import Attended, PassPart
 from fairkv_sglang.budgets.scorers.base import SCORERS, Scorer
 from fairkv_sglang.budgets.scorers.per_head import ALWAYS
 from fairkv_sglang.registry import option
 
 BLOCK = 256
 """Queries whose logits are in memory at a time."""
-
-
-@dataclass(frozen=True)
-class PassPart:
-    """What is computed at once of a pass that repeats a chunk (``budgets/repeats.py``).
-
-    Attributes:
-        q: ``[T, n, g, D]`` queries of the next tokens behind the prompt, rotary embedding applied.
-        k: ``[sinks + chunk + own, n, D]`` keys of the prompt's first tokens, of the chunk, and of
-            all tokens behind the prompt up to here; any float dtype.
-        sinks: First tokens of the prompt among them.
-        chunk: Tokens of the chunk.
-        scale: Factor of the attention logits.
-        ends: Whether these are the last tokens of the pass.
-    """
-
-    q: Tensor
-    k: Tensor
-    sinks: int
-    chunk: int
-    scale: float
-    ends: bool
-
-
-@dataclass(frozen=True)
-class Attended:
-    """A pass so far.
-
-    Attributes:
-        done: Tokens behind the prompt whose blocks are taken in.
-        pending: ``[r, n, g, D]`` queries from there on.
-        most: float32 ``[n, chunk]`` the most attention that each token of the chunk has got.
-    """
-
-    done: int
-    pending: Tensor
-    most: Tensor
 
 
 @SCORERS.register
@@ -75,6 +39,7 @@ class KVzip(Scorer):
 
     name: ClassVar[str] = "kvzip"
     summary: ClassVar[str] = "attention that tokens get while the model repeats the prompt"
+    repeats: ClassVar[bool] = True
 
     sink: int = option(4, "First tokens of the prompt, always kept.", ge=0)
     chunk: int = option(2048, "Tokens of the prompt that are repeated in one pass.", gt=0)
@@ -85,15 +50,7 @@ class KVzip(Scorer):
         return False
 
     def attend(self, seen: Attended | None, part: PassPart) -> Attended:
-        """Takes in the next tokens of a pass.
-
-        Args:
-            seen: What the last call for this pass and layer gave; None at its start.
-            part: The tokens.
-
-        Returns:
-            For the next call; after the pass's last tokens ``most`` are the scores of the chunk.
-        """
+        """See the base class."""
         if seen is None:
             shape = part.k.shape[1], part.chunk
             seen = Attended(0, part.q[:0], part.q.new_zeros(shape, dtype=torch.float32))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fairkv_sglang.budgets import BudgetSpec, make_scope, make_scorer, pick
-from fairkv_sglang.budgets.repeats import wording_of
-from fairkv_sglang.budgets.scorers.kvzip import KVzip, PassPart
+from fairkv_sglang.budgets.repeats import PassPart, wording_of
+from fairkv_sglang.budgets.scorers import Scorer
 from fairkv_sglang.memory.contexts import Context
 from fairkv_tests.kvpress_layers import VOCABULARY, WINDOW, turned_queries
 
@@ -74,7 +74,6 @@ def kept_by_scorer(
 ) -> Kept:
     """What the package keeps with scope ``layer`` and no floor."""
     scorer = make_scorer("kvzip", window=WINDOW, **options)
-    assert isinstance(scorer, KVzip)
     layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
     scope = make_scope("layer", BudgetSpec(ratio=ratio), layers, heads, scorer, floor_alpha=0.0)
     kept = []
@@ -88,7 +87,7 @@ def kept_by_scorer(
 
 
 @torch.no_grad()
-def repeated(model: Any, tokenizer: Any, prompt: Tensor, scorer: KVzip) -> list[Tensor]:
+def repeated(model: Any, tokenizer: Any, prompt: Tensor, scorer: Scorer) -> list[Tensor]:
     """float32 [H, N] of each layer, by passes in two parts."""
     from transformers import DynamicCache
 
