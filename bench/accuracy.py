@@ -94,7 +94,8 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=tuple(DEFAULTS), default="small")
-    parser.add_argument("--scorers", default=",".join(SCORERS), help="default: %(default)s")
+    untrained = ",".join(name for name in SCORERS if not SCORERS[name].reads_hidden)
+    parser.add_argument("--scorers", default=untrained, help="default: %(default)s")
     parser.add_argument("--scopes", help="default: what differs at the model's number of ranks")
     parser.add_argument("--shares", default="0.5,0.25,0.125", help="default: %(default)s")
     parser.add_argument("--tp", type=int, help="tensor-parallel ranks")

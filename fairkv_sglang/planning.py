@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fairkv_sglang.budgets import SCOPES, BudgetScope, BudgetSpec, Scorer, make_scope
+from fairkv_sglang.budgets.scorers.base import SCORE_BYTES
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.model import Model, Sliding
 from fairkv_sglang.placement import CostModel, Plan, Planner
@@ -56,6 +57,11 @@ class Start:
     def room(self) -> int | None:
         """Those that ranks are built with: none with ``replan`` advise, which changes no lane."""
         return None if self.config.replan == "advise" else self.slots
+
+    def score_bytes(self, heads: int) -> int:
+        """Bytes of the scores of ``heads`` heads that lie beside each token of the prefill pool."""
+        reads = self.scorer.reads_hidden
+        return SCORE_BYTES * heads * len(self.scope.layers) if reads else 0
 
     @property
     def expected(self) -> FloatArray:
@@ -118,8 +124,8 @@ def make_start(
 
     Raises:
         ValueError: in one line, for a profile or plan of another model or number of ranks, for
-            budgets that cannot be met, heads that do not fit into the lane slots and scorers that
-            cannot share a head among ranks.
+            budgets that cannot be met, heads that do not fit into the lane slots, scorers that
+            cannot share a head among ranks and trained scorers without weights for this model.
     """
     scorer, scope, profile = make_budgets(
         config, model.num_layers, model.num_kv_heads, model.sliding
@@ -135,6 +141,7 @@ def make_start(
             "decode_compression: outputs of models with sliding windows are not compressed: leave "
             "--fairkv-decode-compression out"
         )
+    scorer.check(model)
     planner = Planner(
         policy=config.placement,
         options=config.options("placement"),

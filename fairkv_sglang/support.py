@@ -36,7 +36,10 @@ def check_disaggregated(config: FairKVConfig, model: Model) -> None:
         ConfigError: in one line.
     """
     for given, what in (
-        (SCORERS[config.scorer].repeats, f"scorer {config.scorer}: choose another one"),
+        (
+            SCORERS[config.scorer].repeats or SCORERS[config.scorer].reads_hidden,
+            f"scorer {config.scorer}: choose another one",
+        ),
         (
             config.decode_compression,
             "compression of outputs: leave --fairkv-decode-compression out",

@@ -36,6 +36,9 @@ def around_attention_forward(
 ) -> torch.Tensor:
     """Prompts on SGLang's module, decode on its twin; a mixed batch is cut and both run.
 
+    A scorer that reads hidden states gets those of the prompts first: the layer is compressed
+    inside of its forward.
+
     ``embeddings``: Gemma 3's rotations ``[1, tokens, D]``, which come with the call, and positions
     are ``[1, tokens]`` then.
     """
@@ -48,7 +51,12 @@ def around_attention_forward(
         return run(module, forward_batch)
     if forward_batch.forward_mode.is_decode():
         return run(twin, forward_batch)
-    spans = this_rank().backend.spans
+    backend = this_rank().backend
+    spans, scores = backend.spans, backend.compressor.hidden
+    if scores is not None and spans.prompts:
+        tokens = spans.prompt_tokens
+        slots = forward_batch.out_cache_loc[:tokens]
+        scores.add(module.attn.layer_id, _cut(hidden_states, tokens)[0], slots)
     if not spans.decode_rows:
         return run(module, forward_batch)
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -123,6 +131,14 @@ def after_load_model(_: None, runner: Any) -> None:
         fixed_width=rank.start.device.startswith("cuda"),
     )
     twins.build()
+    if rank.scorer.reads_hidden:
+        rank.gates = rank.scorer.gates(
+            rank.model,
+            rank.scope.layers,
+            rank.heads.home,
+            runner.model_config.dtype,
+            torch.device(runner.device),
+        )
     logger.info("FairKV: %s", twins.describe())
     rank.twins = twins
 

@@ -77,6 +77,7 @@ def after_resolve_pool_config(result: Any, configurator: Any, *args: Any, **kwar
         * rank.model.group_size
         * rank.model.head_dim
         * torch.empty((), dtype=configurator.kv_cache_dtype).element_size(),
+        score_bytes=rank.start.score_bytes(rank.heads.homes.per_rank),
         sliding_window=rank.model.ring,
     )
     rank.division = division

@@ -8,9 +8,11 @@ it needs in its constructor.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 from fairkv_sglang.attention.compress_outputs import OutputCompressor
+from fairkv_sglang.budgets.scorers.base import Gate
 from fairkv_sglang.control.in_force import PlanInForce
 from fairkv_sglang.control.metrics import Exporter
 from fairkv_sglang.control.replan import Replanner
@@ -53,6 +55,7 @@ class Rank:
     replanner: Replanner | None = None  # None where plans never change
     exporter: Exporter | None = None  # None where metrics are off
     repeats: Repeats | None = None  # None unless the scorer has prompts repeated
+    gates: Mapping[int, Gate] | None = None  # None unless the scorer reads hidden states
 
     def __init__(self, start: Start, rank: int, role: str = "null") -> None:
         self.start, self.config, self.model = start, start.config, start.model

@@ -13,6 +13,7 @@ from fairkv_sglang.attention.compress_outputs import OutputCompressor
 from fairkv_sglang.attention.decoders import make_decoder
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.hand_over import HandOver
+from fairkv_sglang.attention.hidden_scores import HiddenScores
 from fairkv_sglang.attention.warm_up import warm_up
 from fairkv_sglang.budgets import Rope
 from fairkv_sglang.patches import measure
@@ -57,7 +58,11 @@ def after_build_backend(result: Any, *, model_runner: Any, **kwargs: Any) -> Any
     rope = None  # a request may bring a scorer that needs it
     with nullcontext() if rank.scorer.needs_rope else suppress(RuntimeError):
         rope = _rope(rank.twins.modules[rank.scope.layers[0]], model_runner.model)
-    compressor = make_compressor(book, rank.scorer, hand_over, exchange, rope)
+    hidden = None
+    if rank.gates is not None:
+        pool = model_runner.token_to_kv_pool.get_key_buffer(rank.scope.layers[0])
+        hidden = HiddenScores(rank.gates, len(pool), len(heads.home), pool.device)
+    compressor = make_compressor(book, rank.scorer, hand_over, exchange, rope, hidden)
     if measure.is_asked_for():
         measure.time_compression(compressor)
     # SGLang composes two backends where it chose another one for decode, which is not used here.

@@ -71,6 +71,8 @@ def not_served(keep: Keep) -> str | None:
         why = "with these options needs all query heads of a KV head on one rank"
     elif scorer.repeats and scorer != rank.scorer:
         why = "has prompts repeated, which needs a server that has it, with the same options"
+    elif scorer.reads_hidden and scorer.name != rank.scorer.name:
+        why = "has weights of its own, which needs a server that was started with it"
     else:
         return None
     return f"fairkv.scorer: {scorer.name} {why}; {rank.scorer.name} will do."

@@ -240,6 +240,7 @@ def _check_memory(start: Start, view: Any) -> None:
             max_head_tokens=config.max_head_tokens,
             arena_pages=config.debug.arena_pages,
             recent_bytes=config.recent_queries * model.group_size * model.head_dim * dtype_bytes,
+            score_bytes=start.score_bytes(heads),
             sliding_window=model.ring,
         )
     except ValueError as error:

@@ -18,6 +18,7 @@ from torch import Tensor
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, IntArray, StoreBatch
+from fairkv_sglang.attention.hidden_scores import HiddenScores
 from fairkv_sglang.attention.over_layers import choices_of_layers
 from fairkv_sglang.attention.repeats import RepeatScorer
 from fairkv_sglang.budgets import Kept, PromptTensors, Rope, Scorer, pick
@@ -50,6 +51,7 @@ class PromptCompressor:
         hand_over: Brings kept rows to their owners.
         exchange: What the ranks tell each other of their home heads; None at TP 1.
         rope: The model's rotary embedding; None will do for scorers that do not need it.
+        hidden: Scores from hidden states; None where no scorer reads those.
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class PromptCompressor:
         hand_over: HandOver,
         exchange: HomeExchange | None = None,
         rope: Rope | None = None,
+        hidden: HiddenScores | None = None,
     ) -> None:
         self.book, self.scorer, self.hand_over, self.rope = book, scorer, hand_over, rope
+        self.hidden = hidden
         self.scope = book.scope
         self.heads = heads = book.heads
         self._computed: dict[int, Tensor] = {}  # row -> slots so far, where the scorer observes
@@ -299,6 +303,8 @@ class PromptCompressor:
         seen = self.book.seen(row).pop(inputs.layer) if scorer.observes else None
         if ending.span.context is not None:
             seen = ending.span.context.scores[inputs.layer]
+        if scorer.reads_hidden and self.hidden is not None:
+            seen = self.hidden.of(inputs.layer, slots)
         values = inputs.v_pool.index_select(0, slots) if scorer.needs_values else None
         return scorer.score_prompt(
             PromptTensors(

@@ -16,6 +16,7 @@ from fairkv_sglang.attention.compress import LayerInputs, PromptCompressor, prot
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans
 from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, StoreBatch
+from fairkv_sglang.attention.hidden_scores import HiddenScores
 from fairkv_sglang.budgets import Kept, Rope, Scorer
 from fairkv_sglang.budgets.scopes.pooled import Pooled
 from fairkv_sglang.kernels.interface import PromptKernels
@@ -37,9 +38,10 @@ class AllPromptsCompressor(PromptCompressor):
         hand_over: HandOver,
         exchange: HomeExchange | None,
         rope: Rope | None,
+        hidden: HiddenScores | None,
         kernels: PromptKernels,
     ) -> None:
-        super().__init__(book, scorer, hand_over, exchange, rope)
+        super().__init__(book, scorer, hand_over, exchange, rope, hidden)
         self.kernels = kernels
         # Homes are neighbours, so the home heads of a table of all heads are a view.
         self._mine = slice(self.heads.home[0], self.heads.home[-1] + 1)
@@ -182,9 +184,10 @@ def make_compressor(
     hand_over: HandOver,
     exchange: HomeExchange | None = None,
     rope: Rope | None = None,
+    hidden: HiddenScores | None = None,
 ) -> PromptCompressor:
     """The compressor for this rank's device; arguments as :class:`PromptCompressor` has them."""
     kernels = book.pages.kernels.prompts
     if kernels is None:
-        return PromptCompressor(book, scorer, hand_over, exchange, rope)
-    return AllPromptsCompressor(book, scorer, hand_over, exchange, rope, kernels)
+        return PromptCompressor(book, scorer, hand_over, exchange, rope, hidden)
+    return AllPromptsCompressor(book, scorer, hand_over, exchange, rope, hidden, kernels)

@@ -86,6 +86,8 @@ def _prompt(pages: HeadPages, scorer: Scorer, lanes: int, group: int, rope: Rope
     else:
         part = PromptTensors(q, k, scale, v=k, heads=range(lanes), rope=rope)
         seen = scorer.observe(None, part) if scorer.observes else None
+        if scorer.reads_hidden:
+            seen = torch.zeros((lanes, total), dtype=torch.float32, device=device)
         if scorer.repeats:
             seen = scorer.attend(None, PassPart(q[scored:], k, 0, scored, scale, ends=True)).most
         scores = scorer.score_prompt(replace(part, q=q[-window:], seen=seen))

@@ -27,7 +27,8 @@ class PromptTensors:
         layer: Layer index.
         heads: Index of each of the n heads in the layer.
         rope: The model's rotary embedding; None where the scorer does not need it.
-        seen: What :meth:`Scorer.observe` made of all queries of the prompt, if it observes.
+        seen: What :meth:`Scorer.observe` made of all queries of the prompt, if it observes; the
+            scores, if the scorer repeats or reads hidden states.
     """
 
     q: Tensor | None

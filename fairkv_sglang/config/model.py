@@ -387,6 +387,12 @@ def _options_of(methods: Registry[Any]) -> Iterator[tuple[str, FieldInfo, str]]:
         yield option, named[having[0]], owners + " ".join(texts)
 
 
+@lru_cache
+def files() -> frozenset[str]:
+    """Options that name a file or folder."""
+    return frozenset(name for name, field, _ in fields() if field.annotation == Path | None)
+
+
 def known() -> list[str]:
     """Keys of a configuration; test switches may stand outside of ``debug``."""
     return ["debug", *(name.removeprefix("debug.") for name, _, _ in fields())]

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from fairkv_sglang.budgets import SCOPES, SCORERS, BudgetSpec
 from fairkv_sglang.budgets.keep import Keep, merged
-from fairkv_sglang.config.model import FairKVConfig
+from fairkv_sglang.config.model import FairKVConfig, files
 from fairkv_sglang.near_miss import did_you_mean
 from fairkv_sglang.registry import Options, Registry, explain
 
@@ -94,6 +94,10 @@ def read_request_options(
         if key not in known and key not in of_methods:
             hint = did_you_mean(key, [*known, *of_methods]) or f": there are {', '.join(known)}"
             raise ValueError(f"{KEY} has no option {key!r}{hint}.")
+    for key in values.keys() & files():
+        raise ValueError(
+            f"{KEY}.{key} names a file, which is the server's to choose; leave it out."
+        )
     given = {key: value for key, value in values.items() if value is not None}
     named = {key: given.pop(key) for key in list(given) if key in of_methods or key in METHODS}
     try:
@@ -135,7 +139,9 @@ def _with_methods(
     for field in METHODS:
         if field in named:
             for option in server.options(field):
-                values.pop(option, None)
+                # The scorer's own weights, if it is the server's scorer, go on being its.
+                if option not in files() or named[field] != getattr(server, field):
+                    values.pop(option, None)
     if not options.compress or options.budget or options.ratio:
         values |= {"budget": None, "ratio": 1.0, "budget_least": None, "budget_most": None}
     try:

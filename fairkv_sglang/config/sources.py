@@ -26,6 +26,7 @@ from pydantic_core import ErrorDetails
 from fairkv_sglang.config.model import (
     FairKVConfig,
     fields,
+    files,
     known,
     registries,
     settled,
@@ -94,7 +95,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"FairKV configuration {path} must map option names to values")
     _check_known(values, str(path))
-    for key in ("profile", "plan"):
+    for key in files():
         if isinstance(values.get(key), str):
             values[key] = path.parent / values[key]
     return values

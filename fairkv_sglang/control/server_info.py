@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ class RankReport:
             "plan_source": self.in_force.source,
             "profile": str(config.profile) if config.profile else None,
             "window": self.scorer.window,
-            "options": {**config.options("scorer"), **config.options("scope")},
+            "options": _plain({**config.options("scorer"), **config.options("scope")}),
             "decode_backend": self.decode_backend,
             "traffic": {**book.recorder.summary(), "tokens": book.recorder.tokens.tolist()},
             "version": __version__,
@@ -187,4 +188,6 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, Path):
+        return str(value)
     return value

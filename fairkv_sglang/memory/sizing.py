@@ -31,7 +31,8 @@ class MemoryDivision:
     Attributes:
         total_bytes: KV memory of a rank, what stock SGLang would give its own pool.
         pool_tokens: Size of the prefill pool in tokens.
-        pool_bytes: Bytes of the prefill pool, SGLang's own with its even split.
+        pool_bytes: Bytes of the prefill pool, SGLang's own with its even split, and of scores
+            beside its tokens.
         table_bytes: ``[R]`` bytes of page tables: rows, and the runs of all pages.
         arena_pages: ``[R]`` head pages.
         page_bytes: Bytes of one head page (K and V).
@@ -87,6 +88,7 @@ def divide_memory(
     max_head_tokens: int | None = None,
     arena_pages: int | None = None,
     recent_bytes: int = 0,
+    score_bytes: int = 0,
     sliding_window: int = 0,
 ) -> MemoryDivision:
     """Divide the KV memory that stock SGLang would use.
@@ -106,6 +108,7 @@ def divide_memory(
         max_head_tokens: Longest kept length plus output of one head; None means the context.
         arena_pages: Overrides the number of head pages of every rank.
         recent_bytes: Bytes of the queries of the last output tokens, of each row and lane slot.
+        score_bytes: Bytes of the scores beside each token of the prefill pool.
         sliding_window: Tokens that heads with a sliding window hold; 0 if there are none.
 
     Raises:
@@ -119,7 +122,7 @@ def divide_memory(
 
     pool_tokens = prefill_pool or default_pool(total_tokens, context_len, pass_tokens)
     pool_tokens = pool_tokens // page_size * page_size
-    pool_bytes = (pool_tokens + page_size) * stock_heads * layers * vector
+    pool_bytes = (pool_tokens + page_size) * (stock_heads * layers * vector + score_bytes)
     if pool_tokens < 1 or pool_bytes >= total_bytes:
         raise ValueError(
             f"a prefill pool of {pool_tokens} tokens needs {pool_bytes} bytes, the KV memory is "

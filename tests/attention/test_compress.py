@@ -64,9 +64,12 @@ IN_TORCH = {
     "expected_attention": {"sink": 3, "future": 20},
     "h2o": {"accumulation": "mean"},
     "snapkv": {"group": "max"},
+    "kvzap": {},
+    "fastkvzip": {"sink": 3},
 }
 IN_TORCH = {name: {"scorer": name, **options} for name, options in IN_TORCH.items()}
 ANY = SCORERS | IN_TORCH
+LEARNED = ("kvzap", "fastkvzip")  # have weights of their own, which no request can bring
 NO_REPLICAS = ("compactor", "snapkv")  # with group max
 OBSERVERS = ("compactor", "expected_attention", "h2o")  # have no use for a cached prefix
 # KV heads, query heads of each, ranks: also fewer heads than ranks.
@@ -332,6 +335,7 @@ OWN_SCORERS = [
     *(
         make_scorer(**{"name" if key == "scorer" else key: value for key, value in each.items()})
         for each in ({"window": 5, **options} for options in ANY.values())
+        if each["scorer"] not in LEARNED
     ),
 ]
 OWN_SCOPES = [
@@ -347,7 +351,7 @@ OWN_SCOPES = [
     seed=seeds,
     split=st.sampled_from(SPLITS),
     scope=st.sampled_from(SCOPES),
-    scorer=st.sampled_from(["snapkv", "streaming", "h2o"]),
+    scorer=st.sampled_from(["snapkv", "streaming", "h2o", "kvzap"]),
     prompts=chunked(),
     wanted=st.lists(keeps(), min_size=4, max_size=4),
     scorers=st.lists(st.sampled_from(OWN_SCORERS), min_size=4, max_size=4),

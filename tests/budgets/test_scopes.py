@@ -113,6 +113,9 @@ def test_totals_are_kept(case):
         assert sum(layers) == whole == expected.sum()
     elif scope.name == "threshold":
         assert max(layers) <= heads * budget and (expected == budget).all()
+    elif scope.name == "retrieval":
+        whole = scope.profile.shares > scope.profile.shares.mean() * (1 + 1e-6)
+        assert sum(layers) == np.where(whole, total, budget).sum() == expected.sum()
     else:
         assert [int(count) for count in layers] == [heads * budget] * LAYERS
         assert expected.sum(axis=1).tolist() == [heads * budget] * LAYERS
@@ -233,7 +236,7 @@ def test_order_of_rows_does_not_matter(case, data):
 
 
 @settings(max_examples=100, deadline=None)
-@given(case=cases(names=("uniform", "head", "pyramid", "threshold")), data=st.data())
+@given(case=cases(names=("uniform", "head", "pyramid", "retrieval", "threshold")), data=st.data())
 def test_scopes_of_single_heads_do_not_care_which_heads_are_together(case, data):
     scope, total, scores = case
     heads = list(range(scope.num_heads))

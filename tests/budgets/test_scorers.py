@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +26,10 @@ from fairkv_sglang.budgets import (
     pick,
 )
 from fairkv_sglang.budgets.repeats import PassPart, Wording
+from fairkv_sglang.model import Model
 from fairkv_tests import scorer_references as references
 from fairkv_tests.budgets_reference import snapkv_scores
+from fairkv_tests.learned import write_weights
 from fairkv_tests.scorer_references import rope
 
 
@@ -134,7 +139,7 @@ def test_streaming_is_exact_for_long_prompts():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("snap", {}, "unknown scorer 'snap'; known: compactor, expected_attention, h2o, keydiff"),
+        ("snap", {}, "unknown scorer 'snap'; known: compactor, expected_attention, fastkvzip, h2o"),
         ("snapkv", {"kernal": 5}, "no option kernal; it has: window, kernel_size, pooling, group"),
         ("snapkv", {"kernel_size": 4}, "4 is even"),
         ("snapkv", {"window": 0}, "window: 0 must be greater than 0"),
@@ -160,6 +165,19 @@ def test_snapkv_refuses_queries_that_do_not_fit():
         scorer.score(q, k, scale=1.0)
 
 
+@cache
+def folder():
+    """Of checkpoints, to the end of the process."""
+    return tempfile.TemporaryDirectory()
+
+
+@cache
+def weights(name, heads, dim, number):
+    """A model and its checkpoint."""
+    model = Model("random", 2, heads * 2, heads, dim, 24)
+    return model, write_weights(Path(folder().name) / f"{heads}-{number}", name, model, number)
+
+
 class Asked:
     """Random tensors of a prompt, and what the package and the formula make of them."""
 
@@ -170,6 +188,12 @@ class Asked:
         self.scorer, self.options = make_scorer(name, **options), options
         self.rope = rope(total + 9, dim)
         self.passes = []
+        self.hidden = None
+        if self.scorer.reads_hidden:
+            self.hidden = torch.randn(total, 24, generator=source).to(dtype)
+            self.model, checkpoint = weights(name, heads, dim, number % 4)
+            self.options["scorer_checkpoint"] = checkpoint
+            self.scorer = make_scorer(name, **self.options)
         if self.scorer.repeats:
             plain = Wording((), (), ())
             for start, end in plain.chunks(range(total), self.scorer.chunk):
@@ -192,6 +216,10 @@ class Asked:
             prompt = replace(prompt, seen=seen)
         if self.passes:
             prompt = replace(prompt, seen=self.repeated(heads))
+        if self.hidden is not None:
+            where = torch.float32, torch.device("cpu")
+            gate = self.scorer.gates(self.model, [layer], number, *where)[layer]
+            prompt = replace(prompt, seen=gate(self.hidden.float()).T)
         found = self.scorer.score_prompt(prompt)
         assert found.shape == (len(number), max(len(k) - self.scorer.window, 0))
         assert found.dtype == torch.float32
@@ -215,7 +243,8 @@ class Asked:
         return references.scores(
             scorer.name, self.q.float(), self.k.float(), self.v.float(), scale=0.3, layer=1,
             passes=[(a, b, q.float(), k.float()) for a, b, q, k in self.passes],
-            last=len(self.k) + 9, **{"window": scorer.window, **self.options},
+            last=len(self.k) + 9, hidden=None if self.hidden is None else self.hidden.float(),
+            **{"window": scorer.window, **self.options},
         )  # fmt: skip
 
 
@@ -281,7 +310,8 @@ def test_equal_keys_and_short_prompts_have_scores(name):
         for x in (asked.q, asked.k, asked.v):
             x[:] = x[0]
         scores = asked.scores()
-        assert pick(scores, torch.full((3,), min(total, 33)), total).counts.sum() > 0
+        kept = torch.full((3,), min(total, asked.scorer.window + 1))
+        assert pick(scores, kept, total).counts.sum() > 0
         asked.k[:] = asked.v[:] = 0
         asked.scores()
 

@@ -73,10 +73,11 @@ def batch_of(mode: ForwardMode, lengths: list[int]) -> SimpleNamespace:
 
 
 def forward(
-    module: Any, batch: SimpleNamespace, spans: ForwardSpans
+    module: Any, batch: SimpleNamespace, spans: ForwardSpans, scores: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor, Calls]:
     calls, hidden = Calls(), torch.rand(len(batch.positions), 3)
-    rank = SimpleNamespace(backend=SimpleNamespace(spans=spans))
+    compressor = SimpleNamespace(hidden=scores)
+    rank = SimpleNamespace(backend=SimpleNamespace(spans=spans, compressor=compressor))
     with mock.patch.object(models, "this_rank", lambda: rank):
         out = models.around_attention_forward(calls, module, batch.positions, hidden, batch)
     return out, hidden, calls
@@ -154,7 +155,8 @@ def test_rotations_that_come_with_a_call_are_cut(given: bool) -> None:
     batch.positions = batch.positions[None]
     rotations = tuple(batch.positions[..., None].repeat(1, 1, 4) for _ in "cs") if given else None
     calls, hidden, spans = Calls(), torch.rand(7, 3), plan_of([3, 2], 2)
-    rank = SimpleNamespace(backend=SimpleNamespace(spans=spans))
+    backend = SimpleNamespace(spans=spans, compressor=SimpleNamespace(hidden=None))
+    rank = SimpleNamespace(backend=backend)
 
     def cut(forward_batch: Any, *args: Any) -> SimpleNamespace:
         made = real[cuts.pop(0)](forward_batch, *args)
@@ -171,6 +173,32 @@ def test_rotations_that_come_with_a_call_are_cut(given: bool) -> None:
         )
     assert torch.equal(out, torch.cat([hidden[:5], hidden[5:] * twin.factor]))
     assert [who for who, *_ in calls.seen] == [module, twin]
+
+
+@pytest.mark.parametrize("running", [0, 2])
+@pytest.mark.parametrize("prompts", [[], [3, 2]], ids=["none", "two"])
+def test_hidden_states_of_prompts_are_scored_first(prompts: list[int], running: int) -> None:
+    """A layer is compressed in its forward. Running requests have no slots to put scores to."""
+    module, _ = pair()
+    module.attn = SimpleNamespace(layer_id=7)
+    added: list[tuple[int, torch.Tensor, list[int]]] = []
+
+    class Scores:
+        def add(self, layer: int, hidden: torch.Tensor, slots: torch.Tensor) -> None:
+            assert module.factor == 1.0
+            added.append((layer, hidden, slots.tolist()))
+            module.factor = 2.0
+
+    mode = ForwardMode.MIXED if prompts else ForwardMode.DECODE
+    batch = batch_of(mode, [*prompts, *[1] * (running or 1 - bool(prompts))])
+    out, hidden, _ = forward(module, batch, plan_of(prompts, running), Scores())
+    if not prompts:
+        assert not added
+        return
+    ((layer, states, slots),) = added
+    assert layer == 7 and torch.equal(states, hidden[:5])
+    assert slots == batch.out_cache_loc[:5].tolist()
+    assert torch.equal(out[:5], hidden[:5] * 2.0)
 
 
 def test_gpt_oss_leaves_k_and_v_to_the_attention_backend() -> None:
@@ -238,7 +266,8 @@ def rank_of(layers: int, tp_size: int) -> SimpleNamespace:
     """What the hook on the loaded model asks of a rank."""
     model = SimpleNamespace(num_layers=layers, head_dim=8)
     start = SimpleNamespace(device="cpu")
-    return SimpleNamespace(model=model, start=start, tp_size=tp_size, heads=None)
+    scorer = SimpleNamespace(reads_hidden=False)
+    return SimpleNamespace(model=model, start=start, tp_size=tp_size, heads=None, scorer=scorer)
 
 
 def load(layers: list[int], rank: SimpleNamespace) -> torch.nn.Module:

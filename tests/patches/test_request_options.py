@@ -109,6 +109,7 @@ def test_a_scorer_and_a_scope_reach_a_rank() -> None:
         ({"name": "snapkv", "group": "max"}, None, 2, "snapkv with these options .* on one rank"),
         ({"name": "snapkv", "group": "max"}, None, 1, None),
         ({"name": "kvzip"}, None, 1, "kvzip has prompts repeated, .*; snapkv will do"),
+        ({"name": "kvzap"}, None, 1, "kvzap has weights of its own, .*; snapkv will do"),
         (None, None, 2, None),
     ],
 )

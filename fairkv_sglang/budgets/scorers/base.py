@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +15,17 @@ from fairkv_sglang.budgets.repeats import Attended, PassPart
 from fairkv_sglang.registry import Registry, option
 
 if TYPE_CHECKING:
+    import torch
+
     from fairkv_sglang.kernels.prompts import PromptBatch
+    from fairkv_sglang.model import Model
+
+Gate = Callable[[Tensor], Tensor]
+"""From hidden states ``[T, hidden]``, the input of a layer's attention behind its norm, to scores
+of n heads, float32 ``[T, n]``."""
+SCORE_BYTES = 4
+"""Of such a score. With the 8 bits of a bfloat16 hundreds of a prompt's tokens would tie; beside K
+and V of a head with 128 numbers in 16 bits, 4 bytes are 0.8 %."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class Scorer(ABC):
             have none, so they are computed again.
         repeats: Whether it is asked by passes that repeat the prompt (``attend``), in chunks of
             ``chunk`` tokens.
+        reads_hidden: Whether tokens are scored from hidden states, when their K and V are computed,
+            by weights of its own (``gates``).
         spans_heads: Whether ``combine`` makes the scores out of those of all heads of the layer.
         averages_group: Whether the score of a head is the mean of what it would be with each of its
             query heads alone. Where a KV head has several homes, each scores with the query heads
@@ -55,6 +68,7 @@ class Scorer(ABC):
     needs_rope: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     repeats: ClassVar[bool] = False
+    reads_hidden: ClassVar[bool] = False
     spans_heads: ClassVar[bool] = False
     batched: ClassVar[bool] = False
 
@@ -84,6 +98,35 @@ class Scorer(ABC):
     def least_budget(self) -> int:
         """Fewest tokens of a budget: window and sinks, or window and one token that was chosen."""
         return self.window + max(self.sink, 1)
+
+    def check(self, model: Model) -> None:  # noqa: B027, nothing to look at
+        """Looks at whatever the scorer has to read for a model, before any weight is loaded.
+
+        Raises:
+            ValueError: in one line, if the model cannot be scored.
+        """
+
+    def gates(
+        self,
+        model: Model,
+        layers: Sequence[int],
+        heads: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> dict[int, Gate]:
+        """What scores tokens in each layer, if ``reads_hidden``.
+
+        Args:
+            model: The model.
+            layers: Layers with a budget.
+            heads: KV heads at home on this rank.
+            dtype: Of the hidden states.
+            device: Where they are.
+
+        Raises:
+            ValueError: as :meth:`check`.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def score(self, q: Tensor | None, k: Tensor, *, scale: float) -> Tensor:

@@ -9,10 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fairkv_sglang.budgets.prompt_tensors import PromptTensors
 from fairkv_sglang.budgets.repeats import Attended, PassPart
-from fairkv_sglang.budgets.scorers.base import SCORERS, Scorer
-from fairkv_sglang.budgets.scorers.per_head import ALWAYS
+from fairkv_sglang.budgets.scorers.base import SCORERS
+from fairkv_sglang.budgets.scorers.beforehand import Beforehand
 from fairkv_sglang.registry import option
 
 BLOCK = 256
@@ -21,7 +20,7 @@ BLOCK = 256
 
 @SCORERS.register
 @dataclass(frozen=True)
-class KVzip(Scorer):
+class KVzip(Beforehand):
     """The most attention that a token gets in the pass that repeats its chunk.
 
     Behind the prompt stand an instruction to repeat it and a chunk of ``chunk`` tokens. For query
@@ -39,6 +38,7 @@ class KVzip(Scorer):
 
     name: ClassVar[str] = "kvzip"
     summary: ClassVar[str] = "attention that tokens get while the model repeats the prompt"
+    needs: ClassVar[str] = "passes that repeat the prompt"
     repeats: ClassVar[bool] = True
 
     sink: int = option(4, "First tokens of the prompt, always kept.", ge=0)
@@ -65,22 +65,6 @@ class KVzip(Scorer):
             )
             q, done = q[len(rows) :], done + len(rows)
         return Attended(done, q.clone(), most)
-
-    def score(self, q: Tensor | None, k: Tensor, *, scale: float) -> Tensor:
-        """See the base class."""
-        return self.score_prompt(PromptTensors(q, k, scale))
-
-    def score_prompt(self, prompt: PromptTensors) -> Tensor:
-        """See the base class; ``seen`` is float32 ``[n, >= N - window]``, made of the passes."""
-        total, n, _ = prompt.k.shape
-        scored = max(total - self.window, 0)
-        if not scored:
-            return prompt.k.new_empty((n, 0), dtype=torch.float32)
-        if prompt.seen is None:
-            raise ValueError("scorer 'kvzip' needs passes that repeat the prompt")
-        scores: Tensor = prompt.seen[:, :scored].clone()
-        scores[:, : self.sink] = ALWAYS
-        return scores
 
 
 def _most(q: Tensor, k: Tensor, part: PassPart, done: int) -> Tensor:

@@ -21,7 +21,8 @@ from fairkv_sglang.attention.compress_all import make_compressor
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import HandOver
-from fairkv_sglang.budgets import AS_SERVER, BudgetScope, Keep, Scorer
+from fairkv_sglang.attention.hidden_scores import HiddenScores
+from fairkv_sglang.budgets import AS_SERVER, SCORERS, BudgetScope, Keep, Scorer
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.kernels import PAGE_TOKENS, torch_decode
 from fairkv_sglang.memory import MemoryDivision
@@ -38,6 +39,7 @@ from fairkv_tests import scorer_references
 from fairkv_tests.budgets_reference import ada_kv_kept, static_kept, threshold_kept
 from fairkv_tests.core_cases import pages_by_rank, random_plan, seen_before
 from fairkv_tests.fake_collectives import Collectives, Group, ranks_as_threads
+from fairkv_tests.learned import write_weights
 
 LAYERS, DIM, SLOTS, CONTEXT, ROWS = 2, 8, 600, 200, 6
 SCALE = DIM**-0.5
@@ -71,6 +73,7 @@ class Prompt:
     k: torch.Tensor  # [L, N, H, D]
     v: torch.Tensor
     slots: torch.Tensor  # int64 [N]
+    hidden: torch.Tensor  # [L, N, hidden]
     keep: Keep = AS_SERVER
     # Start and end of each chunk that is repeated; q and k, as above, of what stands behind.
     passes: tuple[tuple[int, int, torch.Tensor, torch.Tensor], ...] = ()
@@ -99,7 +102,9 @@ def random_prompts(
         k = torch.randn(LAYERS, n, heads, DIM, generator=make)
         v = torch.randn(LAYERS, n, heads, DIM, generator=make)
         slots = torch.tensor([free.pop() for _ in range(n)])
-        prompts.append(Prompt(row, list(parts), cached, q, k, v, slots))
+        other = torch.Generator().manual_seed(n)  # those above are as they were without it
+        hidden = torch.randn(LAYERS, n, model.described.hidden_size, generator=other)
+        prompts.append(Prompt(row, list(parts), cached, q, k, v, slots, hidden))
     return prompts
 
 
@@ -156,7 +161,15 @@ class Rank:
         exchange = None if group is None else HomeExchange(state.heads.homes, group)  # type: ignore[arg-type]
         hand_over = HandOver(state.heads, self.book.pages, group)  # type: ignore[arg-type]
         rope = scorer_references.rope(CONTEXT, DIM)
-        self.compressor = make_compressor(self.book, state.scorer, hand_over, exchange, rope)
+        self.hidden = None
+        if state.scorer.reads_hidden:
+            where = torch.float32, torch.device("cpu")
+            layers = state.scope.layers
+            gates = state.scorer.gates(model.described, layers, state.heads.home, *where)
+            self.hidden = HiddenScores(gates, SLOTS, len(state.heads.home), where[1])
+        self.compressor = make_compressor(
+            self.book, state.scorer, hand_over, exchange, rope, self.hidden
+        )
         self.heads = [list(row) for row in state.heads.heads]
         homes = Homes(model.heads, tp_size)
         self.home = list(homes.heads(rank))
@@ -173,6 +186,9 @@ class Rank:
         for layer in range(LAYERS):
             for pool, source in zip(self.pools[layer], (prompt.k, prompt.v), strict=True):
                 pool[prompt.slots[start:end]] = source[layer, start:end][:, self.home]
+            if self.hidden is not None:  # as a pass does, layer by layer
+                hidden = prompt.hidden[layer, start:end]
+                self.hidden.add(layer, hidden, prompt.slots[start:end].int())
 
     def admit(self, prompt: Prompt) -> None:
         self.book.admit(prompt.row, prompt.length, prompt.keep)
@@ -197,6 +213,8 @@ class Rank:
         # SGLang gives the slots away once the result is on the host.
         for prompt in self.passes[-1]:
             self.pools[:, :, prompt.slots] = torch.nan
+            for table in self.hidden._tables.values() if self.hidden is not None else ():
+                table[prompt.slots] = torch.nan
 
     def run(self, prompts: list[Prompt]) -> None:
         """Pass i holds chunk i of every prompt that has one."""
@@ -249,6 +267,10 @@ def settle(folder: Path, model: Model, plan: Plan, **options: object) -> FairKVC
         shares = np.random.default_rng(5).random((LAYERS, model.heads)) ** 2
         HeadProfile(model=None, shares=shares / shares.sum(), meta={}).save(folder / "p.json")
         options["profile"] = folder / "p.json"
+    scorer = SCORERS[str(options.get("scorer", "snapkv"))]
+    if scorer.reads_hidden:
+        weights = write_weights(folder, scorer.name, model.described, model.group)
+        options["scorer_checkpoint"] = weights
     if options["scope"] == "threshold":
         options.setdefault("threshold", 0.02)
     plan.to_file(folder / "plan.json")
@@ -277,6 +299,7 @@ def scores_of(config: FairKVConfig, first_number: bool, prompt: Prompt, layer: i
         last=CONTEXT,
         layer=layer,
         passes=[(start, end, q[layer], k[layer]) for start, end, q, k in prompt.passes],
+        hidden=prompt.hidden[layer],
         **config.options("scorer"),
     ).tolist()
     return found

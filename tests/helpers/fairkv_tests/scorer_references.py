@@ -10,6 +10,8 @@ import math
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
+from scipy.special import erf
 
 from fairkv_sglang.budgets import Rope
 from fairkv_tests.budgets_reference import snapkv_scores
@@ -148,6 +150,40 @@ def _kvzip(k, scale, head, passes, *, sink=4, **_):
     return scores
 
 
+def _kvzap(hidden, layer, head, scorer_checkpoint, **_):
+    weights = load_file(scorer_checkpoint / "model.safetensors")
+    name = f"layers.{layer}."
+    if f"{name}weight" not in weights:
+        hidden = hidden @ weights[f"{name}0.weight"].T + weights[f"{name}0.bias"]
+        hidden = hidden * (1 + erf(hidden / math.sqrt(2))) / 2
+        name += "2."
+    return hidden @ weights[f"{name}weight"][head] + weights[f"{name}bias"][head]
+
+
+def _fastkvzip(hidden, layer, head, scorer_checkpoint, *, sink=4, **_):
+    weights = load_file(scorer_checkpoint / "gates.safetensors")
+    weights = {key: weights[f"{layer}.{key}"] for key in _GATE}
+    dim = len(weights["q_norm.weight"])
+
+    def normed(x, weight):
+        return x / np.sqrt(np.mean(x**2) + 1e-6) * weight
+
+    offsets, scores = weights["b"][head, 0], []
+    for x in hidden:
+        part = slice(head * dim, (head + 1) * dim)
+        key = normed(weights["k_proj.weight"][part] @ x, weights["k_norm.weight"])
+        each = []
+        for j, offset in enumerate(offsets):
+            first = (head * len(offsets) + j) * dim
+            part = slice(first, first + dim)
+            query = weights["q_proj.weight"][part] @ x + weights["q_proj.bias"][part]
+            query = normed(query, weights["q_norm.weight"]) / math.sqrt(dim)
+            own = key @ query + offset
+            each.append(1 / (1 + sum(np.exp(s @ query - own) for s in weights["k_base"][head, 0])))
+        scores.append(np.mean(each))
+    return np.concatenate([[1e30] * min(sink, len(hidden)), scores[sink:]])
+
+
 def _random(k, layer, head, *, seed=0, **_):
     def mixed(x):
         for _ in range(2):
@@ -163,10 +199,14 @@ def _streaming(k, window, *, sink=4, **_):
     return np.array([scored + min(sink, scored) - t if t < sink else t for t in range(len(k))])
 
 
+_GATE = (
+    "q_proj.weight", "q_proj.bias", "k_proj.weight", "q_norm.weight", "k_norm.weight", "k_base", "b"
+)  # fmt: skip
 _OF_HEAD = {
-    "compactor": _compactor, "expected_attention": _expected_attention, "h2o": _h2o,
-    "keydiff": _keydiff, "knorm": _knorm, "kvzip": _kvzip, "lagkv": _lagkv, "leverage": _leverage,
-    "random": _random, "streaming": _streaming, "tova": _tova,
+    "compactor": _compactor, "expected_attention": _expected_attention, "fastkvzip": _fastkvzip,
+    "h2o": _h2o, "keydiff": _keydiff, "knorm": _knorm, "kvzap": _kvzap, "kvzip": _kvzip,
+    "lagkv": _lagkv, "leverage": _leverage, "random": _random, "streaming": _streaming,
+    "tova": _tova,
 }  # fmt: skip
 
 
@@ -178,7 +218,7 @@ def _snapkv(q, k, window, scale, *, kernel_size=7, pooling="max", group="mean"):
     return np.max(each, axis=0)
 
 
-def scores(name, q, k, v, *, window, scale, last, layer=0, passes=(), **options):
+def scores(name, q, k, v, *, window, scale, last, layer=0, passes=(), hidden=None, **options):
     """float64 [H, N - window] of all heads of a layer.
 
     Args:
@@ -188,7 +228,9 @@ def scores(name, q, k, v, *, window, scale, last, layer=0, passes=(), **options)
         last: Positions of the model.
         passes: Of each pass that repeats a chunk start and end of it, and queries and keys of all
             tokens behind the prompt, as q and k.
+        hidden: [N, hidden] input of the layer's attention, for trained scorers.
     """
+    hidden = None if hidden is None else np.asarray(hidden, dtype=np.float64)
     q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
     passes = [
         (start, end, np.asarray(queries, dtype=np.float64), np.asarray(own, dtype=np.float64))
@@ -200,7 +242,7 @@ def scores(name, q, k, v, *, window, scale, last, layer=0, passes=(), **options)
     rows = [
         _OF_HEAD[name](
             q=q[:, h], k=k[:, h], v=v[:, h], window=window, scale=scale, layer=layer, head=h,
-            last=last, passes=passes, **options,
+            last=last, passes=passes, hidden=hidden, **options,
         )[:scored]
         for h in range(k.shape[1])
     ]  # fmt: skip
