@@ -77,7 +77,10 @@ def test_kvzap(kvpress: Any, split: tuple[int, int], inner: int | None, tmp_path
     heads, group = split
     torch.manual_seed(heads)
     sizes = {"input_dim": HIDDEN, "output_dim": heads, "n_modules": LAYERS, "hidden_dim": inner}
-    KVzapModel(KVzapConfig(**sizes)).save_pretrained(tmp_path)
+    made = KVzapModel(KVzapConfig(**sizes))
+    for parameter in made.parameters():  # scores that differ from token to token
+        torch.nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
+    made.save_pretrained(tmp_path)
     press = kvpress.KVzapPress(model_type="linear" if inner is None else "mlp")
     press.kvzap_model = KVzapModel.from_pretrained(tmp_path)
     found = layers(split, TOTAL)
@@ -162,7 +165,7 @@ def test_duo_attention(kvpress: Any, sparsity: float, tmp_path: Path) -> None:
     scope = make_scope("retrieval", BudgetSpec(sink + recent), LAYERS, heads, scorer, profile)
     press = kvpress.DuoAttentionPress(sparsity)
     table = sink, recent, np.clip(gates, 0, 1)
-    with mock.patch.object(type(press), "load_attention_pattern", lambda model: table):
+    with mock.patch.object(press, "load_attention_pattern", lambda model: table):
         press.post_init_from_model(SimpleNamespace(device="cpu"))
     for total in (27, TOTAL, 1000):
         k = torch.zeros(total, heads, 4)
