@@ -572,8 +572,8 @@ def test_bad_scope_is_one_clear_line():
             "heads",
             spec,
             None,
-            "unknown budget scope 'heads'; known: head, layer, model, pyramid, rank, threshold, "
-            "uniform",
+            "unknown budget scope 'heads'; known: head, layer, model, pyramid, rank, retrieval, "
+            "threshold, uniform",
         ),
         ("head", spec, None, "choose scope layer, model, pyramid, rank, threshold or uniform"),
         ("layer", spec, uniform_profile(2, 8), "2 layers x 8 KV heads, but the model has 2 x 4"),
