@@ -68,7 +68,8 @@ class Table:
         axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
         for (y, x), value in np.ndenumerate(values):
             if not np.isnan(value):
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7)
+                color = "black" if 15 < value < 90 else "white"  # the map is dark at its ends
+                axes.text(x, y, f"{value:.0f}", color=color, ha="center", va="center", fontsize=7)
         names = [f"{mode}\n{100 * float(share):g} %" for mode, share in self.columns]
         axes.set_xticks(range(len(names)), names, fontsize=7)
         axes.set_yticks(range(len(rows)), rows, fontsize=7)
