@@ -70,12 +70,19 @@ def pick(scores: Tensor, counts: Tensor, prompt_len: int, width: int | None = No
             prompt_len.
         prompt_len: N >= M; the window is the last N - M tokens.
         width: max(counts) if known on the host; saves a device synchronisation.
+
+    Raises:
+        ValueError: on a CPU, for a count outside of these bounds, of which a scope may be the cause.
     """
     if width is None:
         width = int(counts.max()) if len(counts) else 0
     if scores.device.type == "cpu" and scores.dtype == torch.float32:
         from fairkv_sglang.budgets import selection_cpu  # compiled: not where flags are read
 
+        least, most = prompt_len - scores.shape[1], min(width, prompt_len)
+        for count in (counts.min(), counts.max()) if len(counts) else ():
+            if not least <= count <= most:  # compiled code would write beside the table
+                raise ValueError(f"a head keeps {least} to {most} tokens here, not {int(count)}")
         indices = selection_cpu.pick(scores.numpy(), counts.numpy(), prompt_len, width)
         return Kept(counts=counts, indices=torch.from_numpy(indices))
     return Kept(counts=counts, indices=picked(scores, counts, prompt_len, width))

@@ -137,3 +137,11 @@ def test_water_fill_does_not_depend_on_the_scale_of_shares(scale):
     assert water_fill(share * scale, 777, 20, 400).tolist() == (
         water_fill(share, 777, 20, 400).tolist()
     )
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_a_count_that_cannot_be_is_refused_before_compiled_code_sees_it(count: int) -> None:
+    """Fewer than the window, or more than the prompt has."""
+    scores = torch.zeros(2, 6)
+    with pytest.raises(ValueError, match=f"keeps 2 to 8 tokens here, not {count}"):
+        pick(scores, torch.tensor([4, count]), 8, 8)
