@@ -113,15 +113,19 @@ def replan(server: ServerProcess) -> None:
 def free_head_pages_are_told(server: ServerProcess) -> None:
     """While requests decode, the load is that of their head pages; the prefill pool is empty."""
 
-    def decoding() -> list[int]:
-        """Replicas with a request that is past its prompt."""
-        ranks = [state["ranks"][0] for state in states(server)]
-        busy = [rank["requests"] > 0 and rank["pool_tokens_held"] == 0 for rank in ranks]
-        return [number for number, is_busy in enumerate(busy) if is_busy]
+    def busy() -> list[dict[str, Any]]:
+        """Ranks of the replica with a request that is past its prompt.
+
+        States of replicas come in the order in which they answer, loads by number.
+        """
+        for state in states(server):
+            first = state["ranks"][0]
+            if first["requests"] and not first["pool_tokens_held"]:
+                return list(state["ranks"])
+        return []
 
     run_in_background(server, [PROMPTS[7]])
-    until(lambda: bool(decoding()))
-    [replica] = decoding()
+    until(lambda: bool(busy()))
 
     def usage_is_what_ranks_hold() -> bool:
         """SGLang tells its load every few steps, and both are asked one after the other.
@@ -129,15 +133,15 @@ def free_head_pages_are_told(server: ServerProcess) -> None:
         It is that of the rank with least room for a token of mean budget, or of a fuller one as far
         as that bounds what fits (``control/load.py``).
         """
-        held = [rank["pages_charged"] / rank["pages"] for rank in states(server)[replica]["ranks"]]
-        told = loads(server)[replica]["token_usage"]
-        return 0 < 0.75 * min(held) <= told <= 1.25 * max(held)
+        held = [rank["pages_charged"] / rank["pages"] for rank in busy()]
+        told = max(load["token_usage"] for load in loads(server))
+        return bool(held) and 0 < 0.75 * min(held) <= told <= 1.25 * max(held)
 
     until(usage_is_what_ranks_hold)
-    load = loads(server)[replica]
+    load = max(loads(server), key=lambda load: load["num_used_tokens"])
     assert load["num_used_tokens"] <= load["num_total_tokens"] < load["max_total_num_tokens"]
     server.post_text("/abort_request", {"abort_all": True})
-    until(lambda: loads(server)[replica]["num_used_tokens"] == 0)
+    until(lambda: all(load["num_used_tokens"] == 0 for load in loads(server)))
 
 
 def test_two_nodes_answer_as_one(
@@ -260,8 +264,11 @@ def test_replicas(start_server: Callable[..., ServerProcess], model: Path, tp_si
     _, alive = psutil.wait_procs(processes, timeout=5)
     assert alive == []
     assert server.process.returncode != 0
-    assert f"(process {rank.pid}) was killed (SIGKILL)" in server.log
-    assert f"FairKV: rank {title}" in server.log
+    if tp_size == 1:
+        assert f"(process {rank.pid}) was killed (SIGKILL)" in server.log
+        assert f"FairKV: rank {title}" in server.log
+    else:  # its peer's error ends the controller of replicas, often before that sees who was killed
+        assert "so the server ends" in server.log
 
 
 def healthy(router: ServerProcess) -> set[str]:
