@@ -72,7 +72,7 @@ def pick(scores: Tensor, counts: Tensor, prompt_len: int, width: int | None = No
         width: max(counts) if known on the host; saves a device synchronisation.
 
     Raises:
-        ValueError: on a CPU, for a count outside of these bounds, of which a scope may be the cause.
+        ValueError: on a CPU, for a count outside of these bounds; a scope may be the cause.
     """
     if width is None:
         width = int(counts.max()) if len(counts) else 0
