@@ -5,9 +5,10 @@
     python -m fairkv_sglang.bench.accuracy --model smollm2    SmolLM2, the tasks of `fairkv eval`
 
 Starts a server of stock SGLang for the full cache and one of FairKV, whose requests name scorer,
-scope and kept share (KVzip needs a server of its own), runs `fairkv eval` with each of them, and
-compares sample by sample with the full cache. Answers are kept in ``build/accuracy``: an
-interrupted run goes on, a finished one asks nothing, and the table has whatever runs are there.
+scope and kept share (a scorer that has prompts repeated needs a server of its own), runs `fairkv
+eval` with each of them, and compares sample by sample with the full cache. Answers are kept in
+``build/accuracy``: an interrupted run goes on, a finished one asks nothing, and the table has
+whatever runs are there.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ DECODE_TOKENS = 65536
 """Tokens of FairKV's head pages beside it."""
 PARALLEL = 32
 """Questions at once: decode steps cost little more for many requests than for one."""
-SHARED, OWN_SERVER = "keydiff", "kvzip"
-"""Scorer of the server that most methods share, and the one that no request of it may name."""
+SHARED = "keydiff"
+"""Scorer of the server that is asked for all others, but for those that have prompts repeated."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,9 @@ def main() -> int:
     measure(args.model, tp, [], {FULL: {}}, flags, folder)
     by_server: dict[str, dict[str, dict[str, Any]]] = {}
     for scope, scorer, share in itertools.product(scopes, args.scorers.split(","), shares):
-        runs = by_server.setdefault(scorer if scorer == OWN_SERVER else SHARED, {})
-        asked = {"scope": scope, "ratio": share}
-        runs[f"{scorer}-{scope}-{share:g}"] = asked | (
-            {} if scorer == OWN_SERVER else {"scorer": scorer}
-        )
+        # What repeats prompts needs a server that has it; naming its own scorer changes nothing.
+        runs = by_server.setdefault(scorer if SCORERS[scorer].repeats else SHARED, {})
+        runs[f"{scorer}-{scope}-{share:g}"] = {"scorer": scorer, "scope": scope, "ratio": share}
     for scorer, runs in by_server.items():
         fairkv_flags = ["--fairkv", "--fairkv-scorer", scorer]
         fairkv_flags += ["--fairkv-prefill-pool", str(CACHE_TOKENS)]
