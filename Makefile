@@ -61,7 +61,7 @@ ifdef SGLANG
 test: engine
 else
 test: lint types  ## everything that has to pass: ruff, mypy, all tests but the sweep; SGLANG=0.5.23: engine tests on that version
-	$(PYTEST) -m "not sweep" $(PARALLEL)
+	$(PYTEST) --hypothesis-profile=same-examples -m "not sweep" $(PARALLEL)
 endif
 
 lint: $(VENV)/developing  ## ruff

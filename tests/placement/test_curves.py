@@ -15,7 +15,9 @@ from fairkv_sglang.placement.solver.large_curves import LargeCurves
 from fairkv_sglang.placement.solver.small_curves import SmallCurves
 from fairkv_sglang.placement.solver.wrap import group_bound, wrap
 
-loads_ = hnp.arrays(np.float64, st.integers(1, 6), elements=st.floats(0.0, 100.0))
+load_ = st.just(0.0) | st.floats(1e-3, 100.0)
+"""Kept tokens. (A half of the smallest number there is rounds to nothing.)"""
+loads_ = hnp.arrays(np.float64, st.integers(1, 6), elements=load_)
 lanes_ = st.sampled_from([0.0, 0.5, 10.0])
 
 
@@ -64,7 +66,7 @@ def test_built_layers_reach_their_level_without_lane_cost_and_come_close_with_it
 
 @settings(deadline=None, max_examples=30)
 @given(
-    loads=hnp.arrays(np.float64, st.integers(2, 5), elements=st.floats(0.0, 100.0)),
+    loads=hnp.arrays(np.float64, st.integers(2, 5), elements=load_),
     ranks=st.integers(2, 3),
 )
 def test_no_copies_is_the_best_of_all_assignments(loads: np.ndarray, ranks: int) -> None:

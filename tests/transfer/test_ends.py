@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fairkv_sglang.transfer.agreement import difference
 from fairkv_sglang.transfer.decode_end import DecodeEnd
 from fairkv_sglang.transfer.prefill_end import PrefillEnd
 from fairkv_sglang.transfer.rows import KeptRows
+from fairkv_tests.ports import free_port
 
 ROOM = 7
 KEPT = np.arange(6).reshape(2, 3) + 1
@@ -32,8 +34,11 @@ def until(true: Callable[[], bool]) -> None:
 class Ranks:
     """The ends of all ranks of a prefill and a decode server."""
 
-    def __init__(self, senders: int = 2, receivers: int = 2, wait: float = 60) -> None:
-        self.senders = [PrefillEnd("127.0.0.1", None, wait) for _ in range(senders)]
+    def __init__(
+        self, senders: int = 2, receivers: int = 2, wait: float = 60, port: int | None = None
+    ) -> None:
+        ports = [port, *[None] * (senders - 1)]
+        self.senders = [PrefillEnd("127.0.0.1", port, wait) for port in ports]
         for end in self.senders:
             end.about = {"ports": [e.port for e in self.senders], "agreed": {"scorer": "snapkv"}}
         self.address = f"127.0.0.1:{self.senders[0].port}"
@@ -134,9 +139,19 @@ def test_a_failure_reaches_the_other_server(side: str, early: bool) -> None:
     ranks.close()
 
 
+def started_again(port: int) -> PrefillEnd:
+    """As soon as ZeroMQ's thread has closed the socket that listened there."""
+    for _ in range(500):
+        with suppress(zmq.ZMQError):
+            return PrefillEnd("127.0.0.1", port, 60)
+        time.sleep(0.01)
+    raise TimeoutError(f"port {port} stays in use")
+
+
 def test_a_prefill_server_that_dies_fails_its_rooms_only() -> None:
     """At once; one that comes back at the same place is met anew."""
-    ranks = Ranks(2, 1)
+    port = free_port()
+    ranks = Ranks(2, 1, port=port)
     other = Ranks(1, 1)
     ranks.meet()
     [receiver] = ranks.receivers
@@ -147,9 +162,8 @@ def test_a_prefill_server_that_dies_fails_its_rooms_only() -> None:
     assert receiver.failure(ROOM) == f"the prefill server {ranks.address} is gone"
     assert receiver.failure(8) is None
     assert receiver.about(ranks.address) is None and receiver.about(other.address) is not None
-    port = ranks.senders[0].port
     ranks.close(ranks.senders[:1])
-    again = PrefillEnd("127.0.0.1", port, 60)
+    again = started_again(port)
     again.about = {"ports": [port], "agreed": {}}
     until(lambda: (again.pump(), receiver.reach(ranks.address))[1])
     again._socket.close(0)
