@@ -8,22 +8,26 @@ uncompressed model's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fairkv_sglang.attention.choose import Chooser
+from fairkv_sglang.attention.endings import Choice, Ending, IntArray, Move, StoreBatch
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
-from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, IntArray, StoreBatch
+from fairkv_sglang.attention.hand_over import HandOver
 from fairkv_sglang.attention.hidden_scores import HiddenScores
 from fairkv_sglang.attention.over_layers import choices_of_layers
 from fairkv_sglang.attention.repeats import RepeatScorer
-from fairkv_sglang.budgets import Kept, PromptTensors, Rope, Scorer, pick
+from fairkv_sglang.budgets import PromptTensors, Rope, Scorer
 from fairkv_sglang.kernels.prompts import to_device
 from fairkv_sglang.memory.rows import RowBook
+
+EXCHANGED_BYTES = 32 << 20
+"""On CPU layers share an exchange as long as all their kept rows, of all ranks, fit into this."""
 
 
 class LayerInputs(NamedTuple):
@@ -70,9 +74,12 @@ class PromptCompressor:
         self._computed: dict[int, Tensor] = {}  # row -> slots so far, where the scorer observes
         self._repeats = RepeatScorer(scorer) if scorer.repeats else None
         self._endings: list[Ending] = []
+        self._scored: list[tuple[LayerInputs, dict[int, Tensor]]] = []  # not exchanged yet
+        self._at_once = 1  # layers of an exchange
         self._layers: list[LayerInputs] = []  # so far, if something waits for the last one
         self._batch: StoreBatch | None = None
         self._home = torch.tensor(heads.home, device=book.pages.device)
+        self.chooser = Chooser(self.scope, heads, self._home, self._scorer)
         self._exchange = exchange
 
     def begin(self, spans: ForwardSpans, req_to_token: Tensor) -> None:
@@ -83,13 +90,14 @@ class PromptCompressor:
             req_to_token: SGLang's request table ``[rows, context]``.
         """
         source = self.heads.homes.source
-        self._endings, self._layers = [], []
+        self._endings, self._layers, self._scored = [], [], []
         self.hand_over.forget()
         for span in spans.last:
             owners = self.book.owners(span.row).astype(np.int64)
             slots = req_to_token[span.row, : span.prompt_len].long()
             sources = source[np.arange(source.shape[0])[None, :], owners]
             self._endings.append(self._ending(span, slots, owners, sources))
+        self._at_once = self._layers_of_an_exchange()
         self._computed = {
             s.row: req_to_token[s.row, : s.end].long()
             for s in spans.prompts
@@ -97,6 +105,20 @@ class PromptCompressor:
         }
         if self._repeats is not None:
             self._repeats.begin(spans, req_to_token)
+
+    def _layers_of_an_exchange(self) -> int:
+        """The same on all ranks. One where nothing has to be exchanged, or where the exchange of a
+        layer runs beside the computation of the next one.
+        """
+        endings = self._endings
+        if self._exchange is None or self.hand_over.overlaps or not endings:
+            return 1
+        told = any(e.compressed and self.chooser.together(e) for e in endings)
+        if not told and all((e.sources == e.owners).all() for e in endings):
+            return 1
+        tokens = sum(min(e.scope.budget(e.span.prompt_len), e.span.prompt_len) for e in endings)
+        layer_bytes = tokens * self.scope.num_heads * self.hand_over.row_bytes
+        return max(1, EXCHANGED_BYTES // max(layer_bytes, 1))
 
     def _scorer(self, row: int) -> Scorer:
         """The request's own, or the server's."""
@@ -149,22 +171,37 @@ class PromptCompressor:
         ending = [
             window for window, span in zip(windows, spans.prompts, strict=True) if span.is_last
         ]
-        ready, choices = self._select(inputs, ending)
-        self.hand_over.start(layer, ready, choices, k_pool, v_pool, self._batch)
-        if len(ready) < len(self._endings):
-            self._layers.append(inputs)
+        self._take(inputs, ending)
         if layer == self.scope.num_layers - 1:
             self._hand_over_all_layers()
             self.hand_over.finish()
             self._finish()
 
+    def _take(self, inputs: LayerInputs, windows: list[Tensor | None]) -> None:
+        """Score the layer; when as many are scored as are exchanged at once, hand them over."""
+        self._scored.append((inputs, self._scores(inputs, windows)))
+        last = inputs.layer == self.scope.num_layers - 1
+        if last or len(self._scored) == self._at_once:
+            scored, self._scored = self._scored, []
+            self._exchange_scores([scores for _, scores in scored])
+            choices = [
+                self.chooser.choices(inputs.layer, self._endings, scores)
+                for inputs, scores in scored
+            ]
+            of_layers = [inputs for inputs, _ in scored]
+            self._hand_over(list(zip(of_layers, choices, strict=True)))
+
     def _hand_over_all_layers(self) -> None:
         """Of the prompts whose tokens could not be selected before the last layer."""
         waiting = [ending for ending in self._endings if ending.waits]
         choices = [choices_of_layers(ending, self._home) for ending in waiting]
-        for inputs, *of_layer in zip(self._layers, *choices, strict=True):
+        moves = [
+            Move(inputs.layer, waiting, of_layer, inputs.k_pool, inputs.v_pool)
+            for inputs, *of_layer in zip(self._layers, *choices, strict=True)
+        ]
+        for first in range(0, len(moves), self._at_once):
             self.hand_over.finish()
-            self.hand_over.start(inputs.layer, waiting, of_layer, inputs.k_pool, inputs.v_pool)
+            self.hand_over.start(moves[first : first + self._at_once])
 
     def _window(self, layer: int, q: Tensor, span: PromptSpan) -> Tensor | None:
         """Last queries of the prompt up to this span; carried over when more chunks follow."""
@@ -197,104 +234,51 @@ class PromptCompressor:
             part = PromptTensors(queries, k, inputs.scale, rope=self.rope)
             seen[inputs.layer] = self._scorer(span.row).observe(seen.get(inputs.layer), part)
 
-    def _select(
-        self, inputs: LayerInputs, windows: list[Tensor | None]
-    ) -> tuple[list[Ending], list[Choice]]:
-        """Prompts whose tokens can be selected now, and what each keeps in the layer, known to whom
-        it has to be.
+    def _hand_over(self, layers: list[tuple[LayerInputs, list[Choice]]]) -> None:
+        """What each prompt keeps, known to whom it has to be, of those whose tokens can be selected
+        now.
         """
-        choices = self._choices(inputs, windows)
-        ready = self._endings
-        if inputs.layer in self.scope.layers:
-            ready = [ending for ending in self._endings if not ending.waits]
-        for ending, choice in zip(ready, choices, strict=True):
-            known = choice.kept.counts if choice.counts is None else choice.counts
-            ending.counts[inputs.layer] = known
-        if self._exchange is not None and self.hand_over.moves(inputs.layer, ready):
-            for choice in choices:
-                if choice.counts is None:  # scope rank: owners elsewhere have to be told
-                    choice.counts = self._exchange.counts(choice.kept.counts)
-                    choice.exact = _on_host(choice.counts)
-        return ready, choices
+        moves = []
+        for inputs, choices in layers:
+            ready = self._endings
+            if inputs.layer in self.scope.layers:
+                ready = [ending for ending in self._endings if not ending.waits]
+            if len(ready) < len(self._endings):
+                self._layers.append(inputs)
+            for ending, choice in zip(ready, choices, strict=True):
+                known = choice.kept.counts if choice.counts is None else choice.counts
+                ending.counts[inputs.layer] = known
+            moves.append(Move(inputs.layer, ready, choices, inputs.k_pool, inputs.v_pool))
+        if self._exchange is not None:
+            # scope rank: owners elsewhere have to be told
+            travelling = [move for move in moves if self.hand_over.moves(move.layer, move.endings)]
+            untold = [c for move in travelling for c in move.choices if c.counts is None]
+            if untold:
+                self.chooser.tell(untold, self._exchange)
+        self.hand_over.start(moves, self._batch)
 
-    def _choices(self, inputs: LayerInputs, windows: list[Tensor | None]) -> list[Choice]:
-        """What each ending prompt keeps in the layer; scores of those that wait are set aside."""
-        if self.scope.sliding is not None and inputs.layer not in self.scope.layers:
-            lengths = [ending.span.prompt_len for ending in self._endings]
-            return [self._latest(n, self.scope.sliding.kept(n)) for n in lengths]
-        scores = {
+    def _scores(self, inputs: LayerInputs, windows: list[Tensor | None]) -> dict[int, Tensor]:
+        """Of the home heads, by number of the ending prompt; of those that are compressed."""
+        if inputs.layer not in self.scope.layers:  # of a sliding window everything is kept
+            return {}
+        return {
             number: self._score(inputs, ending, windows[number])
             for number, ending in enumerate(self._endings)
             if ending.compressed
         }
-        shared = [number for number in scores if self._together(self._endings[number])]
+
+    def _exchange_scores(self, layers: list[dict[int, Tensor]]) -> None:
+        """Puts the scores of all heads in the place of the home heads' where they are needed."""
+        shared = [
+            (scores, number)
+            for scores in layers
+            for number in scores
+            if self.chooser.together(self._endings[number])
+        ]
         if shared and self._exchange is not None:
-            tables = self._exchange.scores([scores[number] for number in shared])
-            scores |= zip(shared, tables, strict=True)
-        choices = []
-        for number, ending in enumerate(self._endings):
-            if not ending.compressed:
-                # no scores are needed, on any rank
-                choices.append(self._latest(ending.span.prompt_len, ending.span.prompt_len))
-                continue
-            table, scorer = scores[number], self._scorer(ending.span.row)
-            if scorer.spans_heads:
-                table = scorer.combine(table)
-            if ending.protected is not None:
-                table = protect(table, ending.protected)
-            if ending.waits:
-                ending.scores.append(table)
-            else:
-                choices.append(self._choose(inputs.layer, table, ending))
-        return choices
-
-    def _together(self, ending: Ending) -> bool:
-        """Whether every rank needs its scores of all heads of a layer."""
-        # Replicas of a head have a part of its query heads each, so no rank can score it alone.
-        together = ending.scope.spans_ranks or self.heads.homes.replicas > 1
-        return together or self._scorer(ending.span.row).spans_heads
-
-    def _latest(self, length: int, tokens: int) -> Choice:
-        """The last ``tokens`` of a prompt of ``length``."""
-        exact = np.full(self.scope.num_heads, tokens, dtype=np.int64)
-        counts = torch.full(exact.shape, tokens, dtype=torch.int64, device=self._home.device)
-        latest = torch.arange(length - tokens, length, device=counts.device)
-        indices = latest.repeat(len(self._home), 1)
-        return Choice(Kept(counts[self._home], indices), counts, exact)
-
-    def _choose(self, layer: int, scores: Tensor, ending: Ending) -> Choice:
-        """From ``scores`` of all heads ``[H, M]``, or of the home heads where that is enough."""
-        scope, length = ending.scope, ending.span.prompt_len
-        home = self.heads.home
-        unprotected = scores
-        if ending.unprotected is not None:
-            unprotected = scores.index_select(1, ending.unprotected)
-        if not scope.input_dependent:
-            exact: IntArray | None = np.array(scope.expected(length)[layer])
-            counts = torch.tensor(exact).to(scores.device, non_blocking=True)
-        else:
-            groups: Sequence[Sequence[int]] = [range(scope.num_heads)]
-            if not scope.spans_ranks:
-                every, size = range(scope.num_heads), scope.home_size
-                groups = [every[i : i + size] for i in range(0, scope.num_heads, size)]
-            if scores.shape[0] < scope.num_heads:
-                mine = scope.counts(layer, home, unprotected, length)
-                return Choice(self._pick(layer, scores, mine, ending, None), None, None)
-            counts = torch.cat(
-                [scope.counts(layer, g, unprotected[g[0] : g[-1] + 1], length) for g in groups]
-            )
-            exact = _on_host(counts)
-        mine = scores if scores.shape[0] < scope.num_heads else scores[self._home]
-        kept = self._pick(layer, mine, counts[self._home], ending, exact)
-        return Choice(kept, counts, exact)
-
-    def _pick(
-        self, layer: int, scores: Tensor, counts: Tensor, ending: Ending, exact: IntArray | None
-    ) -> Kept:
-        """Positions of the home heads; their table is as wide as could be where nothing waits."""
-        home, length = list(self.heads.home), ending.span.prompt_len
-        most = ending.scope.per_head_bound(length)[layer] if exact is None else exact
-        return pick(scores, counts, length, min(int(most[home].max()), length))
+            tables = self._exchange.scores([scores[number] for scores, number in shared])
+            for (scores, number), table in zip(shared, tables, strict=True):
+                scores[number] = table
 
     def _score(self, inputs: LayerInputs, ending: Ending, window: Tensor | None) -> Tensor:
         """``float32 [home heads, N - window]`` of a prompt."""
@@ -333,17 +317,6 @@ class PromptCompressor:
                 kept = self._exchange.counts(kept)
             self.book.note_kept(ending.span.row, _to_host(kept))
         self._endings, self._layers = [], []
-
-
-def protect(scores: Tensor, positions: Tensor) -> Tensor:
-    """``scores [n, M]`` with those of protected tokens above all others."""
-    # not even an infinite score stands beside them
-    return scores.clamp(max=torch.finfo(scores.dtype).max).index_fill(1, positions, torch.inf)
-
-
-def _on_host(counts: Tensor) -> IntArray | None:
-    """Counts that are in host memory already; on a device nobody waits for them."""
-    return counts.numpy() if counts.device.type == "cpu" else None
 
 
 def _to_host(counts: Tensor) -> Tensor:

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairkv_sglang.attention.compress import LayerInputs, PromptCompressor, protect
+from fairkv_sglang.attention.choose import protect
+from fairkv_sglang.attention.compress import LayerInputs, PromptCompressor
+from fairkv_sglang.attention.endings import Choice, Ending, StoreBatch
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans
-from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver, StoreBatch
+from fairkv_sglang.attention.hand_over import HandOver
 from fairkv_sglang.attention.hidden_scores import HiddenScores
 from fairkv_sglang.budgets import Kept, Rope, Scorer
 from fairkv_sglang.budgets.scopes.pooled import Pooled
@@ -97,16 +99,20 @@ class AllPromptsCompressor(PromptCompressor):
         """Whether the kernels can take the prompt, with all others of the pass."""
         return not self.book.keep(ending.span.row).has_method and not ending.scope.spans_layers
 
-    def _choices(self, inputs: LayerInputs, windows: list[Tensor | None]) -> list[Choice]:
+    def _take(self, inputs: LayerInputs, windows: list[Tensor | None]) -> None:
         """See the base class, to which it is left where the prompts are not alike."""
-        if not self._alike:
-            return super()._choices(inputs, windows)
+        if self._alike:
+            self._hand_over([(inputs, self._choices_of_all(inputs, windows))])
+        else:
+            super()._take(inputs, windows)
+
+    def _choices_of_all(self, inputs: LayerInputs, windows: list[Tensor | None]) -> list[Choice]:
         prompts, layer = self._prompts, inputs.layer
         if layer not in self.scope.layers:
             self._batch = None
-            return super()._choices(inputs, windows)
-        scores = self._scores(inputs, [windows[number] for number in self._order])
-        if prompts.total and self._exchange is not None and self._together(self._endings[0]):
+            return self.chooser.choices(layer, self._endings, {})
+        scores = self._scores_of_all(inputs, [windows[number] for number in self._order])
+        if prompts.total and self._exchange is not None and self.chooser.together(self._endings[0]):
             scores = self._exchange.table(scores)
         if prompts.total and self.scorer.spans_heads:
             widths = [scored for scored in prompts.scored if scored]  # those come first
@@ -133,7 +139,7 @@ class AllPromptsCompressor(PromptCompressor):
             choices.append(Choice(Kept(mine[p], indices[p]), known, exact))
         return choices
 
-    def _scores(self, inputs: LayerInputs, windows: list[Tensor | None]) -> Tensor:
+    def _scores_of_all(self, inputs: LayerInputs, windows: list[Tensor | None]) -> Tensor:
         """``float32 [home heads, scored tokens of all prompts]``."""
         prompts, scorer = self._prompts, self.scorer
         if not prompts.total:

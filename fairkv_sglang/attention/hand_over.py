@@ -2,11 +2,12 @@
 """Hand-over: kept rows of a prompt go from the heads' homes to the owners' head pages.
 
 A head whose owner is a home of it is copied out of the prefill pool into head pages. The others
-travel: per layer one all-to-all for all prompts that end in the pass, started when the layer's
-tokens are chosen and, on a device, finished a layer later, so that it runs while the next layer
-computes. On CPU it is finished at once: there gloo's threads would take the core that computes, to
-poll for locks that their descheduled peers hold (docs/performance.md). Where no head of a layer
-moves, no row is communicated.
+travel: on a device per layer one all-to-all for all prompts that end in the pass, started when the
+layer's tokens are chosen and finished a layer later, so that it runs while the next layer computes.
+On CPU nothing runs beside the computation, as gloo's threads would take the core that computes, to
+poll for locks that their descheduled peers hold; there each exchange is one more place where the
+faster rank waits for the slower one. So as many layers as fit into a buffer share one exchange,
+which is finished at once (docs/performance.md). Where no head moves, no row is communicated.
 
 Sizes are known on the host without waiting for the device: exact on CPU and for static budgets,
 else the most that each pair of ranks could have to move (docs/performance.md says what that
@@ -17,94 +18,29 @@ which sender and receiver both know.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fairkv_sglang.attention.forward_spans import PromptSpan
-from fairkv_sglang.budgets import BudgetScope, Kept
+from fairkv_sglang.attention.endings import Choice, Ending, IntArray, Move, StoreBatch
+from fairkv_sglang.budgets import Kept
 from fairkv_sglang.kernels.pages import HeadPages
-from fairkv_sglang.kernels.prompts import PromptBatch, to_device
+from fairkv_sglang.kernels.prompts import to_device
 from fairkv_sglang.parallel import RankHeads
 from fairkv_sglang.parallel.lanes import EMPTY
 
-IntArray = NDArray[np.int64]
 
+class _Part(NamedTuple):
+    """What is handed over of a layer and a prompt."""
 
-@dataclass
-class Ending:
-    """A prompt that ends in this pass.
-
-    Attributes:
-        span: Its tokens in the pass.
-        slots: ``int64 [N]`` pool slots of the prompt.
-        owners: ``[L, H]`` owner of each head.
-        sources: ``[L, H]`` home from which the owner gets the head's rows.
-        scope: The budget scope, with the request's own budget.
-        protected: ``int64`` positions before the window that every head keeps; None if there are
-            none.
-        unprotected: ``int64`` the other positions before the window; None if those are all.
-        counts: Per layer kept counts, ``[H]``, or of the home heads where others are not known.
-        scores: ``[H, N - window]`` of each layer so far, if tokens are selected after the last one.
-    """
-
-    span: PromptSpan
-    slots: Tensor
-    owners: IntArray
-    sources: IntArray
-    scope: BudgetScope
-    protected: Tensor | None = None
-    unprotected: Tensor | None = None
-    counts: dict[int, Tensor] = field(default_factory=dict)
-    scores: list[Tensor] = field(default_factory=list)
-
-    @property
-    def compressed(self) -> bool:
-        """Whether something of it is left out."""
-        return self.scope.budget(self.span.prompt_len) < self.span.prompt_len
-
-    @property
-    def waits(self) -> bool:
-        """Whether its tokens are selected after the last layer."""
-        return self.scope.spans_layers and self.compressed
-
-
-@dataclass
-class Choice:
-    """What a prompt keeps in one layer.
-
-    Attributes:
-        kept: Of the home heads, in pool order.
-        counts: ``int64 [H]`` of all heads, on the device; None where only the homes know.
-        exact: The same on the host, where it is known without waiting.
-    """
-
-    kept: Kept
-    counts: Tensor | None
-    exact: IntArray | None
-
-
-@dataclass
-class StoreBatch:
-    """What the home heads keep of all prompts, on the device, in the order of ``prompts``.
-
-    Attributes:
-        prompts: The prompts.
-        indices: ``int64 [P, n, width]`` ascending positions.
-        counts: ``int64 [P, n]``.
-        columns: ``int64 [P, lanes of the layer]``; see :meth:`HandOver.columns`.
-    """
-
-    prompts: PromptBatch
-    indices: Tensor
-    counts: Tensor
-    columns: Tensor
+    move: Move
+    ending: Ending
+    choice: Choice
 
 
 @dataclass
@@ -159,41 +95,38 @@ class HandOver:
         """Whether any rank needs rows of the layer from another one."""
         return any((e.sources[layer] != e.owners[layer]).any() for e in endings)
 
-    def start(
-        self,
-        layer: int,
-        endings: Sequence[Ending],
-        choices: Sequence[Choice],
-        k_pool: Tensor,
-        v_pool: Tensor,
-        batch: StoreBatch | None = None,
-    ) -> None:
+    def start(self, moves: Sequence[Move], batch: StoreBatch | None = None) -> None:
         """Send what others own, store what is at home here.
 
         Args:
-            layer: Layer index.
-            endings: Prompts that end in the pass.
-            choices: What each of them keeps.
-            k_pool: ``[slots, home heads, D]`` SGLang's pool of the layer.
-            v_pool: The same for values.
-            batch: What is kept, if it can be stored for all prompts at once.
+            moves: One for each layer. Their rows travel in one exchange.
+            batch: What is kept, if it can be stored for all prompts of a layer at once.
         """
-        if self.group is not None and self.moves(layer, endings):
-            self.send(layer, endings, choices, k_pool, v_pool)
+        travelling = [move for move in moves if self.moves(move.layer, move.endings)]
+        if self.group is not None and travelling:
+            self.send(travelling)
+        for move in moves:
+            self._store(move, batch)
+        if not self.overlaps:
+            self.finish()
+
+    def _store(self, move: Move, batch: StoreBatch | None) -> None:
+        """Kept rows of lanes that are at home here."""
+        layer, endings, choices, k_pool, v_pool = move
         lane_lo, kernels = self.heads.lane_start[layer], self.pages.kernels
         if batch is not None and kernels.prompts is not None:
             kernels.prompts.store_all_kept(
                 self.pages, batch.prompts.rows, lane_lo, k_pool, v_pool, batch.prompts.slots,
                 batch.indices, batch.counts, batch.columns,
             )  # fmt: skip
-            endings = choices = ()
+            return
         for ending, choice in zip(endings, choices, strict=True):
             columns = self.columns(layer, ending)
             if (columns >= 0).any():
-                self.pages.kernels.store_kept(
+                kernels.store_kept(
                     self.pages,
                     ending.span.row,
-                    self.heads.lane_start[layer],
+                    lane_lo,
                     k_pool,
                     v_pool,
                     ending.slots,
@@ -201,34 +134,30 @@ class HandOver:
                     choice.kept.counts,
                     self._device(columns),
                 )
-        if not self.overlaps:
-            self.finish()
 
-    def send(
-        self,
-        layer: int,
-        endings: Sequence[Ending],
-        choices: Sequence[Choice],
-        k_pool: Tensor,
-        v_pool: Tensor,
-    ) -> None:
-        """Start the layer's exchange; see :meth:`start`."""
-        sizes = np.stack(
-            [self._sizes(layer, e, c) for e, c in zip(endings, choices, strict=True)]
-        )  # [prompts, from, to]
+    def send(self, moves: Sequence[Move]) -> None:
+        """Start the exchange of layers of which rows move; see :meth:`start`."""
+        parts = [
+            _Part(move, ending, choice)
+            for move in moves
+            for ending, choice in zip(move.endings, move.choices, strict=True)
+        ]
+        sizes = np.stack([self._sizes(*part) for part in parts])  # [parts, from, to]
         rank, dim = self.heads.rank, self.pages.head_dim
         outgoing, incoming = sizes[:, rank].sum(axis=0), sizes[:, :, rank].sum(axis=0)
-        sent = k_pool.new_empty((int(outgoing.sum()), 2, dim))
+        pool = moves[0].k_pool
+        sent = pool.new_empty((int(outgoing.sum()), 2, dim))
         at = 0
         for other in range(self.heads.plan.tp_size):
-            for number, (ending, choice) in enumerate(zip(endings, choices, strict=True)):
-                size = int(sizes[number, rank, other])
+            for part, of_ranks in zip(parts, sizes, strict=True):
+                size = int(of_ranks[rank, other])
                 if size:
-                    columns = self._moving(layer, ending, rank, other)
+                    move, ending, choice = part
+                    columns = self._moving(move.layer, ending, rank, other)
                     region = sent[at : at + size]
-                    self._pack(k_pool, v_pool, ending, choice.kept, columns, region)
+                    self._pack(move.k_pool, move.v_pool, ending, choice.kept, columns, region)
                     at += size
-        rows = k_pool.new_empty((int(incoming.sum()), 2, dim))
+        rows = pool.new_empty((int(incoming.sum()), 2, dim))
         work = dist.all_to_all_single(
             rows.view(-1).view(torch.uint8),
             sent.view(-1).view(torch.uint8),
@@ -237,12 +166,11 @@ class HandOver:
             group=self.group,
             async_op=self.overlaps,
         )
-        lanes = self._lanes(layer, endings, choices, sizes[:, :, rank])
-        self._arrival = _Arrival(work, rows, sent, lanes)
+        self._arrival = _Arrival(work, rows, sent, self._lanes(parts, sizes[:, :, rank]))
         self.rows_sent += len(sent)
 
     def finish(self) -> None:
-        """Store what has arrived of the layer that was started last."""
+        """Store what has arrived of what was started last."""
         arrival, self._arrival = self._arrival, None
         if arrival is None:
             return
@@ -287,8 +215,9 @@ class HandOver:
         pair = (ending.sources[layer] == source) & (ending.owners[layer] == owner)
         return np.flatnonzero(pair)
 
-    def _sizes(self, layer: int, ending: Ending, choice: Choice) -> IntArray:
+    def _sizes(self, move: Move, ending: Ending, choice: Choice) -> IntArray:
         """``[R, R]`` rows that each rank sends to each other one, or the most that it could."""
+        layer = move.layer
         ranks = self.heads.plan.tp_size
         sizes = np.zeros((ranks, ranks), dtype=np.int64)
         sources, owners = ending.sources[layer], ending.owners[layer]
@@ -328,34 +257,32 @@ class HandOver:
         torch.index_select(v_pool.flatten(0, 1), 0, index, out=region[:, 1])
 
     def _lanes(
-        self,
-        layer: int,
-        endings: Sequence[Ending],
-        choices: Sequence[Choice],
-        incoming: IntArray,
+        self, parts: Sequence[_Part], incoming: IntArray
     ) -> list[tuple[int, int, Tensor, Tensor, Tensor]]:
-        """For each prompt where the rows of the lanes begin that get rows from other ranks.
+        """For each part where the rows of the lanes begin that get rows from other ranks.
 
         Args:
-            incoming: ``[prompts, R]`` rows of each prompt from each rank.
+            parts: What is handed over.
+            incoming: ``[parts, R]`` rows of each part from each rank.
         """
-        # Regions come rank by rank, and prompt by prompt within.
+        # Regions come rank by rank, and part by part within.
         flat = incoming.T.ravel()
         begins = (flat.cumsum() - flat).reshape(incoming.T.shape).T
-        lane_heads = self.heads.slots(layer).tolist()
         result = []
-        for number, (ending, choice) in enumerate(zip(endings, choices, strict=True)):
-            if not incoming[number].any():
+        for (move, ending, choice), sizes, begin in zip(parts, incoming, begins, strict=True):
+            if not sizes.any():
                 continue
             if choice.counts is None:
                 raise RuntimeError("FairKV: rows move whose number nobody knows")
+            layer = move.layer
             order: list[int] = []  # heads in the order in which their rows come
             starts = []
-            for source in np.flatnonzero(incoming[number]).tolist():
+            for source in np.flatnonzero(sizes).tolist():
                 heads = self._moving(layer, ending, source, self.heads.rank)
                 part = choice.counts[self._device(heads)]
-                starts.append(part.cumsum(0) - part + int(begins[number, source]))
+                starts.append(part.cumsum(0) - part + int(begin[source]))
                 order += heads.tolist()
+            lane_heads = self.heads.slots(layer).tolist()
             columns = np.array([order.index(h) if h in order else -1 for h in lane_heads])
             counts = choice.counts[self._device(np.array(order))]
             if choice.exact is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fairkv_sglang.attention.hand_over import Choice, Ending
+from fairkv_sglang.attention.endings import Choice, Ending
 from fairkv_sglang.budgets import pick
 
 

@@ -17,7 +17,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import fairkv_sglang.patches.rank
-from fairkv_sglang.attention.compress import PromptCompressor
+from fairkv_sglang.attention import compress as compress_module
+from fairkv_sglang.attention.compress import LayerInputs, PromptCompressor
+from fairkv_sglang.attention.endings import Choice
 from fairkv_sglang.budgets import BudgetSpec, Keep, Scorer, make_scorer
 from fairkv_sglang.budgets.keep import merged
 from fairkv_sglang.budgets.scopes.base import ScopeMethod
@@ -91,6 +93,8 @@ def compress(
     model: Model,
     tp_size: int,
     prompts: list[Prompt],
+    *,
+    at_once: int = LAYERS,
     **options: bool,
 ) -> list:
     """Run, check pages and traffic, return the kept sets."""
@@ -104,7 +108,8 @@ def compress(
     ranks, collectives = run_ranks(config, model, tp_size, work, **options)
     everything = check(ranks, config, prompts)
     kept = {prompt.row: rows for prompt, rows in zip(prompts, everything, strict=True)}
-    check_traffic(ranks, collectives, owners, config, kept, options.get("bounded", False))
+    bounded = options.get("bounded", False)
+    check_traffic(ranks, collectives, owners, config, kept, bounded, at_once)
     return everything
 
 
@@ -403,6 +408,20 @@ def test_heads_at_home_move_nothing(
     check(ranks, config, prompts)
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_layers_whose_rows_fill_a_buffer_travel_alone(
+    scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, model, kept = np.random.default_rng(6), Model(), []
+    plan = random_plan(rng, LAYERS, 2, model.heads)
+    config = settle(tmp_path, model, plan, scope=scope, budget=18)
+    prompts = random_prompts(rng, CHUNKS[1])
+    for buffer, at_once in ((1 << 20, LAYERS), (1, 1)):
+        monkeypatch.setattr(compress_module, "EXCHANGED_BYTES", buffer)
+        kept.append(compress(config, model, 2, prompts, at_once=at_once))
+    assert kept[0] == kept[1]
+
+
 @pytest.mark.parametrize("bounded", [False, True], ids=["exact", "bounded"])
 @pytest.mark.parametrize("scope", [scope for scope in SCOPES if scope != "threshold"])
 def test_no_head_stays_at_home(scope: str, bounded: bool, tmp_path: Path) -> None:
@@ -555,14 +574,13 @@ def test_the_widest_table_is_the_bound(tmp_path: Path) -> None:
     seen = []
 
     def work(rank: Rank) -> None:
-        real = PromptCompressor._select
+        real = PromptCompressor._hand_over
 
-        def spy(*args):
-            found = real(rank.compressor, *args)
-            seen.extend(choice.kept.indices.shape[1] for choice in found[1])
-            return found
+        def spy(layers: list[tuple[LayerInputs, list[Choice]]]) -> None:
+            seen.extend(choice.kept.indices.shape[1] for _, of in layers for choice in of)
+            real(rank.compressor, layers)
 
-        rank.compressor._select = spy  # type: ignore[method-assign]
+        rank.compressor._hand_over = spy  # type: ignore[method-assign]
         rank.run([prompt])
 
     ranks, _ = run_ranks(config, model, 1, work, bounded=True)

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairkv_sglang.attention import hand_over
+from fairkv_sglang.attention.endings import Choice, Ending, Move
 from fairkv_sglang.attention.forward_spans import PromptSpan
-from fairkv_sglang.attention.hand_over import Choice, Ending, HandOver
+from fairkv_sglang.attention.hand_over import HandOver
 from fairkv_sglang.budgets import Kept
 from fairkv_sglang.kernels import HeadPages, torch_decode
 from fairkv_sglang.parallel import RankHeads
@@ -22,7 +23,7 @@ from fairkv_tests.compress_cases import source_of
 from fairkv_tests.core_cases import QUICK, random_owners, random_plan, seeds, splits
 from fairkv_tests.fake_collectives import Collectives, Group, ranks_as_threads
 
-DIM, SLOTS, LAYERS = 8, 200, 2
+DIM, SLOTS, LAYERS = 8, 200, 3
 
 
 class Case:
@@ -91,8 +92,8 @@ def hand_over_of(
     return over
 
 
-def run(case: Case, bounded: list[bool]) -> tuple[list[HandOver], Collectives]:
-    """All layers of a pass at whose end every prompt is kept."""
+def run(case: Case, bounded: list[bool], at_once: int = 1) -> tuple[list[HandOver], Collectives]:
+    """All layers of a pass at whose end every prompt is kept, so many in an exchange."""
 
     def work(rank: int, group: Group | None) -> HandOver:
         over = hand_over_of(case.plan, rank, group, case.dtype)
@@ -108,13 +109,17 @@ def run(case: Case, bounded: list[bool]) -> tuple[list[HandOver], Collectives]:
             span = PromptSpan(row, 0, length, length, length)
             scope = AnyScope(case.plan.num_kv_heads)
             endings.append(Ending(span, case.slots[number], owners, sources, scope))  # type: ignore[arg-type]
-        for layer in range(LAYERS):
-            choices = [case.choice(i, layer, home, loose) for i, loose in enumerate(bounded)]
+        for first in range(0, LAYERS, at_once):
+            moves = []
+            for layer in range(first, min(first + at_once, LAYERS)):
+                choices = [case.choice(i, layer, home, loose) for i, loose in enumerate(bounded)]
+                pools = [pool[layer][:, home].clone() for pool in (case.k, case.v)]
+                moves.append(Move(layer, endings, choices, *pools))
             over.finish()
-            pools = [pool[layer][:, home].clone() for pool in (case.k, case.v)]
-            over.start(layer, endings, choices, *pools)
-            for pool in pools:
-                pool.fill_(torch.nan)  # what is packed no longer needs the pool
+            over.start(moves)
+            for move in moves:  # what is packed no longer needs the pool
+                move.k_pool.fill_(torch.nan)
+                move.v_pool.fill_(torch.nan)
         over.finish()
         over.finish()  # nothing is under way
         return over
@@ -143,7 +148,8 @@ def test_owners_hold_what_is_kept(
     rng = np.random.default_rng(seed)
     case = Case(rng, random_plan(rng, LAYERS, ranks, heads), lengths, most, dtype)
     bounded = [data.draw(st.booleans()) for _ in lengths]
-    overs, collectives = run(case, bounded)
+    at_once = data.draw(st.integers(1, LAYERS))
+    overs, collectives = run(case, bounded, at_once)
     rows = [0] * ranks
     for number, owners in enumerate(case.owners):
         for rank, over in enumerate(overs):
@@ -166,7 +172,7 @@ def test_owners_hold_what_is_kept(
         assert over.rows_sent == rows[rank]
         assert collectives.bytes_sent[rank] == rows[rank] * over.row_bytes
     assert collectives.count("all_gather") == 0
-    assert collectives.count("all_to_all") <= LAYERS
+    assert collectives.count("all_to_all") <= -(-LAYERS // at_once)
 
 
 @pytest.mark.parametrize("bounded", [False, True], ids=["exact", "bounded"])
@@ -181,7 +187,7 @@ def test_heads_that_keep_nothing_leave_no_gap(bounded: bool) -> None:
     overs, collectives = run(case, [bounded])
     assert collectives.count("all_to_all") == LAYERS
     for rank, over in enumerate(overs):
-        assert over.rows_sent == (2 * 60 if bounded else 20 + 23)
+        assert over.rows_sent == (LAYERS * 60 if bounded else 20 + (LAYERS - 1) * 23)
         for lane, head in enumerate(over.heads.lane_head.tolist()):
             positions = case.kept[0][lane // 3][head]
             k, v = torch_decode.gather(over.pages, 1, lane)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairkv_sglang.attention.compress import protect
+from fairkv_sglang.attention.choose import protect
 from fairkv_sglang.budgets import AS_SERVER, BudgetSpec, Keep, make_scope, make_scorer, pick
 from fairkv_sglang.budgets.keep import merged
 

@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from fairkv_sglang.attention import compress, exchange, hand_over
+from fairkv_sglang.attention import choose, exchange, hand_over
 from fairkv_sglang.attention.compress_all import make_compressor
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
@@ -254,7 +254,7 @@ def run_ranks(
         rank.compressor.hand_over.overlaps = bounded
     with ExitStack() as stack:
         if bounded:
-            stack.enter_context(mock.patch.object(compress, "_on_host", lambda counts: None))
+            stack.enter_context(mock.patch.object(choose, "_on_host", lambda counts: None))
         _, collectives = ranks_as_threads(
             tp_size, [exchange, hand_over], lambda rank, group: work(ranks[rank])
         )
@@ -487,6 +487,19 @@ def waits(scope: BudgetScope) -> bool:
     return scope.name == "model"
 
 
+def moved_heads(
+    homes: Homes, owners: dict[int, np.ndarray], ending: list[Prompt], layer: int
+) -> dict[tuple[int, int, int], list[int]]:
+    """Heads of the layer by number of the prompt, home and owner, where these differ."""
+    moved: dict[tuple[int, int, int], list[int]] = {}
+    for number, prompt in enumerate(ending):
+        for head, owner in enumerate(owners[prompt.row][layer].tolist()):
+            source = source_of(homes, head, owner)
+            if source != owner:
+                moved.setdefault((number, source, owner), []).append(head)
+    return moved
+
+
 def check_traffic(
     ranks: list[Rank],
     collectives: Collectives,
@@ -494,8 +507,12 @@ def check_traffic(
     config: FairKVConfig,
     everything: dict[int, list],
     bounded: bool = False,
+    at_once: int = LAYERS,
 ) -> None:
-    """Collectives and rows are those that the owners call for, counted one head at a time."""
+    """Collectives and rows are those that the owners call for, counted one head at a time; those of
+    ``at_once`` layers share a collective where sizes are exact.
+    """
+    at_once = 1 if bounded else at_once
     state = ranks[0].state
     homes, scope = state.heads.homes, state.scope
     exchanges, gathers = 0, 0
@@ -511,21 +528,25 @@ def check_traffic(
         compressed = [p for p in ending if own[p.row].budget(p.length) < p.length]
         apart = [p for p in compressed if own[p.row].name in ("rank", "threshold")]
         apart = [p for p in apart if not together(p)]  # nobody knows the counts of all heads
+        told = any(together(p) for p in compressed)
+        for first in range(0, LAYERS, at_once):
+            of_group = {"now": False, "late": False, "budgeted": False, "told": False}
+            for layer in range(first, min(first + at_once, LAYERS)):
+                moved = moved_heads(homes, owners, ending, layer)
+                budgeted = layer in scope.layers  # windows are known to everybody
+                late = {n for n, p in enumerate(ending) if p in compressed and waits(own[p.row])}
+                late = late if budgeted else set()
+                now = any(number not in late for number, *_ in moved)
+                of_group["now"] |= now
+                of_group["late"] |= any(number in late for number, *_ in moved)
+                of_group["budgeted"] |= budgeted
+                of_group["told"] |= now and budgeted
+            exchanges += of_group["now"] + of_group["late"]
+            if homes.tp_size > 1:
+                gathers += told and of_group["budgeted"]
+                gathers += bool(apart) and of_group["told"]
         for layer in range(LAYERS):
-            moved: dict[tuple[int, int, int], list[int]] = {}
-            for number, prompt in enumerate(ending):
-                for head, owner in enumerate(owners[prompt.row][layer].tolist()):
-                    source = source_of(homes, head, owner)
-                    if source != owner:
-                        moved.setdefault((number, source, owner), []).append(head)
-            budgeted = layer in scope.layers  # windows are known to everybody
-            late = {n for n, p in enumerate(ending) if p in compressed and waits(own[p.row])}
-            late = late if budgeted else set()
-            now = [number for number, *_ in moved if number not in late]
-            exchanges += bool(now) + any(number in late for number, *_ in moved)
-            if homes.tp_size > 1 and budgeted:
-                gathers += any(together(p) for p in compressed)
-                gathers += len(apart) if now else 0
+            moved = moved_heads(homes, owners, ending, layer)
             for (number, source, _), heads in moved.items():
                 prompt = ending[number]
                 exact = sum(len(everything[prompt.row][layer][h]) for h in heads)

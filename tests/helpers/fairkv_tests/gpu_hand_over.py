@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from fairkv_sglang.attention import compress, exchange, hand_over
+from fairkv_sglang.attention import choose, exchange, hand_over
 from fairkv_sglang.attention.compress_all import make_compressor
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
@@ -115,7 +115,7 @@ def patched(collectives: Any) -> Iterator[None]:
     with (
         mock.patch.object(hand_over, "dist", collectives),
         mock.patch.object(exchange, "dist", collectives),
-        mock.patch.object(compress, "_on_host", lambda counts: None),
+        mock.patch.object(choose, "_on_host", lambda counts: None),
     ):
         yield
 
