@@ -66,6 +66,12 @@ class Chooser:
                 choices.append(self._choose(layer, table, ending))
         return choices
 
+    def learn_counts(self, choices: Sequence[Choice], exchange: HomeExchange) -> None:
+        """Counts of all heads, from their homes, for choices of which each home knows its own."""
+        counts_of = exchange.counts(torch.stack([choice.kept.counts for choice in choices]))
+        for choice, counts in zip(choices, counts_of, strict=True):
+            choice.counts, choice.exact = counts, _on_host(counts)
+
     def together(self, ending: Ending) -> bool:
         """Whether every rank needs its scores of all heads of a layer."""
         # Replicas of a head have a part of its query heads each, so no rank can score it alone.
@@ -113,12 +119,6 @@ class Chooser:
         home, length = list(self.heads.home), ending.span.prompt_len
         most = ending.scope.per_head_bound(length)[layer] if exact is None else exact
         return pick(scores, counts, length, min(int(most[home].max()), length))
-
-    def tell(self, untold: Sequence[Choice], exchange: HomeExchange) -> None:
-        """Make the counts of all heads known to every rank, where only the homes know them."""
-        told = exchange.counts(torch.stack([choice.kept.counts for choice in untold]))
-        for choice, counts in zip(untold, told, strict=True):
-            choice.counts, choice.exact = counts, _on_host(counts)
 
 
 def protect(scores: Tensor, positions: Tensor) -> Tensor:

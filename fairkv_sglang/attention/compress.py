@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score, select, hand over: what happens to a prompt after its attention.
 
-Runs layer by layer inside the forward pass, at the heads' homes, when SGLang's pool still holds
-the full prompt. Prefill attention never sees a compressed cache, so the first token is the
-uncompressed model's.
+Runs inside the forward pass, at the heads' homes, when SGLang's pool still holds the full prompt:
+layer by layer on a device and where nothing is exchanged, else in groups of layers. Prefill
+attention never sees a compressed cache, so the first token is the uncompressed model's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from fairkv_sglang.attention.choose import Chooser
-from fairkv_sglang.attention.endings import Choice, Ending, IntArray, Move, StoreBatch
+from fairkv_sglang.attention.endings import Choice, Ending, IntArray, LayerRows, StoreBatch
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
+from fairkv_sglang.attention.groups import EXCHANGED_BYTES, alone, groups
 from fairkv_sglang.attention.hand_over import HandOver
 from fairkv_sglang.attention.hidden_scores import HiddenScores
 from fairkv_sglang.attention.over_layers import choices_of_layers
@@ -25,9 +27,6 @@ from fairkv_sglang.attention.repeats import RepeatScorer
 from fairkv_sglang.budgets import PromptTensors, Rope, Scorer
 from fairkv_sglang.kernels.prompts import to_device
 from fairkv_sglang.memory.rows import RowBook
-
-EXCHANGED_BYTES = 32 << 20
-"""On CPU layers share an exchange as long as all their kept rows, of all ranks, fit into this."""
 
 
 class LayerInputs(NamedTuple):
@@ -74,10 +73,9 @@ class PromptCompressor:
         self._computed: dict[int, Tensor] = {}  # row -> slots so far, where the scorer observes
         self._repeats = RepeatScorer(scorer) if scorer.repeats else None
         self._endings: list[Ending] = []
-        self._scored: list[tuple[LayerInputs, dict[int, Tensor]]] = []  # not exchanged yet
-        self._at_once = 1  # layers of an exchange
-        self._layers: list[LayerInputs] = []  # so far, if something waits for the last one
-        self._batch: StoreBatch | None = None
+        self._group: list[tuple[LayerInputs, dict[int, Tensor]]] = []  # scored, not exchanged yet
+        self._group_ends: set[int] = set()  # layers after which is exchanged
+        self._late: list[LayerInputs] = []  # layers of prompts that wait for the last one
         self._home = torch.tensor(heads.home, device=book.pages.device)
         self.chooser = Chooser(self.scope, heads, self._home, self._scorer)
         self._exchange = exchange
@@ -90,14 +88,14 @@ class PromptCompressor:
             req_to_token: SGLang's request table ``[rows, context]``.
         """
         source = self.heads.homes.source
-        self._endings, self._layers, self._scored = [], [], []
+        self._endings, self._late, self._group = [], [], []
         self.hand_over.forget()
         for span in spans.last:
             owners = self.book.owners(span.row).astype(np.int64)
             slots = req_to_token[span.row, : span.prompt_len].long()
             sources = source[np.arange(source.shape[0])[None, :], owners]
             self._endings.append(self._ending(span, slots, owners, sources))
-        self._at_once = self._layers_of_an_exchange()
+        self._group_ends = {group[-1] for group in self._groups(self._exchanged_bytes())}
         self._computed = {
             s.row: req_to_token[s.row, : s.end].long()
             for s in spans.prompts
@@ -106,19 +104,22 @@ class PromptCompressor:
         if self._repeats is not None:
             self._repeats.begin(spans, req_to_token)
 
-    def _layers_of_an_exchange(self) -> int:
-        """The same on all ranks. One where nothing has to be exchanged, or where the exchange of a
-        layer runs beside the computation of the next one.
-        """
-        endings = self._endings
-        if self._exchange is None or self.hand_over.overlaps or not endings:
-            return 1
-        told = any(e.compressed and self.chooser.together(e) for e in endings)
-        if not told and all((e.sources == e.owners).all() for e in endings):
-            return 1
-        tokens = sum(min(e.scope.budget(e.span.prompt_len), e.span.prompt_len) for e in endings)
-        layer_bytes = tokens * self.scope.num_heads * self.hand_over.row_bytes
-        return max(1, EXCHANGED_BYTES // max(layer_bytes, 1))
+    def _groups(self, sizes: Sequence[int]) -> list[range]:
+        """Layers of these sizes that share an exchange: the same on all ranks, as the sizes are."""
+        if self._exchange is None or self.hand_over.overlaps:
+            return alone(len(sizes))
+        return groups(sizes, EXCHANGED_BYTES)
+
+    def _exchanged_bytes(self) -> list[int]:
+        """Of each layer: scores that all ranks need, and rows that are expected to travel."""
+        found = np.zeros(self.scope.num_layers)
+        for ending in self._endings:
+            length = ending.span.prompt_len
+            moved = ending.scope.expected(length) * (ending.sources != ending.owners)
+            found += moved.sum(axis=1) * self.hand_over.row_bytes
+            if ending.compressed and self.chooser.together(ending):
+                found[list(self.scope.layers)] += 4.0 * length * self.scope.num_heads
+        return found.astype(int).tolist()
 
     def _scorer(self, row: int) -> Scorer:
         """The request's own, or the server's."""
@@ -147,7 +148,7 @@ class PromptCompressor:
         spans: ForwardSpans,
         scale: float,
     ) -> None:
-        """Compress one layer.
+        """Look at a layer, and compress it if it is the last one of a group, with the group.
 
         Args:
             layer: Layer index.
@@ -171,37 +172,37 @@ class PromptCompressor:
         ending = [
             window for window, span in zip(windows, spans.prompts, strict=True) if span.is_last
         ]
-        self._take(inputs, ending)
+        self._compress(inputs, ending)
         if layer == self.scope.num_layers - 1:
-            self._hand_over_all_layers()
+            self._hand_over_late()
             self.hand_over.finish()
             self._finish()
 
-    def _take(self, inputs: LayerInputs, windows: list[Tensor | None]) -> None:
-        """Score the layer; when as many are scored as are exchanged at once, hand them over."""
-        self._scored.append((inputs, self._scores(inputs, windows)))
-        last = inputs.layer == self.scope.num_layers - 1
-        if last or len(self._scored) == self._at_once:
-            scored, self._scored = self._scored, []
-            self._exchange_scores([scores for _, scores in scored])
-            choices = [
-                self.chooser.choices(inputs.layer, self._endings, scores)
-                for inputs, scores in scored
-            ]
-            of_layers = [inputs for inputs, _ in scored]
-            self._hand_over(list(zip(of_layers, choices, strict=True)))
+    def _compress(self, inputs: LayerInputs, windows: list[Tensor | None]) -> None:
+        """Score the layer; the last one of a group ends with the hand-over of the group."""
+        self._group.append((inputs, self._home_scores(inputs, windows)))
+        if inputs.layer not in self._group_ends:
+            return
+        group, self._group = self._group, []
+        self._share_scores([scores for _, scores in group])
+        rows = []
+        for of_layer, scores in group:
+            choices = self.chooser.choices(of_layer.layer, self._endings, scores)
+            rows.append(self._rows(of_layer, choices))
+            scores.clear()  # the memory is free before rows are packed
+        self._hand_over(rows)
 
-    def _hand_over_all_layers(self) -> None:
+    def _hand_over_late(self) -> None:
         """Of the prompts whose tokens could not be selected before the last layer."""
-        waiting = [ending for ending in self._endings if ending.waits]
-        choices = [choices_of_layers(ending, self._home) for ending in waiting]
-        moves = [
-            Move(inputs.layer, waiting, of_layer, inputs.k_pool, inputs.v_pool)
-            for inputs, *of_layer in zip(self._layers, *choices, strict=True)
+        late = [ending for ending in self._endings if ending.waits]
+        choices = [choices_of_layers(ending, self._home) for ending in late]
+        rows = [
+            LayerRows(inputs.layer, late, of_layer, inputs.k_pool, inputs.v_pool)
+            for inputs, *of_layer in zip(self._late, *choices, strict=True)
         ]
-        for first in range(0, len(moves), self._at_once):
+        for group in self._groups([self.hand_over.most_bytes(layer) for layer in rows]):
             self.hand_over.finish()
-            self.hand_over.start(moves[first : first + self._at_once])
+            self.hand_over.start(rows[group.start : group.stop])
 
     def _window(self, layer: int, q: Tensor, span: PromptSpan) -> Tensor | None:
         """Last queries of the prompt up to this span; carried over when more chunks follow."""
@@ -234,30 +235,30 @@ class PromptCompressor:
             part = PromptTensors(queries, k, inputs.scale, rope=self.rope)
             seen[inputs.layer] = self._scorer(span.row).observe(seen.get(inputs.layer), part)
 
-    def _hand_over(self, layers: list[tuple[LayerInputs, list[Choice]]]) -> None:
-        """What each prompt keeps, known to whom it has to be, of those whose tokens can be selected
-        now.
-        """
-        moves = []
-        for inputs, choices in layers:
-            ready = self._endings
-            if inputs.layer in self.scope.layers:
-                ready = [ending for ending in self._endings if not ending.waits]
-            if len(ready) < len(self._endings):
-                self._layers.append(inputs)
-            for ending, choice in zip(ready, choices, strict=True):
-                known = choice.kept.counts if choice.counts is None else choice.counts
-                ending.counts[inputs.layer] = known
-            moves.append(Move(inputs.layer, ready, choices, inputs.k_pool, inputs.v_pool))
-        if self._exchange is not None:
-            # scope rank: owners elsewhere have to be told
-            travelling = [move for move in moves if self.hand_over.moves(move.layer, move.endings)]
-            untold = [c for move in travelling for c in move.choices if c.counts is None]
-            if untold:
-                self.chooser.tell(untold, self._exchange)
-        self.hand_over.start(moves, self._batch)
+    def _rows(
+        self, inputs: LayerInputs, choices: list[Choice], batch: StoreBatch | None = None
+    ) -> LayerRows:
+        """What is handed over of a layer now: of prompts that do not wait for the last layer."""
+        ready = self._endings
+        if inputs.layer in self.scope.layers:
+            ready = [ending for ending in self._endings if not ending.waits]
+        if len(ready) < len(self._endings):
+            self._late.append(inputs)
+        for ending, choice in zip(ready, choices, strict=True):
+            known = choice.kept.counts if choice.counts is None else choice.counts
+            ending.counts[inputs.layer] = known
+        return LayerRows(inputs.layer, ready, choices, inputs.k_pool, inputs.v_pool, batch)
 
-    def _scores(self, inputs: LayerInputs, windows: list[Tensor | None]) -> dict[int, Tensor]:
+    def _hand_over(self, rows: Sequence[LayerRows]) -> None:
+        """Bring what is kept to its owners, after they have learnt how much that is."""
+        if self._exchange is not None:
+            travelling = [layer for layer in rows if self.hand_over.moves(layer)]
+            unknown = [c for layer in travelling for c in layer.choices if c.counts is None]
+            if unknown:  # scopes that look at a rank's own heads
+                self.chooser.learn_counts(unknown, self._exchange)
+        self.hand_over.start(rows)
+
+    def _home_scores(self, inputs: LayerInputs, windows: list[Tensor | None]) -> dict[int, Tensor]:
         """Of the home heads, by number of the ending prompt; of those that are compressed."""
         if inputs.layer not in self.scope.layers:  # of a sliding window everything is kept
             return {}
@@ -267,7 +268,7 @@ class PromptCompressor:
             if ending.compressed
         }
 
-    def _exchange_scores(self, layers: list[dict[int, Tensor]]) -> None:
+    def _share_scores(self, layers: list[dict[int, Tensor]]) -> None:
         """Puts the scores of all heads in the place of the home heads' where they are needed."""
         shared = [
             (scores, number)
@@ -316,7 +317,7 @@ class PromptCompressor:
             if kept.shape[1] < self.scope.num_heads and self._exchange is not None:
                 kept = self._exchange.counts(kept)
             self.book.note_kept(ending.span.row, _to_host(kept))
-        self._endings, self._layers = [], []
+        self._endings, self._late = [], []
 
 
 def _to_host(counts: Tensor) -> Tensor:

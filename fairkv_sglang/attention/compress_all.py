@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fairkv_sglang.attention.choose import protect
 from fairkv_sglang.attention.compress import LayerInputs, PromptCompressor
-from fairkv_sglang.attention.endings import Choice, Ending, StoreBatch
+from fairkv_sglang.attention.endings import Choice, Ending, LayerRows, StoreBatch
 from fairkv_sglang.attention.exchange import HomeExchange
 from fairkv_sglang.attention.forward_spans import ForwardSpans
 from fairkv_sglang.attention.hand_over import HandOver
@@ -51,7 +51,6 @@ class AllPromptsCompressor(PromptCompressor):
     def begin(self, spans: ForwardSpans, req_to_token: Tensor) -> None:
         """See the base class; the tables of all layers go to the device here."""
         super().begin(spans, req_to_token)
-        self._batch = None
         self._alike = all(map(self._as_server, self._endings))
         if not self._endings or not self._alike:
             return
@@ -99,18 +98,18 @@ class AllPromptsCompressor(PromptCompressor):
         """Whether the kernels can take the prompt, with all others of the pass."""
         return not self.book.keep(ending.span.row).has_method and not ending.scope.spans_layers
 
-    def _take(self, inputs: LayerInputs, windows: list[Tensor | None]) -> None:
+    def _compress(self, inputs: LayerInputs, windows: list[Tensor | None]) -> None:
         """See the base class, to which it is left where the prompts are not alike."""
-        if self._alike:
-            self._hand_over([(inputs, self._choices_of_all(inputs, windows))])
+        if not self._alike:
+            super()._compress(inputs, windows)
+        elif inputs.layer not in self.scope.layers:
+            choices = self.chooser.choices(inputs.layer, self._endings, {})
+            self._hand_over([self._rows(inputs, choices)])
         else:
-            super()._take(inputs, windows)
+            self._hand_over([self._rows_of_all(inputs, windows)])
 
-    def _choices_of_all(self, inputs: LayerInputs, windows: list[Tensor | None]) -> list[Choice]:
+    def _rows_of_all(self, inputs: LayerInputs, windows: list[Tensor | None]) -> LayerRows:
         prompts, layer = self._prompts, inputs.layer
-        if layer not in self.scope.layers:
-            self._batch = None
-            return self.chooser.choices(layer, self._endings, {})
         scores = self._scores_of_all(inputs, [windows[number] for number in self._order])
         if prompts.total and self._exchange is not None and self.chooser.together(self._endings[0]):
             scores = self._exchange.table(scores)
@@ -127,7 +126,7 @@ class AllPromptsCompressor(PromptCompressor):
             scores = scores[self._mine]
         indices = self.kernels.pick(scores, mine, prompts, int(self._widths[layer]))
         lanes = len(self.heads.slots(layer))
-        self._batch = StoreBatch(prompts, indices, mine, self._columns[layer, :, :lanes])
+        batch = StoreBatch(prompts, indices, mine, self._columns[layer, :, :lanes])
         choices = []
         for p, (length, scored) in enumerate(zip(prompts.lengths, prompts.scored, strict=True)):
             exact = None
@@ -137,7 +136,7 @@ class AllPromptsCompressor(PromptCompressor):
                 exact = self._expected[p, layer]
             known = counts[p] if complete else None if scored else self._everything_kept[p]
             choices.append(Choice(Kept(mine[p], indices[p]), known, exact))
-        return choices
+        return self._rows(inputs, choices, batch)
 
     def _scores_of_all(self, inputs: LayerInputs, windows: list[Tensor | None]) -> Tensor:
         """``float32 [home heads, scored tokens of all prompts]``."""

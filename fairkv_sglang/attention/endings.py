@@ -71,27 +71,9 @@ class Choice:
     exact: IntArray | None
 
 
-class Move(NamedTuple):
-    """What is handed over of a layer.
-
-    Attributes:
-        layer: Layer index.
-        endings: Prompts that end in the pass.
-        choices: What each of them keeps.
-        k_pool: ``[slots, home heads, D]`` SGLang's pool of the layer.
-        v_pool: The same for values.
-    """
-
-    layer: int
-    endings: Sequence[Ending]
-    choices: Sequence[Choice]
-    k_pool: Tensor
-    v_pool: Tensor
-
-
 @dataclass
 class StoreBatch:
-    """What the home heads keep of all prompts, on the device, in the order of ``prompts``.
+    """What the home heads of a layer keep of all prompts, on the device, in their order.
 
     Attributes:
         prompts: The prompts.
@@ -104,3 +86,23 @@ class StoreBatch:
     indices: Tensor
     counts: Tensor
     columns: Tensor
+
+
+class LayerRows(NamedTuple):
+    """What is handed over of a layer.
+
+    Attributes:
+        layer: Layer index.
+        endings: Prompts that end in the pass.
+        choices: What each of them keeps.
+        k_pool: ``[slots, home heads, D]`` SGLang's pool of the layer.
+        v_pool: The same for values.
+        batch: What is kept, if it can be stored for all prompts at once.
+    """
+
+    layer: int
+    endings: Sequence[Ending]
+    choices: Sequence[Choice]
+    k_pool: Tensor
+    v_pool: Tensor
+    batch: StoreBatch | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collectives of the budget scopes: scores of all heads of a layer, kept counts of all ranks."""
+"""Collectives of the budget scopes: scores of all heads, kept counts of all ranks."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class HomeExchange:
         self.group = group
 
     def scores(self, mine: list[Tensor]) -> list[Tensor]:
-        """Scores of all heads of a layer, so that every rank selects from the same numbers.
+        """Scores of all heads, so that every rank selects from the same numbers.
 
-        One collective per layer and forward pass carries the scores of all prompts that end in it:
-        4 bytes per (head, token). A head with several homes is scored by each for its query heads;
-        a head's score is the mean over its query heads, so it is the mean of those.
+        One collective carries them for all layers of a group and all prompts that end in the pass:
+        4 bytes per (layer, head, token). A head with several homes is scored by each for its query
+        heads; a head's score is the mean over its query heads, so it is the mean of those.
 
         Args:
-            mine: Per prompt ``float32 [home heads, M]``.
+            mine: Per layer and prompt ``float32 [home heads, M]``.
 
         Returns:
-            Per prompt ``float32 [H, M]`` in head order, equal on all ranks.
+            The same ``float32 [H, M]`` in head order, equal on all ranks.
         """
         received = self.table(torch.cat(mine, dim=1))
         return list(received.split([part.shape[1] for part in mine], dim=1))

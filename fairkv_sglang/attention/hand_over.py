@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fairkv_sglang.attention.endings import Choice, Ending, IntArray, Move, StoreBatch
+from fairkv_sglang.attention.endings import Choice, Ending, IntArray, LayerRows
 from fairkv_sglang.budgets import Kept
 from fairkv_sglang.kernels.pages import HeadPages
 from fairkv_sglang.kernels.prompts import to_device
@@ -38,7 +38,7 @@ from fairkv_sglang.parallel.lanes import EMPTY
 class _Part(NamedTuple):
     """What is handed over of a layer and a prompt."""
 
-    move: Move
+    rows: LayerRows
     ending: Ending
     choice: Choice
 
@@ -91,28 +91,29 @@ class HandOver:
         """Drop rows under way; a pass that failed may have left some."""
         self._arrival = None
 
-    def moves(self, layer: int, endings: Sequence[Ending]) -> bool:
+    def moves(self, rows: LayerRows) -> bool:
         """Whether any rank needs rows of the layer from another one."""
-        return any((e.sources[layer] != e.owners[layer]).any() for e in endings)
+        layer = rows.layer
+        return any((e.sources[layer] != e.owners[layer]).any() for e in rows.endings)
 
-    def start(self, moves: Sequence[Move], batch: StoreBatch | None = None) -> None:
-        """Send what others own, store what is at home here.
+    def most_bytes(self, rows: LayerRows) -> int:
+        """Of the layer's rows, how much travels at most, between all ranks."""
+        parts = zip(rows.endings, rows.choices, strict=True)
+        return self.row_bytes * sum(int(self._sizes(rows, *part).sum()) for part in parts)
 
-        Args:
-            moves: One for each layer. Their rows travel in one exchange.
-            batch: What is kept, if it can be stored for all prompts of a layer at once.
-        """
-        travelling = [move for move in moves if self.moves(move.layer, move.endings)]
+    def start(self, layers: Sequence[LayerRows]) -> None:
+        """Send what others own, in one exchange; store what is at home here."""
+        travelling = [rows for rows in layers if self.moves(rows)]
         if self.group is not None and travelling:
             self.send(travelling)
-        for move in moves:
-            self._store(move, batch)
+        for rows in layers:
+            self._store(rows)
         if not self.overlaps:
             self.finish()
 
-    def _store(self, move: Move, batch: StoreBatch | None) -> None:
+    def _store(self, rows: LayerRows) -> None:
         """Kept rows of lanes that are at home here."""
-        layer, endings, choices, k_pool, v_pool = move
+        layer, endings, choices, k_pool, v_pool, batch = rows
         lane_lo, kernels = self.heads.lane_start[layer], self.pages.kernels
         if batch is not None and kernels.prompts is not None:
             kernels.prompts.store_all_kept(
@@ -135,27 +136,27 @@ class HandOver:
                     self._device(columns),
                 )
 
-    def send(self, moves: Sequence[Move]) -> None:
+    def send(self, layers: Sequence[LayerRows]) -> None:
         """Start the exchange of layers of which rows move; see :meth:`start`."""
         parts = [
-            _Part(move, ending, choice)
-            for move in moves
-            for ending, choice in zip(move.endings, move.choices, strict=True)
+            _Part(rows, ending, choice)
+            for rows in layers
+            for ending, choice in zip(rows.endings, rows.choices, strict=True)
         ]
         sizes = np.stack([self._sizes(*part) for part in parts])  # [parts, from, to]
         rank, dim = self.heads.rank, self.pages.head_dim
         outgoing, incoming = sizes[:, rank].sum(axis=0), sizes[:, :, rank].sum(axis=0)
-        pool = moves[0].k_pool
+        pool = layers[0].k_pool
         sent = pool.new_empty((int(outgoing.sum()), 2, dim))
         at = 0
         for other in range(self.heads.plan.tp_size):
             for part, of_ranks in zip(parts, sizes, strict=True):
                 size = int(of_ranks[rank, other])
                 if size:
-                    move, ending, choice = part
-                    columns = self._moving(move.layer, ending, rank, other)
+                    of, ending, choice = part
+                    columns = self._moving(of.layer, ending, rank, other)
                     region = sent[at : at + size]
-                    self._pack(move.k_pool, move.v_pool, ending, choice.kept, columns, region)
+                    self._pack(of.k_pool, of.v_pool, ending, choice.kept, columns, region)
                     at += size
         rows = pool.new_empty((int(incoming.sum()), 2, dim))
         work = dist.all_to_all_single(
@@ -215,9 +216,9 @@ class HandOver:
         pair = (ending.sources[layer] == source) & (ending.owners[layer] == owner)
         return np.flatnonzero(pair)
 
-    def _sizes(self, move: Move, ending: Ending, choice: Choice) -> IntArray:
+    def _sizes(self, rows: LayerRows, ending: Ending, choice: Choice) -> IntArray:
         """``[R, R]`` rows that each rank sends to each other one, or the most that it could."""
-        layer = move.layer
+        layer = rows.layer
         ranks = self.heads.plan.tp_size
         sizes = np.zeros((ranks, ranks), dtype=np.int64)
         sources, owners = ending.sources[layer], ending.owners[layer]
@@ -269,12 +270,12 @@ class HandOver:
         flat = incoming.T.ravel()
         begins = (flat.cumsum() - flat).reshape(incoming.T.shape).T
         result = []
-        for (move, ending, choice), sizes, begin in zip(parts, incoming, begins, strict=True):
+        for (rows, ending, choice), sizes, begin in zip(parts, incoming, begins, strict=True):
             if not sizes.any():
                 continue
             if choice.counts is None:
                 raise RuntimeError("FairKV: rows move whose number nobody knows")
-            layer = move.layer
+            layer = rows.layer
             order: list[int] = []  # heads in the order in which their rows come
             starts = []
             for source in np.flatnonzero(sizes).tolist():

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fairkv_sglang.patches.rank
-from fairkv_sglang.attention.compress import PromptCompressor
+from fairkv_sglang.attention.choose import Chooser
 from fairkv_sglang.attention.compress_all import AllPromptsCompressor
 from fairkv_sglang.budgets import BudgetSpec, Keep, make_scorer
 from fairkv_sglang.budgets.scorers.tova import TOVA
@@ -189,7 +189,7 @@ def test_a_pass_of_several_methods_goes_prompt_by_prompt(tmp_path: Path, tp_size
     for prompt, keep in zip(prompts, keeps, strict=True):
         prompt.keep = keep
     with mock.patch.object(
-        PromptCompressor, "_choices", autospec=True, side_effect=PromptCompressor._choices
+        Chooser, "choices", autospec=True, side_effect=Chooser.choices
     ) as one_by_one:
         ranks, _ = run_ranks(config, model, tp_size, lambda rank: rank.run(prompts), bounded=True)
     assert one_by_one.call_count == LAYERS * tp_size

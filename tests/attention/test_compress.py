@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import fairkv_sglang.patches.rank
 from fairkv_sglang.attention import compress as compress_module
-from fairkv_sglang.attention.compress import LayerInputs, PromptCompressor
-from fairkv_sglang.attention.endings import Choice
+from fairkv_sglang.attention.compress import PromptCompressor
+from fairkv_sglang.attention.endings import LayerRows
 from fairkv_sglang.budgets import BudgetSpec, Keep, Scorer, make_scorer
 from fairkv_sglang.budgets.keep import merged
 from fairkv_sglang.budgets.scopes.base import ScopeMethod
@@ -409,17 +409,30 @@ def test_heads_at_home_move_nothing(
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_layers_whose_rows_fill_a_buffer_travel_alone(
+def test_layers_that_fill_a_buffer_do_not_wait_for_others(
     scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rng, model, kept = np.random.default_rng(6), Model(), []
+    rng, model = np.random.default_rng(6), Model()
     plan = random_plan(rng, LAYERS, 2, model.heads)
     config = settle(tmp_path, model, plan, scope=scope, budget=18)
-    prompts = random_prompts(rng, CHUNKS[1])
-    for buffer, at_once in ((1 << 20, LAYERS), (1, 1)):
-        monkeypatch.setattr(compress_module, "EXCHANGED_BYTES", buffer)
-        kept.append(compress(config, model, 2, prompts, at_once=at_once))
-    assert kept[0] == kept[1]
+    monkeypatch.setattr(compress_module, "EXCHANGED_BYTES", 1)
+    compress(config, model, 2, random_prompts(rng, CHUNKS[1]), at_once=1)
+
+
+def test_a_pass_that_dies_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+    rng, model = np.random.default_rng(7), Model()
+    plan = random_plan(rng, LAYERS, 2, model.heads)
+    config = settle(tmp_path, model, plan, scope="layer", budget=18)
+    prompts = random_prompts(rng, ([61], [33]))
+
+    def work(rank: Rank) -> None:
+        rank.admit(prompts[0])
+        rank.forward([(prompts[0], 0, 61)], layers=LAYERS - 1)
+        rank.book.free(prompts[0].row)
+        rank.run(prompts)
+
+    ranks, _ = run_ranks(config, model, 2, work)
+    check(ranks, config, prompts)
 
 
 @pytest.mark.parametrize("bounded", [False, True], ids=["exact", "bounded"])
@@ -576,8 +589,8 @@ def test_the_widest_table_is_the_bound(tmp_path: Path) -> None:
     def work(rank: Rank) -> None:
         real = PromptCompressor._hand_over
 
-        def spy(layers: list[tuple[LayerInputs, list[Choice]]]) -> None:
-            seen.extend(choice.kept.indices.shape[1] for _, of in layers for choice in of)
+        def spy(layers: list[LayerRows]) -> None:
+            seen.extend(choice.kept.indices.shape[1] for rows in layers for choice in rows.choices)
             real(rank.compressor, layers)
 
         rank.compressor._hand_over = spy  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairkv_sglang.attention import hand_over
-from fairkv_sglang.attention.endings import Choice, Ending, Move
+from fairkv_sglang.attention.endings import Choice, Ending, LayerRows
 from fairkv_sglang.attention.forward_spans import PromptSpan
 from fairkv_sglang.attention.hand_over import HandOver
 from fairkv_sglang.budgets import Kept
@@ -88,7 +88,6 @@ def hand_over_of(
     heads = RankHeads(plan, rank, 1)
     pages = HeadPages.create(800, 6, heads.num_lanes, 8, DIM, dtype)
     over = HandOver(heads, pages, group)  # type: ignore[arg-type]
-    over.overlaps = True  # as on CUDA; compress_cases has both
     return over
 
 
@@ -97,6 +96,7 @@ def run(case: Case, bounded: list[bool], at_once: int = 1) -> tuple[list[HandOve
 
     def work(rank: int, group: Group | None) -> HandOver:
         over = hand_over_of(case.plan, rank, group, case.dtype)
+        over.overlaps = at_once == 1  # as on CUDA; compress_cases has both
         home = list(over.heads.home)
         endings = []
         for number, owners in enumerate(case.owners):
@@ -110,16 +110,17 @@ def run(case: Case, bounded: list[bool], at_once: int = 1) -> tuple[list[HandOve
             scope = AnyScope(case.plan.num_kv_heads)
             endings.append(Ending(span, case.slots[number], owners, sources, scope))  # type: ignore[arg-type]
         for first in range(0, LAYERS, at_once):
-            moves = []
+            layers = []
             for layer in range(first, min(first + at_once, LAYERS)):
                 choices = [case.choice(i, layer, home, loose) for i, loose in enumerate(bounded)]
                 pools = [pool[layer][:, home].clone() for pool in (case.k, case.v)]
-                moves.append(Move(layer, endings, choices, *pools))
+                layers.append(LayerRows(layer, endings, choices, *pools))
             over.finish()
-            over.start(moves)
-            for move in moves:  # what is packed no longer needs the pool
-                move.k_pool.fill_(torch.nan)
-                move.v_pool.fill_(torch.nan)
+            over.start(layers)
+            assert over.overlaps or over._arrival is None
+            for rows in layers:  # what is packed no longer needs the pool
+                rows.k_pool.fill_(torch.nan)
+                rows.v_pool.fill_(torch.nan)
         over.finish()
         over.finish()  # nothing is under way
         return over
@@ -221,9 +222,13 @@ def test_a_move_needs_an_owner_away_from_home() -> None:
 
     at_home = ending([[0, 2], [1, 3]])
     away = ending([[1, 3], [2, 2]])
-    assert [over.moves(layer, [at_home]) for layer in (0, 1)] == [False, False]
-    assert [over.moves(layer, [at_home, away]) for layer in (0, 1)] == [False, True]
-    assert not over.moves(0, [])
+
+    def moves(layer: int, endings: list[Ending]) -> bool:
+        return over.moves(LayerRows(layer, endings, [], torch.empty(0), torch.empty(0)))
+
+    assert [moves(layer, [at_home]) for layer in (0, 1)] == [False, False]
+    assert [moves(layer, [at_home, away]) for layer in (0, 1)] == [False, True]
+    assert not moves(0, [])
 
 
 def test_rows_that_move_must_have_a_number() -> None:

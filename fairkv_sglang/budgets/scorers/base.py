@@ -144,7 +144,10 @@ class Scorer(ABC):
         """
 
     def score_prompt(self, prompt: PromptTensors) -> Tensor:
-        """The same from everything that a scorer can ask for; what compression calls."""
+        """The same from everything that a scorer can ask for; what compression calls.
+
+        The result is read when several layers have been scored: it must not be written again.
+        """
         return self.score(prompt.q, prompt.k, scale=prompt.scale)
 
     def score_all(

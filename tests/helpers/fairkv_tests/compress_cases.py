@@ -195,8 +195,8 @@ class Rank:
         self.table[prompt.row, : prompt.length] = prompt.slots.int()
         self.write(prompt, 0, prompt.prefix)
 
-    def forward(self, parts: list[tuple[Prompt, int, int]]) -> None:
-        """One pass over [start, end) of each prompt."""
+    def forward(self, parts: list[tuple[Prompt, int, int]], layers: int = LAYERS) -> None:
+        """One pass over [start, end) of each prompt; with fewer layers, one that dies."""
         spans, offset = [], 0
         for prompt, start, end in parts:
             spans.append(PromptSpan(prompt.row, offset, end - start, end, prompt.length))
@@ -205,10 +205,12 @@ class Rank:
         current = ForwardSpans(tuple(spans))
         self.book.begin_forward([span.row for span in current.last])
         self.compressor.begin(current, self.table)
-        for layer in range(LAYERS):
+        for layer in range(layers):
             q = torch.cat([p.q[layer, a:b][:, self.home, self.queries] for p, a, b in parts])
             k, v = self.pools[layer]
             self.compressor.layer(layer, q, k, v, current, SCALE)
+        if layers < LAYERS:
+            return
         self.passes.append([p for p, _, end in parts if end == p.length])
         # SGLang gives the slots away once the result is on the host.
         for prompt in self.passes[-1]:
@@ -528,23 +530,22 @@ def check_traffic(
         compressed = [p for p in ending if own[p.row].budget(p.length) < p.length]
         apart = [p for p in compressed if own[p.row].name in ("rank", "threshold")]
         apart = [p for p in apart if not together(p)]  # nobody knows the counts of all heads
-        told = any(together(p) for p in compressed)
+        shared = any(together(p) for p in compressed)
         for first in range(0, LAYERS, at_once):
-            of_group = {"now": False, "late": False, "budgeted": False, "told": False}
+            now = late = budgeted = unknown = False
             for layer in range(first, min(first + at_once, LAYERS)):
-                moved = moved_heads(homes, owners, ending, layer)
-                budgeted = layer in scope.layers  # windows are known to everybody
-                late = {n for n, p in enumerate(ending) if p in compressed and waits(own[p.row])}
-                late = late if budgeted else set()
-                now = any(number not in late for number, *_ in moved)
-                of_group["now"] |= now
-                of_group["late"] |= any(number in late for number, *_ in moved)
-                of_group["budgeted"] |= budgeted
-                of_group["told"] |= now and budgeted
-            exchanges += of_group["now"] + of_group["late"]
+                moved = {number for number, *_ in moved_heads(homes, owners, ending, layer)}
+                has_budget = layer in scope.layers  # windows are known to everybody
+                waiting = {n for n, p in enumerate(ending) if p in compressed and waits(own[p.row])}
+                waiting = waiting if has_budget else set()
+                now |= bool(moved - waiting)
+                late |= bool(moved & waiting)
+                budgeted |= has_budget
+                unknown |= has_budget and bool(moved - waiting)
+            exchanges += now + late
             if homes.tp_size > 1:
-                gathers += told and of_group["budgeted"]
-                gathers += bool(apart) and of_group["told"]
+                gathers += shared and budgeted
+                gathers += bool(apart) and unknown
         for layer in range(LAYERS):
             moved = moved_heads(homes, owners, ending, layer)
             for (number, source, _), heads in moved.items():

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fairkv_sglang.attention.compress_all import make_compressor
-from fairkv_sglang.attention.endings import Choice, Ending, Move
+from fairkv_sglang.attention.endings import Choice, Ending, LayerRows
 from fairkv_sglang.attention.forward_spans import ForwardSpans, PromptSpan
 from fairkv_sglang.attention.hand_over import HandOver
 from fairkv_sglang.bench.gpu.report import NotRun, need
@@ -151,7 +151,7 @@ def one_layer(clock: Clock, tokens: int = 8192, kept: int = 2048, dim: int = 128
             def work(over: HandOver = over, choice: Choice = choice) -> None:
                 pages.lens.zero_()  # these two in place of a release
                 pages.free_count.copy_(free)
-                over.start([Move(0, [ending], [choice], *pools)])
+                over.start([LayerRows(0, [ending], [choice], *pools)])
                 over.finish()
 
             work()

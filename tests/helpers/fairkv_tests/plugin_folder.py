@@ -93,14 +93,14 @@ an abort from outside would be read, on every rank."""
 
 KEPT_PROBE = """
 import json
-from fairkv_sglang.attention.compress import PromptCompressor
-original = PromptCompressor._pick
-def pick(compressor, layer, *args):
-    kept = original(compressor, layer, *args)
+from fairkv_sglang.attention.choose import Chooser
+original = Chooser._pick
+def pick(chooser, layer, *args):
+    kept = original(chooser, layer, *args)
     rows = [[t for t in row if t >= 0] for row in kept.indices.tolist()]
-    mark("kept", json.dumps([layer, list(map(int, compressor.heads.home)), rows]))
+    mark("kept", json.dumps([layer, list(map(int, chooser.heads.home)), rows]))
     return kept
-PromptCompressor._pick = pick
+Chooser._pick = pick
 """
 """Says what each home head keeps of a prompt."""
 
