@@ -51,7 +51,8 @@ def run_bench(settings: EngineSettings, folder: Path | None, progress: Progress)
             model = replace(settings.model, context=settings.context)
             path = build(model, place, getattr(torch, settings.dtype))
         else:
-            path, model = settings.model_path, Model.from_config(settings.model_path)
+            path = settings.model_path.resolve()  # engines run in folders of their own
+            model = Model.from_config(path)
         profile = place / "profile.json"
         find_profile(settings.profile, model.num_layers, model.num_kv_heads).save(profile)
         cases = []

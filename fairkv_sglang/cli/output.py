@@ -41,9 +41,15 @@ def given(args: argparse.Namespace, model: type[BaseModel]) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in model.model_fields}
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command, which ends as a filter does; rich's own exits with 1."""
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Console on stdout; a fixed width and no colour where stdout is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    return _Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
 def print_table(

@@ -25,10 +25,12 @@ class Stage:
     def __init__(self, end_after: int | None = None) -> None:
         self.calls: list[tuple[str, int]] = []
         self.closed: list[str] = []
+        self.models: set[str] = set()
         self.end_after = end_after
 
     def engine(self, log: Path, options: dict[str, Any], measure: bool) -> Any:
         stage, name = self, log.stem.partition("-tp")[0]
+        self.models.add(options["engine"]["model_path"])
 
         class Engine:
             def call(self, method: str, prompts: Any, new_tokens: list[int]) -> dict[str, Any]:
@@ -107,3 +109,17 @@ def test_an_interrupt_before_the_first_whole_round_is_an_interrupt(
 def test_a_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot read model config"):
         run_bench(settings(model_path=tmp_path / "no"), tmp_path, lambda line: None)
+
+
+def test_a_checkpoint_may_be_named_from_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stage = Stage()
+    monkeypatch.setattr(module, "EngineProcess", stage.engine)
+    run_bench(settings(rounds=1), tmp_path / "first", lambda line: None)
+    [built] = stage.models
+    monkeypatch.chdir(Path(built).parent)
+    stage.models.clear()
+    one = settings(rounds=1, model_path=Path(Path(built).name))
+    run_bench(one, tmp_path / "second", lambda line: None)
+    assert stage.models == {built}

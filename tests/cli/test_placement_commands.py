@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -122,9 +123,13 @@ def test_simulate(requests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "held out" in capsys.readouterr().out
 
 
-def test_text_works_in_a_pipe_that_closes(profile: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_text_works_in_a_pipe_that_closes(profile: Path, unbuffered: str) -> None:
     command = [sys.executable, "-m", "fairkv_sglang.cli.main", "plan", str(profile), "--tp", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         errors = process.stderr.read().decode()
