@@ -107,8 +107,13 @@ class Settings(BaseModel):
         values = self.model_dump(mode="json")
         for key in ("profile", "model_path"):
             if values.get(key):
-                values[key] = "/".join(Path(values[key]).parts[-3:])
+                values[key] = shortened(Path(values[key]))
         return values
+
+
+def shortened(path: Path) -> str:
+    """The last three parts."""
+    return "/".join(path.parts[-3:])
 
 
 def known(chosen: Chosen, names: Chosen, every: Chosen) -> Chosen:

@@ -21,7 +21,7 @@ from fairkv_sglang.bench.checkpoint import build
 from fairkv_sglang.bench.engine.process import EngineProcess, Engines
 from fairkv_sglang.bench.engine.result import FORMAT, VERSION, summarise_case
 from fairkv_sglang.bench.engine.settings import EngineSettings
-from fairkv_sglang.bench.flags import proportions
+from fairkv_sglang.bench.flags import proportions, shortened
 from fairkv_sglang.bench.shares import find_profile
 from fairkv_sglang.bench.stats import machine, rotated
 from fairkv_sglang.model import Model
@@ -52,7 +52,7 @@ def run_bench(settings: EngineSettings, folder: Path | None, progress: Progress)
             path = build(model, place, getattr(torch, settings.dtype))
         else:
             path = settings.model_path.resolve()  # engines run in folders of their own
-            model = Model.from_config(path)
+            model = replace(Model.from_config(path), name=shortened(path))
         profile = place / "profile.json"
         find_profile(settings.profile, model.num_layers, model.num_kv_heads).save(profile)
         cases = []

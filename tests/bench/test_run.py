@@ -121,5 +121,6 @@ def test_a_checkpoint_may_be_named_from_here(
     monkeypatch.chdir(Path(built).parent)
     stage.models.clear()
     one = settings(rounds=1, model_path=Path(Path(built).name))
-    run_bench(one, tmp_path / "second", lambda line: None)
+    result = run_bench(one, tmp_path / "second", lambda line: None)
     assert stage.models == {built}
+    assert result["model"].startswith("/".join(Path(built).parts[-3:]) + ": ")
