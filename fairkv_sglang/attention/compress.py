@@ -8,7 +8,7 @@ attention never sees a compressed cache, so the first token is the uncompressed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -95,7 +95,8 @@ class PromptCompressor:
             slots = req_to_token[span.row, : span.prompt_len].long()
             sources = source[np.arange(source.shape[0])[None, :], owners]
             self._endings.append(self._ending(span, slots, owners, sources))
-        self._group_ends = {group[-1] for group in self._groups(self._exchanged_bytes())}
+        layers = self.scope.num_layers
+        self._group_ends = {group[-1] for group in self._groups(layers, self._exchanged_bytes)}
         self._computed = {
             s.row: req_to_token[s.row, : s.end].long()
             for s in spans.prompts
@@ -104,11 +105,13 @@ class PromptCompressor:
         if self._repeats is not None:
             self._repeats.begin(spans, req_to_token)
 
-    def _groups(self, sizes: Sequence[int]) -> list[range]:
-        """Layers of these sizes that share an exchange: the same on all ranks, as the sizes are."""
+    def _groups(self, layers: int, sizes: Callable[[], Sequence[int]]) -> list[range]:
+        """Which of so many layers share an exchange: the same on all ranks, as their sizes in bytes
+        are. Those are not asked for where each layer is alone.
+        """
         if self._exchange is None or self.hand_over.overlaps:
-            return alone(len(sizes))
-        return groups(sizes, EXCHANGED_BYTES)
+            return alone(layers)
+        return groups(sizes(), EXCHANGED_BYTES)
 
     def _exchanged_bytes(self) -> list[int]:
         """Of each layer: scores that all ranks need, and rows that are expected to travel."""
@@ -200,7 +203,7 @@ class PromptCompressor:
             LayerRows(inputs.layer, late, of_layer, inputs.k_pool, inputs.v_pool)
             for inputs, *of_layer in zip(self._late, *choices, strict=True)
         ]
-        for group in self._groups([self.hand_over.most_bytes(layer) for layer in rows]):
+        for group in self._groups(len(rows), lambda: list(map(self.hand_over.most_bytes, rows))):
             self.hand_over.finish()
             self.hand_over.start(rows[group.start : group.stop])
 

@@ -153,10 +153,10 @@ class HandOver:
             for part, of_ranks in zip(parts, sizes, strict=True):
                 size = int(of_ranks[rank, other])
                 if size:
-                    of, ending, choice = part
-                    columns = self._moving(of.layer, ending, rank, other)
+                    source, ending, choice = part
+                    columns = self._moving(source.layer, ending, rank, other)
                     region = sent[at : at + size]
-                    self._pack(of.k_pool, of.v_pool, ending, choice.kept, columns, region)
+                    self._pack(source.k_pool, source.v_pool, ending, choice.kept, columns, region)
                     at += size
         rows = pool.new_empty((int(incoming.sum()), 2, dim))
         work = dist.all_to_all_single(
