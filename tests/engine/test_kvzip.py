@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fairkv_tests.plugin_folder import KEPT_PROBE, install_plugin
+from fairkv_tests.plugin_folder import KEPT_PROBE, LINGER_PROBE, install_plugin
 from fairkv_tests.workloads import CHECKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,10 +60,16 @@ def passes(engine: Any) -> int:
     return int(json.loads(found)["passes"])
 
 
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install_plugin(tmp_path_factory.mktemp("plugin"), "linger_probe", LINGER_PROBE)
+
+
 @pytest.fixture
-def engine(start_engine: Callable[..., Any]) -> Any:
+def engine(start_engine: Callable[..., Any], probe: Path) -> Any:
     """TP 2."""
-    return start_engine(MODEL, fairkv=FAIRKV, tp_size=2, **ENGINE)
+    environment = {**CHECKS, "PYTHONPATH": str(probe)}
+    return start_engine(MODEL, fairkv=FAIRKV, tp_size=2, **(ENGINE | {"environment": environment}))
 
 
 def test_a_prompt_is_repeated_once_in_any_company(engine: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fairkv_tests.engine_process import EngineProcess
-from fairkv_tests.plugin_folder import ABORT_PROBE, install_plugin
+from fairkv_tests.plugin_folder import ABORT_PROBE, LINGER_PROBE, install_plugin
 from fairkv_tests.tiny_models import random_prompts
 from fairkv_tests.workloads import (
     CHECKS,
@@ -137,7 +137,7 @@ def stress(stock: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
     too small for what SGLang is told to admit.
     """
     folder = tmp_path_factory.mktemp("stress")
-    probe = install_plugin(folder / "plugin", "abort_probe", ABORT_PROBE)
+    probe = install_plugin(folder / "plugin", "probes", ABORT_PROBE + LINGER_PROBE)
     engine = EngineProcess(
         stock("llama").model,
         folder / "log",
@@ -281,7 +281,7 @@ def test_stress_under_other_options(
 ) -> None:
     """The same load under other settings of SGLang's scheduler and caches."""
     tp_size = arguments.get("tp_size", 2)
-    probe = install_plugin(tmp_path / "plugin", "abort_probe", ABORT_PROBE)
+    probe = install_plugin(tmp_path / "plugin", "probes", ABORT_PROBE + LINGER_PROBE)
     engine = EngineProcess(
         stock("llama").model,
         tmp_path / "log",

@@ -82,7 +82,7 @@ def generate_and_abort(
             if limit and tokens >= limit:
                 engine.tokenizer_manager.abort_request(name)
 
-        name = uuid.uuid4().hex
+        name = uuid.uuid4().hex if limit is None else f"linger-0.01-{uuid.uuid4().hex}"
         stream = await engine.async_generate(
             input_ids=prompt,
             sampling_params={"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
@@ -213,6 +213,8 @@ def serve_while_replanning(
 def abort_in_prefill(engine: Any, prompt: list[int], log: str, sign: str) -> str:
     """Send one prompt and abort it as soon as ``sign`` turns up once more in the file ``log``.
 
+    Engines of tests that count on its being in time have ``LINGER_PROBE``.
+
     Returns:
         The type of its finish reason.
     """
@@ -222,7 +224,7 @@ def abort_in_prefill(engine: Any, prompt: list[int], log: str, sign: str) -> str
 
     async def run() -> str:
         before = count()
-        name = uuid.uuid4().hex
+        name = f"linger-0.2-{uuid.uuid4().hex}"
 
         async def drain() -> str:
             stream = await engine.async_generate(

@@ -91,6 +91,21 @@ HookRegistry.register(
 """Aborts requests of that name between the pass in which their prompt ends and the next step, where
 an abort from outside would be read, on every rank."""
 
+LINGER_PROBE = """
+import time
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+def linger(scheduler, *args, **kwargs):
+    batch = scheduler.last_batch
+    asked = [req.rid.split("-") for req in batch.reqs if not req.finished()] if batch else []
+    time.sleep(max((float(words[1]) for words in asked if words[0] == "linger"), default=0.0))
+HookRegistry.register(
+    "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", linger, HookType.BEFORE
+)
+"""
+"""Waits after each pass of a request named ``linger-SECONDS-...``: what a test does in the middle
+of it arrives in the middle of it, however busy the machine is.
+"""
+
 KEPT_PROBE = """
 import json
 from fairkv_sglang.attention.choose import Chooser
