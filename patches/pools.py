@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from fairkv_sglang.config import from_environment
-from fairkv_sglang.memory.rows import RowBook, make_book
+from fairkv_sglang.memory.make_book import make_book
+from fairkv_sglang.memory.rows import RowBook
 from fairkv_sglang.memory.sizing import divide_memory, most_of_a_pass
 from fairkv_sglang.model import Model
 from fairkv_sglang.patches.ledger import Hook, HookError, verify

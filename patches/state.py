@@ -77,6 +77,8 @@ def _replanner(rank: Rank, scheduler: Any) -> Replanner | None:
 
 def after_get_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """Adds ``fairkv`` to the internal state that ``/server_info`` shows."""
+    from sglang.srt.runtime_context import get_parallel
+
     rank = this_rank()
     mine = guarded(lambda: _rank_state(rank, scheduler))
     ranks: list[Any] = [mine]
@@ -85,7 +87,8 @@ def after_get_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: 
         torch.distributed.all_gather_object(ranks, mine, group=scheduler.tp_cpu_group)
     errors = [state for state in ranks if "error" in state]
     told = errors[0] if errors else guarded(lambda: rank.report.server(ranks))
-    result.internal_state["fairkv"] = told
+    # Which of --dp-size: replicas answer in any order.
+    result.internal_state["fairkv"] = told | {"replica": get_parallel().dp_rank or 0}
     return result
 
 

@@ -66,7 +66,7 @@ def server_info(url: str, api_key: str | None = None, timeout: float = 30.0) -> 
 
 
 def fairkv_states(info: dict[str, Any], url: str) -> list[dict[str, Any]]:
-    """The part of ``/server_info`` that is FairKV's, of each data-parallel replica; one at least.
+    """The part of ``/server_info`` that is FairKV's, of each replica by number; one at least.
 
     Raises:
         ValueError: in one line, if FairKV is off or cannot tell its state.
@@ -79,6 +79,9 @@ def fairkv_states(info: dict[str, Any], url: str) -> list[dict[str, Any]]:
         if "error" in state:
             raise ValueError(f"{checked_url(url)} cannot tell its state: {state['error']}")
         states.append(state)
+    numbers = [state.get("replica") for state in states]
+    if all(isinstance(number, int) for number in numbers):  # they answer in any order
+        states.sort(key=lambda state: int(state["replica"]))
     return states
 
 

@@ -98,7 +98,8 @@ def test_server_that_is_not_there_yet(server: FakeServer, start: Start) -> None:
 
 
 def test_one_of_several_replicas(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
-    states = [{"fairkv": STATE}, {"fairkv": {**STATE, "replans": 7}}]
+    second = {**STATE, "replica": 1, "replans": 7}  # which is the first to answer
+    states = [{"fairkv": second}, {"fairkv": STATE}]
     server.body = json.dumps({"internal_states": states}).encode()
     once = ["top", "--url", server.url, "--once"]
     assert main(once) == 0 and "replica 0 of 2" in capsys.readouterr().out

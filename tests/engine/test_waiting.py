@@ -7,6 +7,7 @@ import json
 import threading
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from fairkv_tests.engine_process import ServerProcess
+from fairkv_tests.plugin_folder import LINGER_PROBE, install_plugin
 from fairkv_tests.tiny_models import random_prompts
 from fairkv_tests.workloads import CHECKS, MODEL
 
@@ -28,7 +30,8 @@ class Asked(threading.Thread):
     def __init__(self, server: ServerProcess, prompt: list[int], new_tokens: int, priority: int):
         super().__init__(daemon=True)
         options = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-        body = {"input_ids": prompt, "sampling_params": options, "priority": priority}
+        name = f"linger-0.01-{uuid.uuid4().hex}"
+        body = {"rid": name, "input_ids": prompt, "sampling_params": options, "priority": priority}
         self.request = urllib.request.Request(
             server.url + "/generate",
             json.dumps(body | {"stream": True}).encode(),
@@ -55,9 +58,12 @@ class Asked(threading.Thread):
 
 @pytest.fixture(scope="module")
 def server(
-    start_server: Callable[..., ServerProcess], tiny_model: Callable[..., Path]
+    start_server: Callable[..., ServerProcess],
+    tiny_model: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> ServerProcess:
     """Two requests at a time; a higher priority preempts."""
+    probe = install_plugin(tmp_path_factory.mktemp("plugin"), "linger_probe", LINGER_PROBE)
     arguments = (
         f"--model-path {tiny_model(**MODEL)} --device cpu --dtype float32 --tp 2 --random-seed 1 "
         "--max-total-tokens 20000 --chunked-prefill-size 2048 --max-running-requests 2 "
@@ -65,7 +71,7 @@ def server(
         "--schedule-conservativeness 0.3 --fairkv --fairkv-ratio 0.25 --fairkv-replan off "
         f"--fairkv-prefill-pool 4000 --fairkv-arena-pages {PAGES}"
     )
-    return start_server(arguments.split(), environment=CHECKS)
+    return start_server(arguments.split(), environment={**CHECKS, "PYTHONPATH": str(probe)})
 
 
 def test_nobody_waits_for_ever(server: ServerProcess) -> None:

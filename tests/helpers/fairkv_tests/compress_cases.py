@@ -26,7 +26,7 @@ from fairkv_sglang.budgets import AS_SERVER, SCORERS, BudgetScope, Keep, Scorer
 from fairkv_sglang.config import FairKVConfig
 from fairkv_sglang.kernels import PAGE_TOKENS, torch_decode
 from fairkv_sglang.memory import MemoryDivision
-from fairkv_sglang.memory.rows import make_book
+from fairkv_sglang.memory.make_book import make_book
 from fairkv_sglang.model import Model as Description
 from fairkv_sglang.model import Sliding
 from fairkv_sglang.patches.rank import Rank as RankState

@@ -13,6 +13,7 @@ from typing import Any
 # As recorded from a server at TP 2 with the names that are stable; numbers shortened.
 STATE: dict[str, Any] = {
     "enabled": True,
+    "replica": 0,
     "scorer": "snapkv",
     "scope": "layer",
     "budget": "25% of the prompt",
