@@ -199,13 +199,6 @@ class Model:
             sliding=_sliding_of_file(text, architecture, layers, context),
         )
 
-    @classmethod
-    def preset(cls, name: str) -> Model:
-        """One of ``PRESETS``; ValueError, in one line, for another name."""
-        if name not in PRESETS:
-            raise ValueError(f"unknown model {name!r}; choose from {', '.join(PRESETS)}")
-        return PRESETS[name]
-
 
 def _mlp(config: Mapping[str, Any]) -> int:
     return int(config.get("moe_intermediate_size") or config.get("intermediate_size") or 0)
