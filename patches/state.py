@@ -86,9 +86,11 @@ def after_get_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: 
         ranks = [None] * rank.tp_size
         torch.distributed.all_gather_object(ranks, mine, group=scheduler.tp_cpu_group)
     errors = [state for state in ranks if "error" in state]
-    told = errors[0] if errors else guarded(lambda: rank.report.server(ranks))
-    # Which of --dp-size: replicas answer in any order.
-    result.internal_state["fairkv"] = told | {"replica": get_parallel().dp_rank or 0}
+
+    def server() -> dict[str, Any]:  # replicas of --dp-size answer in any order
+        return rank.report.server(ranks) | {"replica": get_parallel().dp_rank or 0}
+
+    result.internal_state["fairkv"] = errors[0] if errors else guarded(server)
     return result
 
 
