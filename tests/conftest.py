@@ -18,7 +18,7 @@ for _variable in VARIABLES:
     os.environ.pop(_variable, None)
 
 import pytest  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 import fairkv_sglang  # noqa: E402, F401  (takes the repository off the import path)
 
@@ -32,13 +32,7 @@ if (_sglang := importlib.util.find_spec("sglang")) is not None and _sglang.origi
 
 settings.register_profile("no-deadline", deadline=None)  # speed is measured in benchmarks
 # `make test`: a change fails by what it changes; other targets and a bare pytest look for new ones.
-settings.register_profile(
-    "same-examples",
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow],  # also a matter of speed
-)
+settings.register_profile("same-examples", deadline=None, derandomize=True, database=None)
 settings.load_profile("no-deadline")
 
 

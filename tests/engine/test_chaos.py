@@ -65,7 +65,7 @@ def test_a_killed_rank_ends_the_server(
     rank = next(p for p in family if "scheduler_TP1" in " ".join(p.cmdline()))
     os.kill(rank.pid, signal.SIGKILL)
     server.process.wait(30)
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=5)
     assert alive == []
     assert server.process.returncode != 0
     assert f"FairKV: rank 1 (process {rank.pid}) was killed (SIGKILL)" in server.log

@@ -62,6 +62,7 @@ def passes(engine: Any) -> int:
 
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a server's ``PYTHONPATH`` names so that an abort comes in time."""
     return install_plugin(tmp_path_factory.mktemp("plugin"), "linger_probe", LINGER_PROBE)
 
 

@@ -177,7 +177,7 @@ def test_two_nodes_answer_as_one(
     for node in nodes:
         node.process.terminate()
     assert [node.process.wait(40) for node in nodes] == [0, 0], nodes[1].log
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=2)
     assert alive == []
     assert all("Traceback" not in node.log for node in nodes)
 
@@ -208,7 +208,7 @@ def test_a_killed_rank_ends_all_nodes(start_nodes: StartNodes, killed: int) -> N
     rank = next(p for p in processes if f"scheduler_TP{killed}" in " ".join(p.cmdline()))
     os.kill(rank.pid, signal.SIGKILL)
     codes = [node.process.wait(30) for node in nodes]
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=5)
     assert alive == []
     assert 0 not in codes
     line = f"FairKV: rank {killed} (process {rank.pid}) was killed (SIGKILL)"
@@ -225,7 +225,7 @@ def test_ctrl_c_on_node_1_waits_for_node_0(start_nodes: StartNodes) -> None:
     assert len(answers(nodes[0])) == len(PROMPTS)
     os.killpg(nodes[0].process.pid, signal.SIGINT)
     assert [node.process.wait(20) for node in nodes] == [0, 0], nodes[1].log
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=2)
     assert alive == []
     assert all("Traceback" not in node.log for node in nodes)
 
@@ -260,7 +260,7 @@ def test_replicas(start_server: Callable[..., ServerProcess], model: Path, tp_si
     rank = next(p for p in processes if f"scheduler_{title}" in " ".join(p.cmdline()))
     os.kill(rank.pid, signal.SIGKILL)
     server.process.wait(30)
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=5)
     assert alive == []
     assert server.process.returncode != 0
     if tp_size == 1:

@@ -91,7 +91,7 @@ def test_ctrl_c_ends_a_server(
     os.killpg(server.process.pid, signal.SIGINT)  # a terminal sends it to all of them
     code = server.process.wait(20)
     seconds = time.monotonic() - started
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=2)
     assert alive == []
     assert code == 0, server.log
     assert seconds < 10
