@@ -96,14 +96,17 @@ import time
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 def linger(scheduler, *args, **kwargs):
     batch = scheduler.last_batch
-    asked = [req.rid.split("-") for req in batch.reqs if not req.finished()] if batch else []
-    time.sleep(max((float(words[1]) for words in asked if words[0] == "linger"), default=0.0))
+    asked = [req.rid for req in batch.reqs if not req.finished()] if batch else []
+    asked = [rid for rid in asked if rid.startswith("linger-")]
+    for rid in asked:
+        mark("lingers", rid)
+    time.sleep(max((float(rid.split("-")[1]) for rid in asked), default=0.0))
 HookRegistry.register(
     "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", linger, HookType.BEFORE
 )
 """
-"""Waits after each pass of a request named ``linger-SECONDS-...``: what a test does in the middle
-of it arrives in the middle of it, however busy the machine is.
+"""Waits after each pass of a request named ``linger-SECONDS-...``, and says so: what a test does in
+the middle of it arrives in the middle of it, however busy the machine is.
 """
 
 KEPT_PROBE = """
