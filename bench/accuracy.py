@@ -30,17 +30,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fairkv_sglang.bench.accuracy_table import FULL, Table, order, update_page
+from fairkv_sglang.bench.accuracy_table import FULL, MODES, Table, order, update_page
+from fairkv_sglang.bench.accuracy_threshold import calibrated, kept, kept_since, options_above
 from fairkv_sglang.bench.stats import machine, write
 from fairkv_sglang.budgets.scorers import SCORERS
 from fairkv_sglang.cli.main import main as fairkv
 from fairkv_sglang.evaluation.run import read
-from fairkv_sglang.evaluation.summary import summarise
+from fairkv_sglang.evaluation.summary import Cell, summarise
 from fairkv_sglang.evaluation.tasks import Check, Sample, write_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # behind everything else; `demo` is a folder of the checkout
-from demo.models import MODELS  # type: ignore[import-not-found]  # noqa: E402
+from demo.models import MODELS, DemoModel  # type: ignore[import-not-found]  # noqa: E402
 from demo.prompts import (  # type: ignore[import-not-found]  # noqa: E402
     QUESTION_TOKENS,
     draw_facts,
@@ -55,6 +56,8 @@ DECODE_TOKENS = 65536
 """Tokens of FairKV's head pages beside it."""
 PARALLEL = 32
 """Questions at once: decode steps cost little more for many requests than for one."""
+CALIBRATION = {"seed": 77, "count": 4, "tokens": 1024}
+"""Prompts with questions by which thresholds are found; the runs' own are drawn otherwise."""
 SHARED = "keydiff"
 """Scorer of the server that is asked for all others, but for those that have prompts repeated."""
 
@@ -78,14 +81,14 @@ DEFAULTS = {
         dtype="float32",
         samples=100,
         lengths=(1024,),
-        scopes="uniform,layer,model,pyramid,rank",
+        scopes="uniform,head,layer,model,pyramid,rank,threshold",
     ),
     "smollm2": Defaults(  # with one rank, scope `rank` is `layer`
         tp=1,
         dtype="bfloat16",
         samples=16,
         lengths=(1024,),
-        scopes="uniform,layer,model",
+        scopes="uniform,head,layer,model,pyramid,threshold",
         tasks="needle,queries",
     ),
 }
@@ -127,12 +130,9 @@ def main() -> int:
     for scorer, runs in by_server.items():
         fairkv_flags = ["--fairkv", "--fairkv-scorer", scorer]
         fairkv_flags += ["--fairkv-prefill-pool", str(CACHE_TOKENS)]
+        fairkv_flags += ["--fairkv-profile", str(MODELS[args.model].profile)]
         measure(args.model, tp, fairkv_flags, runs, flags, folder)
-    full = read(folder / f"{FULL}.jsonl")[1]
-    cells = {
-        name: summarise(read(folder / f"{name}.jsonl")[1], None if name == FULL else full)
-        for name in sorted((path.stem for path in folder.glob("*.done")), key=order)
-    }
+    cells = read_cells(folder)
     name = f"accuracy-{args.model}-tp{tp}"
     results = ROOT / "docs" / "results"
     said = {"command": " ".join(sys.argv[1:]), "machine": machine("cpu"), "cells": cells}
@@ -141,6 +141,20 @@ def main() -> int:
     table.draw(results / f"{name}.png")
     update_page(args.model, table.markdown())
     return 0
+
+
+def read_cells(folder: Path) -> dict[str, list[Cell]]:
+    """The cells of each run that has ended, the full cache first."""
+    full = read(folder / f"{FULL}.jsonl")[1]
+    found = {}
+    for name in sorted((path.stem for path in folder.glob("*.done")), key=order):
+        cells = summarise(read(folder / f"{name}.jsonl")[1], None if name == FULL else full)
+        shares = json.loads((folder / f"{name}.done").read_text() or "{}")
+        for cell in cells:
+            if shares.get(cell["mode"]) is not None:
+                cell["kept"] = shares[cell["mode"]]
+        found[name] = cells
+    return found
 
 
 def code_sample(number: int, tokens: int, facts: int = 8) -> Sample:
@@ -182,13 +196,33 @@ def measure(
         return
     with server(model, tp, server_flags, folder / f"{next(iter(left))}.log") as url:
         for name, options in left.items():
-            words = ["eval", "--url", url, "--out", str(folder / f"{name}.jsonl"), *flags]
-            if options:
-                words += ["--options", json.dumps(options)]
             print(f"{name}:", flush=True)
-            if fairkv(words):
-                raise SystemExit(1)
-            (folder / f"{name}.done").touch()
+            if options.get("scope") == "threshold":
+                options = as_threshold(url, MODELS[model], options, folder / "thresholds.json")
+            words = ["eval", "--url", url, "--out", str(folder / f"{name}.jsonl"), *flags]
+            shares = ask_modes(url, words, options)
+            (folder / f"{name}.done").write_text(json.dumps(shares))
+
+
+def as_threshold(url: str, model: DemoModel, options: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Options of a run with a threshold in the place of its share."""
+    questions = model.questions(model.folder(), facts=model.facts, **CALIBRATION)
+    prompts = [question.input_ids for question in questions]
+    above = calibrated(url, options["scorer"], options["ratio"], prompts, file)
+    return options_above(options["scorer"], above)
+
+
+def ask_modes(url: str, words: list[str], options: dict[str, Any]) -> dict[str, float | None]:
+    """Run `fairkv eval` and say what share of its prompts was kept in each mode, if FairKV was."""
+    if options:
+        words = [*words, "--options", json.dumps(options)]
+    shares: dict[str, float | None] = {}
+    for number, mode in enumerate(MODES, start=1):
+        before = kept(url) if options else None
+        if fairkv([*words, "--modes", ",".join(MODES[:number])]):
+            raise SystemExit(1)
+        shares[mode] = kept_since(url, before) if before else None
+    return shares
 
 
 @contextlib.contextmanager

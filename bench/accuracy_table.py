@@ -48,6 +48,13 @@ class Table:
         for method in self.methods:
             cells = [self._cells.get((method, *column)) for column in self.columns]
             row = ["" if cell is None else _figures(cell) for cell in cells]
+            if method.endswith("-threshold"):  # all others keep what the column says
+                row = [
+                    f"{figures} ({100 * cell['kept']:.0f} %)"
+                    if cell and "kept" in cell
+                    else figures
+                    for figures, cell in zip(row, cells, strict=True)
+                ]
             lines.append(f"| {method.replace('-', ', ')} | {' | '.join(row)} |")
         return "\n".join(lines)
 
