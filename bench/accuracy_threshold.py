@@ -16,6 +16,8 @@ from typing import Any
 
 from fairkv_sglang.evaluation.client import post
 
+CAP = 0.99
+"""Most that a head may keep, as a share: with a budget of the whole prompt nothing is cut."""
 STEPS = 40
 """Halvings of the range; each asks the server once."""
 SMALLEST, DOUBLINGS = 1e-7, 60
@@ -27,7 +29,7 @@ NEAR = 0.01
 def options_above(scorer: str, threshold: float) -> dict[str, Any]:
     """Options of a request: all that scores above the value, nothing else but the window."""
     options = {"scorer": scorer, "scope": "threshold", "threshold": threshold}
-    return {**options, "floor_alpha": 0.0, "ratio": 1.0}
+    return {**options, "floor_alpha": 0.0, "ratio": CAP}
 
 
 def kept(url: str) -> tuple[int, int]:
@@ -89,13 +91,16 @@ def calibrated(url: str, scorer: str, wanted: float, prompts: list[list[int]], f
             before = kept(url)
             sampling = {
                 "temperature": 0,
-                "max_new_tokens": 1,
+                "max_new_tokens": 2,  # with one the prompt is never compressed
                 "custom_params": {"fairkv": options_above(scorer, threshold)},
             }
             post(
                 url + "/generate", {"input_ids": prompts, "sampling_params": sampling}, timeout=900
             )
-            return kept_since(url, before) or 0.0
+            share = kept_since(url, before)
+            if share is None:
+                raise SystemExit(f"{url} has compressed no prompt")
+            return share
 
         known[name] = find_threshold(share_above, wanted)
         file.write_text(json.dumps(known, indent=1) + "\n")

@@ -19,8 +19,9 @@ from fairkv_sglang.registry import option
 class Threshold(Floored):
     """A head keeps the window and what scores above ``threshold``: its floor or more, B(N) at most.
 
-    Here the budget is a cap, so a prompt may keep less than it. Counts depend on the prompt and on
-    nothing but the head's own scores. ``expected`` is the cap, which memory is admitted by.
+    Here the budget is a cap, so a prompt may keep less than it; one that is no longer than its
+    budget is kept whole, as with any scope. Counts depend on the prompt and on nothing but the
+    head's own scores. ``expected`` is the cap, which memory is admitted by.
     """
 
     name: ClassVar[str] = "threshold"
